@@ -1,0 +1,37 @@
+"""Normalization for JAX: batch, layer, rms, group and instance norm as pure functions.
+
+The modules for Flax are in `jaxnorm.linen` and `jaxnorm.nnx`; importing this package alone does
+not import Flax.
+"""
+
+from jaxnorm.core.moments import Moments
+from jaxnorm.core.standardize import NormParams, init_params
+from jaxnorm.functional.batch import (
+    BatchNormState,
+    batch_norm,
+    init_batch_norm_state,
+    update_batch_norm_state,
+)
+from jaxnorm.functional.group import group_norm
+from jaxnorm.functional.instance import instance_norm
+from jaxnorm.functional.layer import layer_norm
+from jaxnorm.functional.moments import merge_moments, moments
+from jaxnorm.functional.rms import rms_norm
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNormState",
+    "Moments",
+    "NormParams",
+    "batch_norm",
+    "group_norm",
+    "init_batch_norm_state",
+    "init_params",
+    "instance_norm",
+    "layer_norm",
+    "merge_moments",
+    "moments",
+    "rms_norm",
+    "update_batch_norm_state",
+]

@@ -1,0 +1,211 @@
+"""Which elements share statistics: static, hashable, checked at the door.
+
+A norm differs from its siblings only in its `Layout`. Group norm splits its feature axis into
+(groups, features of a group); every other norm views the array as it is. All later code works on
+that view and on statistics that keep the shared axes with size one, so that they broadcast.
+"""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+Axes = int | Iterable[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where one norm's statistics and affine live in an array of one shape.
+
+    Attributes:
+      shape: the shape of x.
+      view: the same elements with the feature axis split into groups; else `shape`.
+      shared: axes of the view over which statistics are shared.
+      affine: axes of the view that scale and bias span.
+    """
+
+    shape: tuple[int, ...]
+    view: tuple[int, ...]
+    shared: tuple[int, ...]
+    affine: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """How many elements share one mean and variance, where nothing is masked."""
+        return math.prod(self.view[axis] for axis in self.shared)
+
+    @property
+    def affine_shape(self) -> tuple[int, ...]:
+        """The shape of scale and bias: the sizes of their axes of x, in the order of x."""
+        features = math.prod(self.view[axis] for axis in self.affine)
+        if self.view != self.shape:  # the two axes of the view that were one
+            return (features,)
+        return tuple(self.view[axis] for axis in self.affine)
+
+    def spread(self, param: jax.Array) -> jax.Array:
+        """A scale, bias or running statistic, shaped to broadcast against the view."""
+        return param.reshape(
+            [size if axis in self.affine else 1 for axis, size in enumerate(self.view)]
+        )
+
+    def mask(self, where: ArrayLike | None) -> jax.Array | None:
+        """`where`, checked and shaped to broadcast against the view."""
+        if where is None:
+            return None
+        where = jnp.asarray(where)
+        if where.dtype != bool:
+            raise TypeError(
+                f"where must be boolean (True counts in the statistics), got dtype {where.dtype}; "
+                "compare first, for example where=lengths > position."
+            )
+        if not _broadcasts(where.shape, self.shape):
+            raise ValueError(
+                f"where must broadcast to x: x has shape {self.shape}, where has shape "
+                f"{where.shape}; add axes of size one where x has axes that where lacks."
+            )
+        where = where.reshape((1,) * (len(self.shape) - where.ndim) + where.shape)
+        if self.view == self.shape:
+            return where
+        axis = self.affine[0]  # the split axis: (groups, features of a group), or (1, 1)
+        split = (1, 1) if where.shape[axis] == 1 else self.view[axis : axis + 2]
+        return where.reshape(where.shape[:axis] + split + where.shape[axis + 1 :])
+
+
+def make_layout(shape: tuple[int, ...], *, shared: Axes, affine: Axes, groups: int = 1) -> Layout:
+    """The layout that shares statistics over the axes `shared` and has parameters along `affine`.
+
+    With `groups` above one, `affine` is a single axis that is also shared, but only within each of
+    that many equal runs of features.
+    """
+    shared = canonical_axes(shared, len(shape))
+    affine = canonical_axes(affine, len(shape))
+    if groups == 1:
+        return Layout(shape, shape, shared, affine)
+    (axis,) = affine
+    view = (*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :])
+    return Layout(shape, view, tuple(a + (a >= axis) for a in shared), (axis, axis + 1))
+
+
+def batch_layout(shape: tuple[int, ...], feature_axes: Axes, name: str = "feature_axis") -> Layout:
+    """Statistics of each feature, shared over all other axes."""
+    features = canonical_axes(feature_axes, len(shape), name)
+    return make_layout(shape, shared=other_axes(features, len(shape)), affine=features)
+
+
+def instance_layout(
+    shape: tuple[int, ...], feature_axes: Axes, name: str = "feature_axis"
+) -> Layout:
+    """Statistics of each example, along the first axis, and each feature."""
+    features = canonical_axes(feature_axes, len(shape), name)
+    if 0 in features:
+        raise ValueError(
+            f"{name} must leave out the first axis, which holds the examples, got {feature_axes!r} "
+            f"for x of shape {shape}; put a batch axis in front of x."
+        )
+    return make_layout(shape, shared=other_axes(features, len(shape), start=1), affine=features)
+
+
+def group_layout(
+    shape: tuple[int, ...], num_groups: int, feature_axis: int = -1, shared: Axes | None = None
+) -> Layout:
+    """Statistics of each group of features, by default of each example by itself.
+
+    Raises:
+      ValueError: the groups do not divide the features, or the axes are not those of one example.
+    """
+    (axis,) = canonical_axes((feature_axis,), len(shape), "feature_axis")
+    if shared is None:
+        shared = (*instance_layout(shape, axis).shared, axis)
+    elif axis not in canonical_axes(shared, len(shape), "reduction_axes"):
+        raise ValueError(
+            f"reduction_axes must hold the feature axis, {axis}, got {shared!r} for x of shape "
+            f"{shape}; add it."
+        )
+    if not isinstance(num_groups, int) or num_groups < 1 or shape[axis] % num_groups:
+        raise ValueError(
+            "num_groups must be a positive integer that divides the features, got "
+            f"{num_groups!r} for {shape[axis]} features; choose one of their divisors."
+        )
+    return make_layout(shape, shared=shared, affine=axis, groups=num_groups)
+
+
+def count_groups(features: int, num_groups: int | None, group_size: int | None) -> int:
+    """The number of groups, from that or from their size, whichever is given.
+
+    Raises:
+      ValueError: both are given or neither, or the size does not divide the features.
+    """
+    if (num_groups is None) == (group_size is None):
+        raise ValueError(
+            f"one of num_groups and group_size must be given, got num_groups={num_groups} and "
+            f"group_size={group_size}; pass num_groups=None with a group_size."
+        )
+    if num_groups is not None:
+        return num_groups
+    assert group_size is not None
+    if group_size < 1 or features % group_size:
+        raise ValueError(
+            f"group_size must be positive and divide the features, got {group_size} for "
+            f"{features} features; choose one of their divisors."
+        )
+    return features // group_size
+
+
+def canonical_axes(axes: Axes, ndim: int, name: str = "axis") -> tuple[int, ...]:
+    """`axes` as sorted, non-negative numbers of axes of an array of `ndim` dimensions.
+
+    Raises:
+      TypeError: an axis is not an integer.
+      ValueError: an axis is out of range or given twice.
+    """
+    given = tuple(axes) if isinstance(axes, Iterable) else (axes,)
+    try:
+        numbers = [operator.index(axis) for axis in given]
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an integer or several, got {axes!r}; pass for example {name}=-1."
+        ) from None
+    for axis in numbers:
+        if not -ndim <= axis < ndim:
+            raise ValueError(
+                f"{name} must lie in [{-ndim}, {ndim}) for an array of {ndim} dimensions, "
+                f"got {axis}; choose an axis that x has."
+            )
+    canonical = sorted(axis % ndim for axis in numbers)
+    if len(set(canonical)) < len(canonical):
+        raise ValueError(
+            f"{name} must name each axis once, got {axes!r} for an array of {ndim} dimensions; "
+            "leave the repeated one out."
+        )
+    return tuple(canonical)
+
+
+def other_axes(axes: tuple[int, ...], ndim: int, start: int = 0) -> tuple[int, ...]:
+    """The axes from `start` on that are not in `axes`."""
+    return tuple(axis for axis in range(start, ndim) if axis not in axes)
+
+
+def check_input(x: Any, name: str = "x") -> jax.Array:
+    """Return x as an array of a dtype and rank that can be normalized."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(
+            f"{name} must be floating-point or complex, got dtype {x.dtype}; "
+            f"convert it first, for example {name}.astype(jnp.float32)."
+        )
+    if x.ndim == 0:
+        raise ValueError(
+            f"{name} must have at least one axis to take statistics over, got a scalar; "
+            "pass an array such as one of shape (batch, features)."
+        )
+    return x
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    pairs = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(size in (1, full) for size, full in pairs)

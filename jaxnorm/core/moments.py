@@ -1,0 +1,191 @@
+"""Mean and variance: measured, merged, across devices and over time.
+
+One float32 cannot hold the mean of data such as 1e4 + noise to the precision that x - mean asks
+for. So the elements are centred twice: with m the rounded mean, d = x - m is nearly exact, and its
+own small mean c is what rounding m left out. Wherever a mean goes on being used, it goes as the
+pair (mean, rest) = (m, c).
+
+Measuring is differentiated by hand. With e = x - mean, r = (var + epsilon)**-1/2, h = e r, and avg
+the average over the elements that count (and the devices), the tangents are
+
+    t_mean = avg(tx),    t_var = 2 avg(tx e) = 2 q / r,    t_r = -r**3 / 2 t_var = -r**2 q
+
+with q = avg(tx h), for complex x avg(Re(tx conj(h))). Written with h, nothing under- or overflows
+where r**3 or e**2 would. JAX transposes this into the backward pass; together with y = e r
+(standardize.py) it is the closed form, with the statistics' own terms in it:
+
+    ty = r (tx - avg(tx) - h avg(tx h)),    dx = r (dy - w / n (sum(dy) + h sum(dy h)))
+
+where w is one for the elements that count and n is how many they are. Every position feels dy;
+only those that were measured feel the statistics.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxnorm.core.devices import HERE, Devices
+from jaxnorm.core.layout import Layout
+
+
+class Moments(NamedTuple):
+    """Mean, biased variance, and the number of elements that they were taken over.
+
+    Attributes:
+      mean: the mean, complex for complex elements.
+      var: the mean squared distance from the mean, real.
+      count: how many elements counted (after `where`), in the dtype of `var`.
+    """
+
+    mean: jax.Array
+    var: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] (tuple.count)
+
+
+class Statistics(NamedTuple):
+    """What standardizing takes; shared axes are kept with size one.
+
+    `mean + rest` is the mean to twice the precision. Norms that do not centre have neither, and
+    their `var` is the mean square.
+    """
+
+    mean: jax.Array | None
+    rest: jax.Array | None
+    var: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] (tuple.count)
+    rstd: jax.Array
+
+    def moments(self, layout: Layout) -> Moments:
+        """The moments without the shared axes, the mean rounded once."""
+        assert self.mean is not None
+        assert self.rest is not None
+        squeeze = functools.partial(jnp.squeeze, axis=layout.shared)
+        return Moments(squeeze(self.mean + self.rest), squeeze(self.var), squeeze(self.count))
+
+
+class Measure(NamedTuple):
+    """How to measure; all of it static."""
+
+    layout: Layout
+    dtype: jnp.dtype  # of the arithmetic: at least float32
+    epsilon: float = 0.0
+    centred: bool = True
+    devices: Devices = HERE
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def measure(how: Measure, x: jax.Array, where: jax.Array | None) -> Statistics:
+    """The statistics of x, in the shape of the layout's view, over the elements in `where`."""
+    x = x.astype(how.dtype)
+    count = _count(how, where)
+    mean = rest = None
+    if how.centred:
+        mean = _average(how, x, where, count)
+        rest = _average(how, x - mean, where, count)
+    # Scaled before the square, so that 1e18 does not overflow; by a power of two, so exactly.
+    scale = 2.0 ** -math.ceil(math.log2(max(how.layout.count, 1)) / 2)
+    e = centre(x, mean, rest) * scale
+    var = _average(how, real_product(e, e), where, count * scale**2)
+    if how.devices.name is not None:
+        parts, share = how.devices.gather((mean, rest, var, count))
+        mean, rest, var, count = merge(*parts, share=share)
+    return Statistics(mean, rest, var, count, reciprocal_std(var, how.epsilon, count))
+
+
+@measure.defjvp
+def _measure_jvp(how, primals, tangents):
+    x, where = primals
+    stats = measure(how, x, where)
+
+    # checkpoint: the backward pass keeps x, in its own dtype, and computes h again.
+    @jax.checkpoint
+    def averages(tx, x, where, stats):
+        tx = tx.astype(how.dtype)
+        h = centre(x.astype(how.dtype), stats.mean, stats.rest) * stats.rstd.astype(how.dtype)
+        q = _average(how, real_product(tx, h), where, stats.count)
+        if not how.centred:
+            return None, how.devices.sum(q)
+        t_mean = _average(how, tx, where, stats.count)
+        both = how.devices.sum(jnp.stack([t_mean, q.astype(how.dtype)]))  # in one collective
+        return both[0], jnp.real(both[1])
+
+    t_mean, q = averages(tangents[0], x, where, stats)
+    t_rest = None if stats.rest is None else jnp.zeros_like(stats.rest)
+    t_var = jnp.where(stats.rstd > 0, 2 / stats.rstd, 0) * q
+    t_count = jnp.zeros_like(stats.count)
+    return stats, Statistics(t_mean, t_rest, t_var, t_count, -(stats.rstd**2) * q)
+
+
+def merge(
+    mean, rest, var: jax.Array, count: jax.Array, share: Any = True
+) -> tuple[Any, Any, jax.Array, jax.Array]:
+    """Mean (a pair), variance and count of all the parts along the first axis that share.
+
+    Chan, Golub and LeVeque (1979), for any number of parts at once. It is the equation above once
+    more, its elements now being means, each bringing its own variance and weight.
+    """
+    share = jnp.reshape(share, jnp.shape(share) + (1,) * (count.ndim - 1)) & (count > 0)
+    total = jnp.sum(count, 0, where=share, keepdims=True)
+    weight = jnp.where(share, count, 0) / jnp.maximum(total, 1)
+
+    def average(a):
+        return jnp.sum(jnp.where(share, a, 0) * weight.astype(a.dtype), 0, keepdims=True)
+
+    if mean is None:
+        return None, None, average(var)[0], total[0]
+    mean_of_all = average(mean)
+    delta = (mean - mean_of_all) + rest  # taken before they are rounded
+    rest_of_all = average(delta)
+    e = delta - rest_of_all
+    return mean_of_all[0], rest_of_all[0], average(var + real_product(e, e))[0], total[0]
+
+
+def centre(x: jax.Array, mean: jax.Array | None, rest: jax.Array | None) -> jax.Array:
+    """Take the mean off x; what the mean's rounding left out is taken off last."""
+    for part in (mean, rest):
+        if part is not None:
+            x = x - part
+    return x
+
+
+def reciprocal_std(var: jax.Array, epsilon: float, count: jax.Array | None = None) -> jax.Array:
+    """(var + epsilon)**-1/2; zero where nothing counted, or where it is infinite.
+
+    Zero makes such elements the bias, with no gradient, where infinity would make them NaN.
+    """
+    rstd = jnp.where(var + epsilon <= 0, 0, lax.rsqrt(var + epsilon))
+    return rstd if count is None else jnp.where(count > 0, rstd, 0)
+
+
+def promote(*dtypes: DTypeLike) -> jnp.dtype:
+    """The smallest dtype that holds all of these, also where JAX promotes nothing unasked."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
+def real_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Re(a conj(b)), which is a b for real numbers."""
+    if jnp.iscomplexobj(a):
+        return jnp.real(a) * jnp.real(b) + jnp.imag(a) * jnp.imag(b)
+    return a * b
+
+
+def _average(how: Measure, a: jax.Array, where: jax.Array | None, count: jax.Array) -> jax.Array:
+    total = jnp.sum(a, how.layout.shared, where=where, keepdims=True)
+    return total / jnp.where(count > 0, count, 1).astype(a.dtype)
+
+
+def _count(how: Measure, where: jax.Array | None) -> jax.Array:
+    dtype = jnp.finfo(how.dtype).dtype
+    view, shared = how.layout.view, how.layout.shared
+    if where is None:
+        shape = [1 if axis in shared else size for axis, size in enumerate(view)]
+        return jnp.full(shape, how.layout.count, dtype)
+    # Summed as integers: float32 stops counting at 2**24.
+    counted = jnp.broadcast_to(where, view).astype(jnp.int32)
+    return jnp.sum(counted, shared, keepdims=True).astype(dtype)

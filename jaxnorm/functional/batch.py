@@ -1,0 +1,203 @@
+"""Batch normalization: statistics of each feature over the whole batch, and over devices."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxnorm.core.devices import AxisGroups, AxisName, bound_devices
+from jaxnorm.core.layout import Axes, Layout, batch_layout, check_input
+from jaxnorm.core.moments import Moments
+from jaxnorm.core.standardize import NormParams, check_feature_array, normalize, normalize_with
+
+
+class BatchNormState(NamedTuple):
+    """The running statistics of a batch norm.
+
+    Attributes:
+      mean: running mean of each feature.
+      var: running variance of each feature.
+      count: updates so far, int32.
+    """
+
+    mean: jax.Array
+    var: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] (tuple.count)
+
+
+def init_batch_norm_state(
+    features: int | tuple[int, ...], dtype: DTypeLike = jnp.float32
+) -> BatchNormState:
+    """The state before any update: mean zero, variance one.
+
+    Args:
+      features: the number of features, or their shape.
+      dtype: of the mean; the variance is real.
+
+    Examples:
+      >>> import jaxnorm as jn
+      >>> jn.init_batch_norm_state(2)
+      BatchNormState(mean=Array([0., 0.], dtype=float32), var=Array([1., 1.], dtype=float32), \
+count=Array(0, dtype=int32))
+    """
+    mean = jnp.zeros(features, dtype)
+    return BatchNormState(mean, jnp.ones_like(mean.real), jnp.zeros((), jnp.int32))
+
+
+def batch_norm(
+    x: ArrayLike,
+    state: BatchNormState,
+    axis_name: AxisName = None,
+    *,
+    params: NormParams | None = None,
+    train: bool = True,
+    momentum: float | jax.Array | None = 0.99,
+    epsilon: float = 1e-5,
+    feature_axis: Axes = -1,
+    where: ArrayLike | None = None,
+    axis_index_groups: AxisGroups = None,
+    ddof: int = 0,
+) -> tuple[jax.Array, BatchNormState]:
+    """Batch normalization: zero mean and unit variance for each feature over the batch.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    In training, mean and variance are those of x over all axes but the features', and over the
+    devices of `axis_name`; the state moves towards them. Else they are the state's.
+
+    Args:
+      x: array of any shape with at least one axis; floating-point or complex.
+      state: the running statistics, of shape (features,).
+      axis_name: a name or a tuple of names, bound by `jax.shard_map`, `jax.pmap` or `jax.vmap`,
+        over which statistics are shared; None inside such a map means local statistics. Under
+        plain `jax.jit` statistics are global without it, however x is sharded.
+      params: scale and bias of shape (features,), or None.
+      train: whether to measure x and update the state; a Python bool.
+      momentum: the weight that the old state keeps, in [0, 1]; None is the average of all updates.
+      epsilon: added to the variance; in units of x squared.
+      feature_axis: the axis of the features, or several; state and params then have their shape,
+        in the order of x.
+      where: boolean, broadcastable to x: True counts in the statistics. Every position is
+        standardized. A feature of which nothing counts becomes its bias and keeps its state.
+      axis_index_groups: lists of indices along `axis_name` that share statistics; None is all.
+      ddof: 1 divides the running variance by count - 1, as PyTorch does; y is not affected.
+
+    Returns:
+      y, of the shape and dtype of x, and the new state (the same one if not `train`). Statistics
+      are computed in float32 or better.
+
+    Raises:
+      TypeError: x is of an integer type, `where` is not boolean, params is no NormParams, state
+        is no BatchNormState, or `train` is traced.
+      ValueError: an axis is out of range or given twice, a shape does not fit, x is a scalar,
+        epsilon is negative, momentum is outside [0, 1], or nothing binds `axis_name`.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm as jn
+      >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+      >>> y, state = jn.batch_norm(x, jn.init_batch_norm_state(2), momentum=0.9)
+      >>> y.round(4)
+      Array([[-1., -1.],
+             [ 1.,  1.]], dtype=float32)
+      >>> state.mean
+      Array([0.2, 2. ], dtype=float32)
+      >>> y, _ = jn.batch_norm(x, state, train=False)
+
+    References:
+      Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
+      Internal Covariate Shift", 2015, arXiv:1502.03167.
+    """
+    x = check_input(x)
+    layout = batch_layout(x.shape, feature_axis)
+    state = _check_state(state, layout, x.dtype)
+    if not isinstance(train, bool):
+        raise TypeError(
+            f"train must be a Python bool, got {type(train).__name__}; mark it as static in "
+            "jax.jit, or bind it with functools.partial."
+        )
+    if not train:
+        y = normalize_with(x, layout, state.mean, state.var, params, epsilon=epsilon)
+        return y, state
+    devices = bound_devices(axis_name, axis_index_groups)
+    y, stats = normalize(x, layout, params, epsilon=epsilon, where=where, devices=devices)
+    return y, update_batch_norm_state(state, stats.moments(layout), momentum=momentum, ddof=ddof)
+
+
+def update_batch_norm_state(
+    state: BatchNormState,
+    moments: Moments,
+    *,
+    momentum: float | jax.Array | None = 0.99,
+    ddof: int = 0,
+) -> BatchNormState:
+    """The state moved towards the moments.
+
+        new = momentum * old + (1 - momentum) * measured
+
+    Args:
+      state: the running statistics.
+      moments: what was measured, of the same shape; features with count zero keep their state.
+      momentum: the weight that the old state keeps, in [0, 1]; None is the average of all updates.
+      ddof: what to take from the count that divides the sum of squares: 1 is the unbiased
+        estimate (where count > 1).
+
+    Returns:
+      A state of the same shapes and dtypes, its count one higher if anything counted.
+
+    Raises:
+      ValueError: the shapes differ, momentum is outside [0, 1], or ddof is not a count.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm as jn
+      >>> state = jn.init_batch_norm_state(1)
+      >>> measured = jn.moments(jnp.array([[2.0], [4.0]]), axis=0)
+      >>> jn.update_batch_norm_state(state, measured, momentum=0.5, ddof=1).var
+      Array([1.5], dtype=float32)
+    """
+    if jnp.shape(state.mean) != jnp.shape(moments.mean):
+        raise ValueError(
+            f"moments must have the shape of the state, {jnp.shape(state.mean)}, got "
+            f"{jnp.shape(moments.mean)}; measure over all axes but the features'."
+        )
+    if not isinstance(ddof, int) or ddof < 0:
+        raise ValueError(f"ddof must be an integer of at least 0, got {ddof!r}; pass 0 or 1.")
+    counted = moments.count > 0
+    if momentum is None:
+        updates = state.count.astype(state.var.dtype)
+        keep, gain = updates / (updates + 1), 1 / (updates + 1)
+    else:
+        keep, gain = _check_momentum(momentum), 1 - momentum
+    unbiased = moments.count / jnp.maximum(moments.count - ddof, 1)
+
+    def move(old, measured):
+        measured = measured.astype(old.dtype)
+        moved = jnp.asarray(keep, old.dtype) * old + jnp.asarray(gain, old.dtype) * measured
+        return jnp.where(counted, moved, old)
+
+    return BatchNormState(
+        move(state.mean, moments.mean),
+        move(state.var, moments.var * unbiased),
+        state.count + jnp.any(counted).astype(state.count.dtype),
+    )
+
+
+def _check_state(state: BatchNormState, layout: Layout, dtype: jnp.dtype) -> BatchNormState:
+    if not isinstance(state, BatchNormState):
+        raise TypeError(
+            f"state must be a BatchNormState, got {type(state).__name__}; start with "
+            "jaxnorm.init_batch_norm_state(features)."
+        )
+    mean = check_feature_array(state.mean, "state.mean", layout, dtype)
+    var = check_feature_array(state.var, "state.var", layout, dtype)
+    return BatchNormState(mean, var, jnp.asarray(state.count))
+
+
+def _check_momentum(momentum: float | jax.Array) -> float | jax.Array:
+    if not isinstance(momentum, Tracer) and not 0 <= momentum <= 1:
+        raise ValueError(
+            f"momentum must lie in [0, 1] or be None, got {momentum}; it is the weight that the "
+            "old statistics keep, so PyTorch's momentum m is 1 - m here."
+        )
+    return momentum

@@ -1,0 +1,55 @@
+"""Group normalization: statistics of each example and group of features."""
+
+import jax
+from jax.typing import ArrayLike
+
+from jaxnorm.core.layout import check_input, group_layout
+from jaxnorm.core.standardize import NormParams, normalize
+
+
+def group_norm(
+    x: ArrayLike,
+    params: NormParams | None = None,
+    *,
+    num_groups: int = 32,
+    feature_axis: int = -1,
+    epsilon: float = 1e-6,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """Group normalization: zero mean and unit variance in each example and group of features.
+
+        y = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias
+
+    Statistics are shared over all axes but the first, which holds the examples, and over the
+    features of one group: `num_groups` equal runs of neighbouring features.
+
+    Args:
+      x: array of shape (batch, ..., features), or with the features at `feature_axis`;
+        floating-point or complex.
+      params: scale and bias of shape (features,), or None.
+      num_groups: how many groups; it must divide the number of features. One group shares
+        statistics over the whole example.
+      feature_axis: the axis of the features; any but the first.
+      epsilon: added to the variance; in units of x squared.
+      where: boolean, broadcastable to x: True counts in the statistics. Every position is
+        standardized. Where nothing counts, the result is the bias.
+
+    Returns:
+      An array of the shape and dtype of x. Statistics are computed in float32 or better.
+
+    Raises:
+      TypeError: x is of an integer type, `where` is not boolean, or params is no NormParams.
+      ValueError: the groups do not divide the features, the feature axis is the first or out of
+        range, a shape does not fit, or epsilon is negative.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm as jn
+      >>> jn.group_norm(jnp.array([[1.0, 3.0, 10.0, 30.0]]), num_groups=2).round(4)
+      Array([[-1.,  1., -1.,  1.]], dtype=float32)
+
+    References:
+      Wu and He, "Group Normalization", 2018, arXiv:1803.08494.
+    """
+    x = check_input(x)
+    layout = group_layout(x.shape, num_groups, feature_axis)
+    return normalize(x, layout, params, epsilon=epsilon, where=where)[0]

@@ -1,0 +1,55 @@
+"""Instance normalization: statistics of each example and feature."""
+
+import jax
+from jax.typing import ArrayLike
+
+from jaxnorm.core.layout import check_input, instance_layout
+from jaxnorm.core.standardize import NormParams, normalize
+
+
+def instance_norm(
+    x: ArrayLike,
+    params: NormParams | None = None,
+    *,
+    feature_axis: int = -1,
+    epsilon: float = 1e-6,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """Instance normalization: zero mean and unit variance in each example and feature.
+
+        y = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias
+
+    Statistics are shared over all axes but the first, which holds the examples, and that of the
+    features: in an image, over its height and width.
+
+    Args:
+      x: array of shape (batch, ..., features), or with the features at `feature_axis`;
+        floating-point or complex.
+      params: scale and bias of shape (features,), or None.
+      feature_axis: the axis of the features; any but the first.
+      epsilon: added to the variance; in units of x squared.
+      where: boolean, broadcastable to x: True counts in the statistics. Every position is
+        standardized. Where nothing counts, the result is the bias.
+
+    Returns:
+      An array of the shape and dtype of x. Statistics are computed in float32 or better.
+
+    Raises:
+      TypeError: x is of an integer type, `where` is not boolean, or params is no NormParams.
+      ValueError: the feature axis is the first or out of range, a shape does not fit, or epsilon
+        is negative.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm as jn
+      >>> jn.instance_norm(jnp.array([[[1.0, 10.0], [3.0, 30.0]]])).round(4)
+      Array([[[-1., -1.],
+              [ 1.,  1.]]], dtype=float32)
+
+    References:
+      Ulyanov, Vedaldi and Lempitsky, "Instance Normalization: The Missing Ingredient for Fast
+      Stylization", 2016, arXiv:1607.08022.
+    """
+    x = check_input(x)
+    return normalize(
+        x, instance_layout(x.shape, feature_axis), params, epsilon=epsilon, where=where
+    )[0]

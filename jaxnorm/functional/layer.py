@@ -1,0 +1,54 @@
+"""Layer normalization: statistics over the given axes of each example."""
+
+import jax
+from jax.typing import ArrayLike
+
+from jaxnorm.core.layout import Axes, canonical_axes, check_input, make_layout
+from jaxnorm.core.standardize import NormParams, normalize
+
+
+def layer_norm(
+    x: ArrayLike,
+    params: NormParams | None = None,
+    *,
+    axis: Axes = -1,
+    epsilon: float = 1e-6,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """Layer normalization: zero mean and unit variance over `axis`, for each example by itself.
+
+        y = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias
+
+    It normalizes activations, not weights and biases, and needs no other example.
+
+    Args:
+      x: array of any shape with at least one axis; floating-point or complex.
+      params: scale and bias of the shape of x along `axis` (in the order of x), or None.
+      axis: the axis or axes that share statistics.
+      epsilon: added to the variance; in units of x squared.
+      where: boolean, broadcastable to x: True counts in the statistics. Every position is
+        standardized. Where nothing counts, the result is the bias.
+
+    Returns:
+      An array of the shape and dtype of x. Statistics are computed in float32 or better.
+
+    Raises:
+      TypeError: x is of an integer type, `where` is not boolean, or params is no NormParams.
+      ValueError: an axis is out of range or given twice, a shape does not fit, x is a scalar, or
+        epsilon is negative.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm as jn
+      >>> jn.layer_norm(jnp.array([[2.0, 4.0, 6.0, 8.0, 10.0]])).round(4)
+      Array([[-1.4142, -0.7071,  0.    ,  0.7071,  1.4142]], dtype=float32)
+      >>> images = jnp.ones((8, 32, 32, 3))
+      >>> jn.layer_norm(images, jn.init_params((32, 32, 3)), axis=(1, 2, 3)).shape
+      (8, 32, 32, 3)
+
+    References:
+      Ba, Kiros and Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
+    """
+    x = check_input(x)
+    axes = canonical_axes(axis, x.ndim)
+    layout = make_layout(x.shape, shared=axes, affine=axes)
+    return normalize(x, layout, params, epsilon=epsilon, where=where)[0]

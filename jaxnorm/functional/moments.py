@@ -1,0 +1,99 @@
+"""The moments by themselves: measured and merged."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxnorm.core.devices import AxisGroups, AxisName, bound_devices
+from jaxnorm.core.layout import Axes, canonical_axes, check_input, make_layout
+from jaxnorm.core.moments import Measure, Moments, measure, merge, promote
+
+
+def moments(
+    x: ArrayLike,
+    axis: Axes,
+    *,
+    where: ArrayLike | None = None,
+    axis_name: AxisName = None,
+    axis_index_groups: AxisGroups = None,
+) -> Moments:
+    """Mean, biased variance and count of x over `axis`, and over the devices of `axis_name`.
+
+    Args:
+      x: array of any shape with at least one axis; floating-point or complex.
+      axis: the axis or axes to measure over.
+      where: boolean, broadcastable to x: True counts.
+      axis_name: a name or a tuple of names, bound by `jax.shard_map`, `jax.pmap` or `jax.vmap`.
+      axis_index_groups: lists of indices along `axis_name` that share statistics; None is all.
+
+    Returns:
+      Moments of the shape of x without `axis`, in float32 or better. Where nothing counts, all of
+      them are zero.
+
+    Raises:
+      TypeError: x is of an integer type, or `where` is not boolean.
+      ValueError: an axis is out of range or given twice, `where` does not broadcast, x is a
+        scalar, or nothing binds `axis_name`.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm as jn
+      >>> mean, var, count = jn.moments(jnp.array([2.0, 4.0, 6.0, 8.0, 10.0]), axis=0)
+      >>> float(mean), float(var), float(count)
+      (6.0, 8.0, 5.0)
+
+    References:
+      Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+      Variances", 1979.
+    """
+    x = check_input(x)
+    layout = make_layout(x.shape, shared=canonical_axes(axis, x.ndim), affine=())
+    devices = bound_devices(axis_name, axis_index_groups)
+    how = Measure(layout, promote(x.dtype, jnp.float32), devices=devices)
+    return _moments(how, x, layout.mask(where))
+
+
+def merge_moments(a: Moments, b: Moments) -> Moments:
+    """The moments of the elements of a and b together, exact for any counts, zero included.
+
+    Args:
+      a: moments, whose arrays all have one shape.
+      b: moments of the same shape.
+
+    Returns:
+      Moments of that shape, as if measured over all elements at once.
+
+    Raises:
+      ValueError: the shapes differ.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm as jn
+      >>> a, b = jnp.array([2.0, 4.0]), jnp.array([6.0, 8.0, 10.0])
+      >>> merged = jn.merge_moments(jn.moments(a, 0), jn.moments(b, 0))
+      >>> [float(part) for part in merged]
+      [6.0, 8.0, 5.0]
+
+    References:
+      Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+      Variances", 1979.
+    """
+    shapes = [jnp.shape(part) for part in (*a, *b)]
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            "merge_moments must be given moments of one shape, got mean, var and count of shapes "
+            f"{shapes[:3]} and {shapes[3:]}; measure both over the same features."
+        )
+    mean, var, count = jax.tree.map(_stack, a, b)
+    mean, rest, var, count = merge(mean, jnp.zeros_like(mean), var, count)
+    return Moments(mean + rest, var, count)
+
+
+def _stack(a: jax.Array, b: jax.Array) -> jax.Array:
+    dtype = promote(a.dtype, b.dtype)
+    return jnp.stack([a.astype(dtype), b.astype(dtype)])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _moments(how, x, where):
+    return measure(how, x, where).moments(how.layout)

@@ -1,0 +1,49 @@
+"""Root-mean-square normalization: layer norm that does not centre."""
+
+import jax
+from jax.typing import ArrayLike
+
+from jaxnorm.core.layout import Axes, canonical_axes, check_input, make_layout
+from jaxnorm.core.standardize import NormParams, normalize
+
+
+def rms_norm(
+    x: ArrayLike,
+    params: NormParams | None = None,
+    *,
+    axis: Axes = -1,
+    epsilon: float = 1e-6,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """RMS normalization: a mean square of one over `axis`, for each example by itself.
+
+        y = x / sqrt(mean(x**2) + epsilon) * scale + bias
+
+    Args:
+      x: array of any shape with at least one axis; floating-point or complex.
+      params: scale and bias of the shape of x along `axis` (in the order of x), or None.
+      axis: the axis or axes that share statistics.
+      epsilon: added to the mean square; in units of x squared.
+      where: boolean, broadcastable to x: True counts in the statistics. Every position is
+        divided. Where nothing counts, the result is the bias.
+
+    Returns:
+      An array of the shape and dtype of x. Statistics are computed in float32 or better.
+
+    Raises:
+      TypeError: x is of an integer type, `where` is not boolean, or params is no NormParams.
+      ValueError: an axis is out of range or given twice, a shape does not fit, x is a scalar, or
+        epsilon is negative.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm as jn
+      >>> jn.rms_norm(jnp.array([[0.0, 0.0, 0.0, 4.0]])).round(4)
+      Array([[0., 0., 0., 2.]], dtype=float32)
+
+    References:
+      Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
+    """
+    x = check_input(x)
+    axes = canonical_axes(axis, x.ndim)
+    layout = make_layout(x.shape, shared=axes, affine=axes)
+    return normalize(x, layout, params, epsilon=epsilon, where=where, centred=False)[0]

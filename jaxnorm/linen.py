@@ -1,0 +1,191 @@
+"""Flax linen modules: drop-ins for the classes of the same names in `flax.linen`.
+
+Each is Flax's own class with another `__call__`: arguments, variables and their initialization are
+Flax's by inheritance, so checkpoints go both ways and `isinstance` holds. The modules own
+variables and do no arithmetic.
+
+`use_fast_variance` and `force_float32_reductions` are accepted: statistics are accurate, and in
+float32 or better, whatever they say. The latter still decides the dtype of running statistics.
+A `mask` is the `where` of the functions.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
+from flax.typing import Dtype
+
+from jaxnorm.core.devices import HERE, Devices, bound_devices
+from jaxnorm.core.layout import (
+    Layout,
+    batch_layout,
+    count_groups,
+    group_layout,
+    instance_layout,
+    make_layout,
+)
+from jaxnorm.core.standardize import NormParams, normalize, normalize_with
+from jaxnorm.functional.batch import BatchNormState, update_batch_norm_state
+
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
+
+
+class BatchNorm(nn.BatchNorm):
+    """`jaxnorm.batch_norm` with learned scale and bias and running statistics in `batch_stats`.
+
+    `use_running_average` is `not train`, `axis` is `feature_axis`; other arguments as there. While
+    the module is initialized, nothing has to bind `axis_name` and the statistics stay as they are.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxnorm.linen as jn
+      >>> x = jnp.ones((8, 3))
+      >>> norm = jn.BatchNorm(use_running_average=False)
+      >>> variables = norm.init(jax.random.key(0), x)
+      >>> y, updates = norm.apply(variables, x, mutable=["batch_stats"])
+      >>> jax.tree.map(jnp.shape, updates)
+      {'batch_stats': {'mean': (3,), 'var': (3,)}}
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalize x, and in training update the running statistics."""
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        layout = batch_layout(jnp.shape(x), self.axis, "axis")
+        stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        mean = self.variable("batch_stats", "mean", jnp.zeros, layout.affine_shape, stats_dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, layout.affine_shape, stats_dtype)
+        if use_running_average:
+            x, params, dtype = _prepare(self, x, layout)
+            return normalize_with(
+                x, layout, mean.value, var.value, params, epsilon=self.epsilon, dtype=dtype
+            )
+        y, stats = _normalize(self, x, layout, mask)
+        if not self.is_initializing():
+            state = BatchNormState(mean.value, var.value, jnp.zeros((), jnp.int32))
+            state = update_batch_norm_state(state, stats.moments(layout), momentum=self.momentum)
+            mean.value, var.value = state.mean, state.var
+        return y
+
+
+class LayerNorm(nn.LayerNorm):
+    """`jaxnorm.layer_norm` with learned scale and bias.
+
+    Statistics are shared over `reduction_axes`, and over the devices of `axis_name` if x is spread
+    over them along those; scale and bias span `feature_axes`. Other arguments as there.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxnorm.linen as jn
+      >>> y, variables = jn.LayerNorm().init_with_output(jax.random.key(0), jnp.ones((8, 3)))
+      >>> jax.tree.map(jnp.shape, variables)
+      {'params': {'bias': (3,), 'scale': (3,)}}
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalize x."""
+        layout = make_layout(jnp.shape(x), shared=self.reduction_axes, affine=self.feature_axes)
+        return _normalize(self, x, layout, mask)[0]
+
+
+class RMSNorm(nn.RMSNorm):
+    """`jaxnorm.rms_norm` with a learned scale; arguments as in LayerNorm.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxnorm.linen as jn
+      >>> y, variables = jn.RMSNorm().init_with_output(jax.random.key(0), jnp.ones((8, 3)))
+      >>> jax.tree.map(jnp.shape, variables)
+      {'params': {'scale': (3,)}}
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalize x."""
+        layout = make_layout(jnp.shape(x), shared=self.reduction_axes, affine=self.feature_axes)
+        return _normalize(self, x, layout, mask, centred=False)[0]
+
+
+class GroupNorm(nn.GroupNorm):
+    """`jaxnorm.group_norm` with learned scale and bias.
+
+    Give `num_groups`, or `num_groups=None` and `group_size`. The features are the last axis;
+    `reduction_axes`, which must hold it, are all but the first unless given.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxnorm.linen as jn
+      >>> norm = jn.GroupNorm(num_groups=None, group_size=2)
+      >>> norm.init_with_output(jax.random.key(0), jnp.ones((8, 5, 5, 6)))[0].shape
+      (8, 5, 5, 6)
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalize x."""
+        shape = jnp.shape(x)
+        num_groups = count_groups(shape[-1], self.num_groups, self.group_size)
+        layout = group_layout(shape, num_groups, shared=self.reduction_axes)
+        return _normalize(self, x, layout, mask)[0]
+
+
+class InstanceNorm(nn.InstanceNorm):
+    """`jaxnorm.instance_norm` with learned scale and bias.
+
+    `feature_axes` is `feature_axis`, or several of them; other arguments as there.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxnorm.linen as jn
+      >>> norm = jn.InstanceNorm()
+      >>> norm.init_with_output(jax.random.key(0), jnp.ones((8, 5, 5, 6)))[0].shape
+      (8, 5, 5, 6)
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalize x."""
+        layout = instance_layout(jnp.shape(x), self.feature_axes, "feature_axes")
+        return _normalize(self, x, layout, mask)[0]
+
+
+def _normalize(module: Any, x, layout: Layout, mask, centred: bool = True):
+    x, params, dtype = _prepare(module, x, layout)
+    return normalize(
+        x,
+        layout,
+        params,
+        epsilon=module.epsilon,
+        where=None if mask is None else jnp.asarray(mask, bool),
+        centred=centred,
+        devices=_devices(module),
+        dtype=dtype,
+    )
+
+
+def _prepare(module: Any, x, layout: Layout) -> tuple[jax.Array, NormParams, Dtype]:
+    """Return x made inexact, the parameters, and the result's dtype."""
+    shape, dtype = layout.affine_shape, module.param_dtype
+    scale = bias = None
+    if module.use_scale:
+        scale = module.param("scale", module.scale_init, shape, dtype)
+    if getattr(module, "use_bias", False):  # RMSNorm has none
+        bias = module.param("bias", module.bias_init, shape, dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = canonicalize_dtype(x, scale, bias, dtype=module.dtype)
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        x = x.astype(dtype)
+    return x, NormParams(scale, bias), dtype
+
+
+def _devices(module: Any) -> Devices:
+    if module.axis_name is None or module.is_initializing():
+        return HERE
+    return bound_devices(module.axis_name, module.axis_index_groups)

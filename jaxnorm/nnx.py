@@ -1,0 +1,182 @@
+"""Flax nnx modules: drop-ins for the classes of the same names in `flax.nnx`.
+
+Each is Flax's own class with another `__call__`: arguments, variables and their initialization are
+Flax's by inheritance, so checkpoints go both ways and `isinstance` holds. The modules own
+variables and do no arithmetic.
+
+`use_fast_variance` is accepted: statistics are accurate, and in float32 or better, whatever it
+says. `promote_dtype` is called as Flax calls it, but does not round the running statistics. A
+`mask` is the `where` of the functions.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.module import first_from
+from flax.nnx.nn.dtypes import canonicalize_dtype
+from flax.typing import Dtype
+
+from jaxnorm.core.devices import HERE, Devices, bound_devices
+from jaxnorm.core.layout import Layout, batch_layout, group_layout, instance_layout, make_layout
+from jaxnorm.core.standardize import NormParams, normalize, normalize_with
+from jaxnorm.functional.batch import BatchNormState, update_batch_norm_state
+
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
+
+
+class BatchNorm(nnx.BatchNorm):
+    """`jaxnorm.batch_norm` with learned scale and bias and running statistics.
+
+    `use_running_average` is `not train`, `axis` is `feature_axis`; other arguments as there.
+    `train()`, `eval()` and `nnx.view` set `use_running_average`; a call may overrule it. Under
+    `nnx.vmap`, give `axis_name` where one module serves all examples.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm.nnx as jn
+      >>> from flax import nnx
+      >>> norm = jn.BatchNorm(3, momentum=0.9, rngs=nnx.Rngs(0))
+      >>> y = norm(10.0 * jnp.ones((8, 3)))
+      >>> norm.mean[...]
+      Array([1., 1., 1.], dtype=float32)
+    """
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalize x, and in training update the running statistics."""
+        use_running_average = first_from(
+            use_running_average,
+            self.use_running_average,
+            error_msg="use_running_average must be given, got None; pass it to the constructor or "
+            "the call, or choose with train(), eval() or nnx.view.",
+        )
+        layout = batch_layout(jnp.shape(x), self.axis, "axis")
+        mean, var = self.mean[...], self.var[...]
+        if use_running_average:
+            x, params, dtype = _prepare(self, x, layout, mean, var)
+            return normalize_with(x, layout, mean, var, params, epsilon=self.epsilon, dtype=dtype)
+        y, stats = _normalize(self, x, layout, mask, mean, var)
+        state = BatchNormState(mean, var, jnp.zeros((), jnp.int32))
+        state = update_batch_norm_state(state, stats.moments(layout), momentum=self.momentum)
+        # Where variables are references, none may be left holding what jax.grad traces.
+        self.mean[...], self.var[...] = jax.lax.stop_gradient((state.mean, state.var))
+        return y
+
+
+class LayerNorm(nnx.LayerNorm):
+    """`jaxnorm.layer_norm` with learned scale and bias.
+
+    Statistics are shared over `reduction_axes`, and over the devices of `axis_name` if x is spread
+    over them along those; scale and bias span `feature_axes`. Other arguments as there.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm.nnx as jn
+      >>> from flax import nnx
+      >>> jn.LayerNorm(3, rngs=nnx.Rngs(0))(jnp.ones((8, 3))).shape
+      (8, 3)
+    """
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalize x."""
+        layout = make_layout(jnp.shape(x), shared=self.reduction_axes, affine=self.feature_axes)
+        return _normalize(self, x, layout, mask)[0]
+
+
+class RMSNorm(nnx.RMSNorm):
+    """`jaxnorm.rms_norm` with a learned scale; arguments as in LayerNorm.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm.nnx as jn
+      >>> from flax import nnx
+      >>> jn.RMSNorm(3, rngs=nnx.Rngs(0))(jnp.ones((8, 3))).shape
+      (8, 3)
+    """
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Normalize x."""
+        layout = make_layout(jnp.shape(x), shared=self.reduction_axes, affine=self.feature_axes)
+        return _normalize(self, x, layout, mask, centred=False)[0]
+
+
+class GroupNorm(nnx.GroupNorm):
+    """`jaxnorm.group_norm` with learned scale and bias.
+
+    Give `num_groups`, or `num_groups=None` and `group_size`. The features are the last axis;
+    `reduction_axes`, which must hold it, are all but the first unless given.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm.nnx as jn
+      >>> from flax import nnx
+      >>> jn.GroupNorm(6, num_groups=3, rngs=nnx.Rngs(0))(jnp.ones((8, 5, 5, 6))).shape
+      (8, 5, 5, 6)
+    """
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalize x."""
+        layout = group_layout(jnp.shape(x), self.num_groups, shared=self.reduction_axes)
+        return _normalize(self, x, layout, mask)[0]
+
+
+class InstanceNorm(nnx.InstanceNorm):
+    """`jaxnorm.instance_norm` with learned scale and bias.
+
+    `feature_axes` is `feature_axis`, or several of them; other arguments as there.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm.nnx as jn
+      >>> from flax import nnx
+      >>> jn.InstanceNorm(6, rngs=nnx.Rngs(0))(jnp.ones((8, 5, 5, 6))).shape
+      (8, 5, 5, 6)
+    """
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalize x."""
+        layout = instance_layout(jnp.shape(x), self.feature_axes, "feature_axes")
+        return _normalize(self, x, layout, mask)[0]
+
+
+def _normalize(module: Any, x, layout: Layout, mask, *running: jax.Array, centred: bool = True):
+    x, params, dtype = _prepare(module, x, layout, *running)
+    return normalize(
+        x,
+        layout,
+        params,
+        epsilon=module.epsilon,
+        where=None if mask is None else jnp.asarray(mask, bool),
+        centred=centred,
+        devices=_devices(module),
+        dtype=dtype,
+    )
+
+
+def _prepare(
+    module: Any, x, layout: Layout, *running: jax.Array
+) -> tuple[jax.Array, NormParams, Dtype]:
+    """Return x and the parameters as `promote_dtype` makes them, and the result's dtype."""
+    owned = [module.scale, module.bias] if hasattr(module, "use_bias") else [module.scale]
+    values = [None if param is None else param[...] for param in owned]
+    with jax.numpy_dtype_promotion("standard"):
+        promoted = module.promote_dtype((x, *running, *values), dtype=module.dtype)
+        x, values = promoted[0], promoted[1 + len(running) :]
+        dtype = canonicalize_dtype(x, *values, dtype=module.dtype)
+    return x, NormParams(*(_fold(value, layout) for value in values)), dtype
+
+
+def _fold(value: jax.Array | None, layout: Layout) -> jax.Array | None:
+    """A parameter of shape (num_features,) as the functions take it: in the shape of its axes."""
+    if value is None or value.size != math.prod(layout.affine_shape):
+        return value
+    return value.reshape(layout.affine_shape)
+
+
+def _devices(module: Any) -> Devices:
+    if module.axis_name is None:
+        return HERE
+    return bound_devices(module.axis_name, module.axis_index_groups)

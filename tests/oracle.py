@@ -1,0 +1,107 @@
+"""The truth: NumPy in float64, one function per norm, written from the papers' definitions.
+
+`standardized` and `gradients` know nothing of layouts: they take the axes that share statistics of
+an array in which the groups are already an axis of their own.
+"""
+
+import math
+
+import numpy as np
+
+
+def wide(a):
+    """In float64, or complex128."""
+    return np.asarray(a, np.complex128 if np.iscomplexobj(a) else np.float64)
+
+
+def statistics(x, axes, where=None, centred=True):
+    """Mean, variance and count over axes, which stay with size one."""
+    w = np.broadcast_to(True if where is None else where, x.shape)
+    n = w.sum(axes, keepdims=True)
+    mean = np.where(w, x, 0).sum(axes, keepdims=True) / np.maximum(n, 1)
+    if not centred:
+        mean = np.zeros_like(mean)
+    var = np.where(w, np.abs(x - mean) ** 2, 0).sum(axes, keepdims=True) / np.maximum(n, 1)
+    return mean, var, n
+
+
+def standardized(x, axes, epsilon, where=None, centred=True):
+    """h and rstd; both zero where nothing counts."""
+    x = wide(x)
+    mean, var, n = statistics(x, axes, where, centred)
+    with np.errstate(divide="ignore"):
+        rstd = np.where((n > 0) & (var + epsilon > 0), 1 / np.sqrt(var + epsilon), 0)
+    return (x - mean) * rstd, rstd, n
+
+
+def gradient(x, g, axes, epsilon, where=None, centred=True):
+    """The cotangent of x, for g that of the standardized x: with the statistics' own terms."""
+    w = np.broadcast_to(True if where is None else where, np.shape(x))
+    h, rstd, n = standardized(x, axes, epsilon, where, centred)
+    own = h * (g * h).sum(axes, keepdims=True)
+    if centred:
+        own = own + g.sum(axes, keepdims=True)
+    return rstd * (g - w * own / np.maximum(n, 1))
+
+
+def affine(h, scale, bias, axes):
+    """h * scale + bias, where scale and bias span axes."""
+    shape = [size if axis in axes else 1 for axis, size in enumerate(h.shape)]
+    h = h if scale is None else h * wide(scale).reshape(shape)
+    return h if bias is None else h + wide(bias).reshape(shape)
+
+
+def batch_norm(x, scale=None, bias=None, *, feature_axis=-1, epsilon=1e-5, where=None):
+    """Ioffe and Szegedy, 2015."""
+    feature = feature_axis % np.ndim(x)
+    axes = tuple(axis for axis in range(np.ndim(x)) if axis != feature)
+    return affine(standardized(x, axes, epsilon, where)[0], scale, bias, (feature,))
+
+
+def layer_norm(x, scale=None, bias=None, *, axis=-1, epsilon=1e-6, where=None):
+    """Ba, Kiros and Hinton, 2016."""
+    axes = tuple(a % np.ndim(x) for a in np.atleast_1d(axis))
+    return affine(standardized(x, axes, epsilon, where)[0], scale, bias, axes)
+
+
+def rms_norm(x, scale=None, bias=None, *, axis=-1, epsilon=1e-6, where=None):
+    """Zhang and Sennrich, 2019."""
+    axes = tuple(a % np.ndim(x) for a in np.atleast_1d(axis))
+    return affine(standardized(x, axes, epsilon, where, centred=False)[0], scale, bias, axes)
+
+
+def group_norm(
+    x, scale=None, bias=None, *, num_groups=32, feature_axis=-1, epsilon=1e-6, where=None
+):
+    """Wu and He, 2018: group by group."""
+    x = wide(x)
+    w = np.broadcast_to(True if where is None else where, x.shape)
+    axes = tuple(range(1, x.ndim))
+    runs = np.split(np.arange(x.shape[feature_axis]), num_groups)
+    h = np.concatenate(
+        [
+            standardized(x.take(run, feature_axis), axes, epsilon, where=w.take(run, feature_axis))[
+                0
+            ]
+            for run in runs
+        ],
+        feature_axis,
+    )
+    return affine(h, scale, bias, (feature_axis % x.ndim,))
+
+
+def instance_norm(x, scale=None, bias=None, *, feature_axis=-1, epsilon=1e-6, where=None):
+    """Ulyanov, Vedaldi and Lempitsky, 2016: image by image, channel by channel."""
+    feature = feature_axis % np.ndim(x)
+    axes = tuple(axis for axis in range(1, np.ndim(x)) if axis != feature)
+    return affine(standardized(x, axes, epsilon, where)[0], scale, bias, (feature,))
+
+
+def units(result, truth, dtype=np.float32):
+    """The largest error, in units in the last place of the largest element of the truth."""
+    result, truth = wide(result), wide(truth)
+    if not truth.size:
+        return 0.0
+    largest = max(np.abs(truth).max(), np.finfo(dtype).tiny)
+    error = np.abs(result - truth).max() / largest / float(np.finfo(dtype).eps)
+    return math.inf if np.isnan(error) else float(error)
