@@ -7,12 +7,17 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same examples in every run; each shape compiles, so there is no telling how long one takes.
+hypothesis.settings.register_profile("jaxnorm", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("jaxnorm")
 
 
 @pytest.fixture

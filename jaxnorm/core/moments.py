@@ -77,11 +77,15 @@ class Measure(NamedTuple):
     centred: bool = True
     devices: Devices = HERE
 
+    def prepare(self, x: jax.Array) -> jax.Array:
+        """x as the arithmetic sees it: cast up, and its groups an axis of their own."""
+        return x.astype(self.dtype).reshape(self.layout.view)
+
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def measure(how: Measure, x: jax.Array, where: jax.Array | None) -> Statistics:
-    """The statistics of x, in the shape of the layout's view, over the elements in `where`."""
-    x = x.astype(how.dtype)
+    """The statistics of x over the elements in `where`."""
+    x = how.prepare(x)
     count = _count(how, where)
     mean = rest = None
     if how.centred:
@@ -105,8 +109,8 @@ def _measure_jvp(how, primals, tangents):
     # checkpoint: the backward pass keeps x, in its own dtype, and computes h again.
     @jax.checkpoint
     def averages(tx, x, where, stats):
-        tx = tx.astype(how.dtype)
-        h = centre(x.astype(how.dtype), stats.mean, stats.rest) * stats.rstd.astype(how.dtype)
+        tx = how.prepare(tx)
+        h = centre(how.prepare(x), stats.mean, stats.rest) * stats.rstd.astype(how.dtype)
         q = _average(how, real_product(tx, h), where, stats.count)
         if not how.centred:
             return None, how.devices.sum(q)
@@ -122,19 +126,21 @@ def _measure_jvp(how, primals, tangents):
 
 
 def merge(
-    mean, rest, var: jax.Array, count: jax.Array, share: Any = True
+    mean, rest, var: jax.Array, count: jax.Array, share: jax.Array | None = None
 ) -> tuple[Any, Any, jax.Array, jax.Array]:
-    """Mean (a pair), variance and count of all the parts along the first axis that share.
+    """Mean (a pair), variance and count of the parts along the first axis, or of those that share.
 
     Chan, Golub and LeVeque (1979), for any number of parts at once. It is the equation above once
     more, its elements now being means, each bringing its own variance and weight.
     """
-    share = jnp.reshape(share, jnp.shape(share) + (1,) * (count.ndim - 1)) & (count > 0)
-    total = jnp.sum(count, 0, where=share, keepdims=True)
-    weight = jnp.where(share, count, 0) / jnp.maximum(total, 1)
+    counted = count > 0
+    if share is not None:
+        counted &= share.reshape(share.shape + (1,) * (count.ndim - 1))
+    total = jnp.sum(count, 0, where=counted, keepdims=True)
+    weight = count / jnp.maximum(total, 1)
 
     def average(a):
-        return jnp.sum(jnp.where(share, a, 0) * weight.astype(a.dtype), 0, keepdims=True)
+        return jnp.sum(a * weight.astype(a.dtype), 0, where=counted, keepdims=True)
 
     if mean is None:
         return None, None, average(var)[0], total[0]

@@ -100,7 +100,6 @@ def normalize_with(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _normalize(how, dtype, x, params, where):
-    x = x.reshape(how.layout.view)
     stats = measure(how, x, where)
     return _standardize(how, dtype, x, stats.mean, stats.rest, stats.rstd, params), stats
 
@@ -110,12 +109,12 @@ def _normalize_with(how, dtype, x, mean, var, params):
     real = jnp.finfo(how.dtype).dtype
     mean = how.layout.spread(mean).astype(how.dtype)
     rstd = reciprocal_std(how.layout.spread(var).astype(real), how.epsilon)
-    return _standardize(how, dtype, x.reshape(how.layout.view), mean, None, rstd, params)
+    return _standardize(how, dtype, x, mean, None, rstd, params)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(0, 1))
 def _standardize(how, dtype, x, mean, rest, rstd, params):
-    y = centre(x.astype(how.dtype), mean, rest) * rstd.astype(how.dtype)
+    y = centre(how.prepare(x), mean, rest) * rstd.astype(how.dtype)
     if params.scale is not None:
         y = y * how.layout.spread(params.scale).astype(how.dtype)
     if params.bias is not None:

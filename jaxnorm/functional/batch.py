@@ -190,6 +190,11 @@ def _check_state(state: BatchNormState, layout: Layout, dtype: jnp.dtype) -> Bat
             "jaxnorm.init_batch_norm_state(features)."
         )
     mean = check_feature_array(state.mean, "state.mean", layout, dtype)
+    if jnp.issubdtype(dtype, jnp.complexfloating) and not jnp.iscomplexobj(mean):
+        raise TypeError(
+            f"state.mean must be complex where x is, got {mean.dtype} for x of {dtype}; make it "
+            "with jaxnorm.init_batch_norm_state(features, dtype)."
+        )
     var = check_feature_array(state.var, "state.var", layout, dtype)
     return BatchNormState(mean, var, jnp.asarray(state.count))
 

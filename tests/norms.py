@@ -1,0 +1,86 @@
+"""The five norms, as the tests see them: ours, the truth, and a plain formula for JAX.
+
+Every function takes (x, scale, bias, where) and keyword options, and returns y.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import oracle
+from jax import lax
+
+import jaxnorm as jn
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """One norm with the options that it is tested with."""
+
+    name: str
+    function: Callable
+    truth: Callable
+    options: dict[str, Any]
+    groups: int | None = None
+    centred: bool = True
+
+    def __call__(self, x, scale=None, bias=None, where=None, **options):
+        params = jn.NormParams(scale, bias)
+        return self.function(x, params, where=where, **(self.options | options))
+
+    def features(self, shape):
+        """The shape of scale and bias."""
+        axes = self.options.get("axis", -1)
+        return tuple(shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)))
+
+    def shared(self, ndim):
+        """The axes that share statistics, in an array whose last axis is split into groups."""
+        if self.name == "batch":
+            return tuple(range(ndim - 1))
+        if self.name in ("layer", "rms"):
+            axes = self.options["axis"]
+            return tuple(axis % ndim for axis in (axes if isinstance(axes, tuple) else (axes,)))
+        return tuple(range(1, ndim - 1)) + ((ndim,) if self.groups else ())
+
+    def split(self, a):
+        """The last axis as (groups, features of a group), if there are groups."""
+        if not self.groups:
+            return a
+        size = a.shape[-1]
+        last = (self.groups, size // self.groups) if size > 1 else (1, 1)
+        return a.reshape(a.shape[:-1] + last)
+
+    def plain(self, x, scale=None, bias=None, where=None, epsilon=1e-6):
+        """The textbook's formula, for JAX to differentiate in float64."""
+        v, axes = self.split(x), self.shared(x.ndim)
+        w = jnp.broadcast_to(True if where is None else self.split(where), v.shape)
+        n = jnp.sum(w, axes, keepdims=True).astype(v.real.dtype)
+        mean = jnp.sum(v, axes, where=w, keepdims=True) / n.astype(v.dtype) if self.centred else 0
+        var = jnp.sum(jnp.abs(v - mean) ** 2, axes, where=w, keepdims=True) / n
+        h = (v - mean) * lax.rsqrt(var + epsilon).astype(v.dtype)
+        y = h.reshape(x.shape)
+        for param, combine in ((scale, jnp.multiply), (bias, jnp.add)):
+            if param is not None:
+                y = combine(y, param.reshape((1,) * (x.ndim - param.ndim) + param.shape))
+        return y
+
+
+def _batch(x, params, *, where=None, **options):
+    state = jn.init_batch_norm_state(x.shape[-1], x.dtype)
+    return jn.batch_norm(x, state, params=params, where=where, **options)[0]
+
+
+NORMS = [
+    Norm("batch", _batch, oracle.batch_norm, {"epsilon": 1e-6}),
+    Norm("layer", jn.layer_norm, oracle.layer_norm, {"axis": -1}),
+    Norm("layer", jn.layer_norm, oracle.layer_norm, {"axis": (-2, -1)}),
+    Norm("rms", jn.rms_norm, oracle.rms_norm, {"axis": -1}, centred=False),
+    Norm("group", jn.group_norm, oracle.group_norm, {"num_groups": 2}, groups=2),
+    Norm("instance", jn.instance_norm, oracle.instance_norm, {}),
+]
+
+
+def norm_id(norm: Norm) -> str:
+    """A name for pytest."""
+    return norm.name + ("-two-axes" if norm.options.get("axis") == (-2, -1) else "")

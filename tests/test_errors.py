@@ -1,0 +1,225 @@
+"""Bad input is refused while tracing, with what must hold, what was given and what to do."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxnorm as jn
+
+X = jnp.ones((4, 6))
+STATE = jn.init_batch_norm_state(6)
+DICT: Any = {}  # for the type checker, anything
+HALF: Any = 0.5
+
+
+def bad(name, call, error, *words):
+    return pytest.param(call, error, words, id=name)
+
+
+CASES = [
+    bad(
+        "scale of another size",
+        lambda: jn.layer_norm(X, jn.init_params(5)),
+        ValueError,
+        "scale must have shape (6,)",
+        "got (5,)",
+    ),
+    bad(
+        "bias of another size",
+        lambda: jn.rms_norm(X, jn.NormParams(bias=jnp.ones(4))),
+        ValueError,
+        "bias must have shape (6,)",
+        "got (4,)",
+    ),
+    bad(
+        "state of another size",
+        lambda: jn.batch_norm(X, jn.init_batch_norm_state(4)),
+        ValueError,
+        "state.mean must have shape (6,)",
+        "got (4,)",
+    ),
+    bad(
+        "state of another size in evaluation",
+        lambda: jn.batch_norm(X, jn.init_batch_norm_state(4), train=False),
+        ValueError,
+        "state.mean must have shape (6,)",
+    ),
+    bad("no state", lambda: jn.batch_norm(X, DICT), TypeError, "BatchNormState", "dict"),
+    bad("params of another type", lambda: jn.layer_norm(X, DICT), TypeError, "NormParams", "dict"),
+    bad(
+        "complex params for a real x",
+        lambda: jn.layer_norm(X, jn.init_params(6, dtype=jnp.complex64)),
+        TypeError,
+        "scale must be real",
+        "complex64",
+    ),
+    bad(
+        "real state for a complex x",
+        lambda: jn.batch_norm(X.astype(jnp.complex64), STATE),
+        TypeError,
+        "state.mean must be complex",
+        "float32",
+    ),
+    bad(
+        "groups that do not divide",
+        lambda: jn.group_norm(X, num_groups=4),
+        ValueError,
+        "num_groups",
+        "divides the features",
+        "got 4 for 6",
+    ),
+    bad("no groups", lambda: jn.group_norm(X, num_groups=0), ValueError, "positive", "got 0"),
+    bad("axis out of range", lambda: jn.layer_norm(X, axis=2), ValueError, "[-2, 2)", "got 2"),
+    bad("axis twice", lambda: jn.layer_norm(X, axis=(1, -1)), ValueError, "once", "(1, -1)"),
+    bad("axis not an integer", lambda: jn.rms_norm(X, axis=HALF), TypeError, "integer", "0.5"),
+    bad(
+        "feature axis out of range",
+        lambda: jn.instance_norm(X, feature_axis=-3),
+        ValueError,
+        "feature_axis",
+        "got -3",
+    ),
+    bad(
+        "features along the examples",
+        lambda: jn.group_norm(X, num_groups=2, feature_axis=0),
+        ValueError,
+        "first axis",
+        "batch axis",
+    ),
+    bad(
+        "where that does not broadcast",
+        lambda: jn.layer_norm(X, where=jnp.ones((4, 5), bool)),
+        ValueError,
+        "where must broadcast",
+        "(4, 6)",
+        "(4, 5)",
+    ),
+    bad(
+        "where of higher rank",
+        lambda: jn.layer_norm(X, where=jnp.ones((1, 4, 6), bool)),
+        ValueError,
+        "where must broadcast",
+    ),
+    bad(
+        "where that is not boolean",
+        lambda: jn.batch_norm(X, STATE, where=jnp.ones((4, 6))),
+        TypeError,
+        "where must be boolean",
+        "float32",
+    ),
+    bad(
+        "integers",
+        lambda: jn.layer_norm(jnp.ones((4, 6), jnp.int32)),
+        TypeError,
+        "x must be floating-point",
+        "int32",
+        "astype",
+    ),
+    bad("a scalar", lambda: jn.layer_norm(jnp.float32(1)), ValueError, "one axis", "scalar"),
+    bad(
+        "epsilon below zero",
+        lambda: jn.layer_norm(X, epsilon=-1e-6),
+        ValueError,
+        "epsilon must be at least 0",
+        "-1e-06",
+    ),
+    bad(
+        "epsilon not a number",
+        lambda: jn.layer_norm(X, epsilon=float("nan")),
+        ValueError,
+        "epsilon must be",
+        "nan",
+    ),
+    bad(
+        "epsilon traced",
+        lambda: jax.jit(lambda e: jn.layer_norm(X, epsilon=e))(1e-6),
+        TypeError,
+        "epsilon must be a Python number",
+    ),
+    bad(
+        "momentum outside [0, 1]",
+        lambda: jn.batch_norm(X, STATE, momentum=1.5),
+        ValueError,
+        "momentum must lie in [0, 1]",
+        "1.5",
+    ),
+    bad(
+        "ddof below zero",
+        lambda: jn.batch_norm(X, STATE, ddof=-1),
+        ValueError,
+        "ddof",
+        "got -1",
+    ),
+    bad(
+        "train traced",
+        lambda: jax.jit(lambda t: jn.batch_norm(X, STATE, train=t))(True),
+        TypeError,
+        "train must be a Python bool",
+        "static",
+    ),
+    bad(
+        "a name that nothing binds",
+        lambda: jn.batch_norm(X, STATE, "data"),
+        ValueError,
+        "'data'",
+        "shard_map",
+        "pmap",
+        "vmap",
+        "jax.jit",
+    ),
+    bad(
+        "a name that nothing binds, in a tuple",
+        lambda: jax.vmap(lambda x: jn.moments(x, 0, axis_name=("i", "j")), axis_name="i")(X),
+        ValueError,
+        "('i', 'j')",
+    ),
+    bad(
+        "groups without a name",
+        lambda: jn.batch_norm(X, STATE, axis_index_groups=[[0]]),
+        ValueError,
+        "axis_name",
+    ),
+    bad(
+        "groups that leave out an index",
+        lambda: jax.vmap(
+            lambda x: jn.moments(x, 0, axis_name="i", axis_index_groups=[[0, 1], [2]]),
+            axis_name="i",
+        )(X),
+        ValueError,
+        "each index from 0 to 3",
+        "[[0, 1], [2]]",
+    ),
+    bad(
+        "moments of different shapes",
+        lambda: jn.merge_moments(jn.moments(X, 0), jn.moments(X, 1)),
+        ValueError,
+        "one shape",
+        "(6,)",
+        "(4,)",
+    ),
+    bad(
+        "moments of another shape than the state",
+        lambda: jn.update_batch_norm_state(STATE, jn.moments(X, 1)),
+        ValueError,
+        "(6,)",
+        "got (4,)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "words"), CASES)
+def test_says_what_is_wrong(call, error, words):
+    with pytest.raises(error) as raised:
+        call()
+    message = str(raised.value)
+    for word in words:
+        assert word in message
+    assert ";" in message  # what to do follows what was given
+    assert "\n" not in message
+
+
+def test_raised_while_tracing():
+    with pytest.raises(ValueError, match="axis must lie"):
+        jax.eval_shape(lambda x: jn.layer_norm(x, axis=5), jax.ShapeDtypeStruct((4, 6), "float32"))

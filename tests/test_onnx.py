@@ -1,0 +1,80 @@
+"""ONNX's own node cases for the five norms, features first as ONNX has them."""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxnorm as jn
+
+pytest.importorskip("onnx", reason="ONNX is in the extra 'peers'")
+
+OPERATORS = [
+    "BatchNormalization",
+    "GroupNormalization",
+    "InstanceNormalization",
+    "LayerNormalization",
+    "RMSNormalization",
+]
+
+
+@functools.cache  # they can be collected only once
+def all_cases() -> list[Any]:
+    from onnx.backend.test.case.node import collect_testcases
+
+    return [case for case in collect_testcases() if case.model and case.data_sets]
+
+
+def cases(operator):
+    for case in all_cases():
+        node = case.model.graph.node[0]
+        if node.op_type == operator and "expanded" not in case.name:
+            yield case.name, {a.name: a.f or a.i for a in node.attribute}, case.data_sets[0]
+
+
+def normalize(operator, attributes, x, *arrays):
+    """ONNX's outputs for its inputs and attributes."""
+    epsilon = attributes.get("epsilon", 1e-5)
+    params = jn.NormParams(*map(jnp.asarray, arrays[:2]))
+    if operator == "BatchNormalization":
+        train = bool(attributes.get("training_mode", 0))
+        mean, var = map(jnp.asarray, arrays[2:])
+        state = jn.BatchNormState(mean, var, jnp.zeros((), jnp.int32))
+        y, state = jn.batch_norm(
+            x,
+            state,
+            params=params,
+            train=train,
+            momentum=attributes.get("momentum", 0.9),
+            epsilon=epsilon,
+            feature_axis=1,
+        )
+        return (y, *state[:2]) if train else (y,)
+    if operator == "GroupNormalization":
+        groups = attributes["num_groups"]
+        return (jn.group_norm(x, params, num_groups=groups, feature_axis=1, epsilon=epsilon),)
+    if operator == "InstanceNormalization":
+        return (jn.instance_norm(x, params, feature_axis=1, epsilon=epsilon),)
+    axis = tuple(range(attributes.get("axis", -1) % x.ndim, x.ndim))
+    if operator == "RMSNormalization":
+        return (jn.rms_norm(x, params, axis=axis, epsilon=epsilon),)
+    mean, var, _ = jn.moments(x, axis)
+    y = jn.layer_norm(x, params, axis=axis, epsilon=epsilon)
+    kept = x.shape[: x.ndim - len(axis)] + (1,) * len(axis)
+    return y, mean.reshape(kept), 1 / jnp.sqrt(var + epsilon).reshape(kept)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # ONNX divides by zero in other cases
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_node_cases(operator):
+    names = []
+    for name, attributes, (inputs, outputs) in cases(operator):
+        ours = normalize(operator, attributes, *inputs)
+        assert len(ours) == len(outputs), name
+        for result, expected in zip(ours, outputs, strict=True):
+            # The cases were computed in float32, naively.
+            np.testing.assert_allclose(result, expected, rtol=1e-5, atol=2e-6, err_msg=name)
+        names.append(name)
+    assert len(names) >= 2
