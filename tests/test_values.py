@@ -122,13 +122,16 @@ def test_where_nothing_counts_there_is_the_bias_and_no_gradient(norm, rng):
     x = sample(rng, (4, 6, 8), jnp.float32)
     scale, bias = (sample(rng, norm.features(x.shape), jnp.float32) for _ in range(2))
     nothing = jnp.zeros(x.shape, bool)
-    y, backward = jax.vjp(lambda x, s, b: norm(x, s, b, where=nothing), x, scale, bias)
+    f = lambda x, scale, bias: norm(x, scale, bias, where=nothing)
+    y, backward = jax.vjp(f, x, scale, bias)
     expand = (1,) * (x.ndim - bias.ndim) + bias.shape
     np.testing.assert_array_equal(y, jnp.broadcast_to(bias.reshape(expand), x.shape))
     dx, dscale, dbias = backward(jnp.ones_like(y))
     assert not dx.any()
     assert not dscale.any()
     assert dbias.all()
+    second = jax.grad(lambda x: jnp.sum(jax.grad(lambda x: jnp.sum(f(x, scale, bias) ** 3))(x)))
+    assert not second(x).any()
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])

@@ -36,14 +36,15 @@ class Devices(NamedTuple):
         group = jnp.asarray(self.groups)
         return table, group == group[index]
 
-    def sum(self, a: jax.Array) -> jax.Array:
-        """The sum of `a` over the devices that share; its transpose is the same sum."""
+    def sum(self, tree: Any) -> Any:
+        """The sums of arrays over the devices that share; its transpose is the same sums."""
         if self.name is None:
-            return a
+            return tree
         if self.groups is None:
-            return lax.psum(a, self.name)
-        group = jnp.asarray(self.groups)[lax.axis_index(self.name)]
-        return lax.psum(_row(a, group, max(self.groups) + 1), self.name)[group]
+            return lax.psum(tree, self.name)
+        group, size = jnp.asarray(self.groups)[lax.axis_index(self.name)], max(self.groups) + 1
+        table = lax.psum(jax.tree.map(lambda a: _row(a, group, size), tree), self.name)
+        return jax.tree.map(lambda rows: rows[group], table)
 
 
 HERE = Devices()  # no other device

@@ -112,15 +112,13 @@ def _measure_jvp(how, primals, tangents):
         tx = how.prepare(tx)
         h = centre(how.prepare(x), stats.mean, stats.rest) * stats.rstd.astype(how.dtype)
         q = _average(how, real_product(tx, h), where, stats.count)
-        if not how.centred:
-            return None, how.devices.sum(q)
-        t_mean = _average(how, tx, where, stats.count)
-        both = how.devices.sum(jnp.stack([t_mean, q.astype(how.dtype)]))  # in one collective
-        return both[0], jnp.real(both[1])
+        t_mean = _average(how, tx, where, stats.count) if how.centred else None
+        return how.devices.sum((t_mean, q))
 
     t_mean, q = averages(tangents[0], x, where, stats)
     t_rest = None if stats.rest is None else jnp.zeros_like(stats.rest)
-    t_var = jnp.where(stats.rstd > 0, 2 / stats.rstd, 0) * q
+    # Where rstd is zero nothing is felt; the one is there for derivatives of this line.
+    t_var = jnp.where(stats.rstd > 0, 2 / jnp.where(stats.rstd > 0, stats.rstd, 1), 0) * q
     t_count = jnp.zeros_like(stats.count)
     return stats, Statistics(t_mean, t_rest, t_var, t_count, -(stats.rstd**2) * q)
 
@@ -164,8 +162,10 @@ def reciprocal_std(var: jax.Array, epsilon: float, count: jax.Array | None = Non
 
     Zero makes such elements the bias, with no gradient, where infinity would make them NaN.
     """
-    rstd = jnp.where(var + epsilon <= 0, 0, lax.rsqrt(var + epsilon))
-    return rstd if count is None else jnp.where(count > 0, rstd, 0)
+    zero = var + epsilon <= 0
+    if count is not None:
+        zero |= count == 0
+    return jnp.where(zero, 0, lax.rsqrt(jnp.where(zero, 1, var + epsilon)))
 
 
 def promote(*dtypes: DTypeLike) -> jnp.dtype:
