@@ -24,10 +24,10 @@ from jaxnorm.core.layout import (
     count_groups,
     group_layout,
     instance_layout,
-    make_layout,
+    layer_layout,
 )
 from jaxnorm.core.standardize import NormParams, normalize, normalize_with
-from jaxnorm.functional.batch import BatchNormState, update_batch_norm_state
+from jaxnorm.functional.batch import update_running_statistics
 
 __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 
@@ -71,9 +71,9 @@ class BatchNorm(nn.BatchNorm):
             )
         y, stats = _normalize(self, x, layout, mask)
         if not self.is_initializing():
-            state = BatchNormState(mean.value, var.value, jnp.zeros((), jnp.int32))
-            state = update_batch_norm_state(state, stats.moments(layout), momentum=self.momentum)
-            mean.value, var.value = state.mean, state.var
+            mean.value, var.value = update_running_statistics(
+                mean.value, var.value, stats.moments(layout), self.momentum
+            )
         return y
 
 
@@ -93,7 +93,7 @@ class LayerNorm(nn.LayerNorm):
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalize x."""
-        layout = make_layout(jnp.shape(x), shared=self.reduction_axes, affine=self.feature_axes)
+        layout = layer_layout(jnp.shape(x), self.reduction_axes, self.feature_axes)
         return _normalize(self, x, layout, mask)[0]
 
 
@@ -110,7 +110,7 @@ class RMSNorm(nn.RMSNorm):
     @nn.compact
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalize x."""
-        layout = make_layout(jnp.shape(x), shared=self.reduction_axes, affine=self.feature_axes)
+        layout = layer_layout(jnp.shape(x), self.reduction_axes, self.feature_axes)
         return _normalize(self, x, layout, mask, centred=False)[0]
 
 

@@ -20,9 +20,9 @@ from flax.nnx.nn.dtypes import canonicalize_dtype
 from flax.typing import Dtype
 
 from jaxnorm.core.devices import HERE, Devices, bound_devices
-from jaxnorm.core.layout import Layout, batch_layout, group_layout, instance_layout, make_layout
+from jaxnorm.core.layout import Layout, batch_layout, group_layout, instance_layout, layer_layout
 from jaxnorm.core.standardize import NormParams, normalize, normalize_with
-from jaxnorm.functional.batch import BatchNormState, update_batch_norm_state
+from jaxnorm.functional.batch import update_running_statistics
 
 __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 
@@ -58,15 +58,19 @@ class BatchNorm(nnx.BatchNorm):
             "the call, or choose with train(), eval() or nnx.view.",
         )
         layout = batch_layout(jnp.shape(x), self.axis, "axis")
-        mean, var = self.mean[...], self.var[...]
+        mean, var = (_fold(stat[...], layout) for stat in (self.mean, self.var))
         if use_running_average:
             x, params, dtype = _prepare(self, x, layout, mean, var)
             return normalize_with(x, layout, mean, var, params, epsilon=self.epsilon, dtype=dtype)
         y, stats = _normalize(self, x, layout, mask, mean, var)
-        state = BatchNormState(mean, var, jnp.zeros((), jnp.int32))
-        state = update_batch_norm_state(state, stats.moments(layout), momentum=self.momentum)
-        # Where variables are references, none may be left holding what jax.grad traces.
-        self.mean[...], self.var[...] = jax.lax.stop_gradient((state.mean, state.var))
+        updated = update_running_statistics(mean, var, stats.moments(layout), self.momentum)
+        for stat, value in zip((self.mean, self.var), updated, strict=True):
+            # Where variables are references, none may be left holding what jax.grad traces.
+            value = jax.lax.stop_gradient(value.reshape(stat.shape))
+            if value.dtype == stat.dtype:
+                stat[...] = value
+            else:  # the first complex mean
+                stat.set_value(value)
         return y
 
 
@@ -85,7 +89,7 @@ class LayerNorm(nnx.LayerNorm):
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalize x."""
-        layout = make_layout(jnp.shape(x), shared=self.reduction_axes, affine=self.feature_axes)
+        layout = layer_layout(jnp.shape(x), self.reduction_axes, self.feature_axes)
         return _normalize(self, x, layout, mask)[0]
 
 
@@ -101,7 +105,7 @@ class RMSNorm(nnx.RMSNorm):
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Normalize x."""
-        layout = make_layout(jnp.shape(x), shared=self.reduction_axes, affine=self.feature_axes)
+        layout = layer_layout(jnp.shape(x), self.reduction_axes, self.feature_axes)
         return _normalize(self, x, layout, mask, centred=False)[0]
 
 
@@ -120,7 +124,13 @@ class GroupNorm(nnx.GroupNorm):
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalize x."""
-        layout = group_layout(jnp.shape(x), self.num_groups, shared=self.reduction_axes)
+        features, shape = self.num_groups * self.group_size, jnp.shape(x)
+        if shape[-1] != features:
+            raise ValueError(
+                f"x must have the {features} features that this module was made for, got shape "
+                f"{shape}; make the module with num_features={shape[-1]}."
+            )
+        layout = group_layout(shape, self.num_groups, shared=self.reduction_axes)
         return _normalize(self, x, layout, mask)[0]
 
 
@@ -169,8 +179,8 @@ def _prepare(
     return x, NormParams(*(_fold(value, layout) for value in values)), dtype
 
 
-def _fold(value: jax.Array | None, layout: Layout) -> jax.Array | None:
-    """A parameter of shape (num_features,) as the functions take it: in the shape of its axes."""
+def _fold(value: Any, layout: Layout) -> Any:
+    """An array of shape (num_features,) as the functions take it: in the shape of its axes."""
     if value is None or value.size != math.prod(layout.affine_shape):
         return value
     return value.reshape(layout.affine_shape)

@@ -136,7 +136,7 @@ CASES = [
         "epsilon traced",
         lambda: jax.jit(lambda e: jn.layer_norm(X, epsilon=e))(1e-6),
         TypeError,
-        "epsilon must be a Python number",
+        "epsilon must be a number",
     ),
     bad(
         "momentum outside [0, 1]",

@@ -91,6 +91,15 @@ def make_layout(shape: tuple[int, ...], *, shared: Axes, affine: Axes, groups: i
     return Layout(shape, view, tuple(a + (a >= axis) for a in shared), (axis, axis + 1))
 
 
+def layer_layout(shape: tuple[int, ...], axes: Axes, feature_axes: Axes | None = None) -> Layout:
+    """Statistics shared over the axes, and parameters along those or along `feature_axes`."""
+    if feature_axes is None:
+        return make_layout(shape, shared=axes, affine=axes)
+    shared = canonical_axes(axes, len(shape), "reduction_axes")
+    affine = canonical_axes(feature_axes, len(shape), "feature_axes")
+    return make_layout(shape, shared=shared, affine=affine)
+
+
 def batch_layout(shape: tuple[int, ...], feature_axes: Axes, name: str = "feature_axis") -> Layout:
     """Statistics of each feature, shared over all other axes."""
     features = canonical_axes(feature_axes, len(shape), name)
@@ -115,12 +124,15 @@ def group_layout(
 ) -> Layout:
     """Statistics of each group of features, by default of each example by itself.
 
+    An array of features alone is one example.
+
     Raises:
       ValueError: the groups do not divide the features, or the axes are not those of one example.
     """
     (axis,) = canonical_axes((feature_axis,), len(shape), "feature_axis")
     if shared is None:
-        shared = (*instance_layout(shape, axis).shared, axis)
+        positions = instance_layout(shape, axis).shared if len(shape) > 1 else ()
+        shared = (*positions, axis)
     elif axis not in canonical_axes(shared, len(shape), "reduction_axes"):
         raise ValueError(
             f"reduction_axes must hold the feature axis, {axis}, got {shared!r} for x of shape "

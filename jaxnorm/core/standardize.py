@@ -6,11 +6,11 @@ statistics, never the standardized x, which is computed again.
 """
 
 import functools
-import numbers
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm.core.devices import HERE, Devices
@@ -157,10 +157,10 @@ def check_feature_array(value, name: str, layout: Layout, dtype: jnp.dtype) -> j
 
 def check_epsilon(epsilon: float) -> float:
     """Epsilon as a Python float; it is compiled in."""
-    if not isinstance(epsilon, numbers.Real | jnp.generic):
+    if isinstance(epsilon, Tracer):
         raise TypeError(
-            f"epsilon must be a Python number, got {type(epsilon).__name__}; it is compiled into "
-            "the program, so it can't be an array or a traced value."
+            "epsilon must be a number that is known while tracing, got a traced value; it is "
+            "compiled into the program, so bind it with functools.partial."
         )
     if not epsilon >= 0:
         raise ValueError(f"epsilon must be at least 0, got {epsilon}; it is added to the variance.")

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm.core.devices import AxisGroups, AxisName, bound_devices
 from jaxnorm.core.layout import Axes, Layout, batch_layout, check_input
-from jaxnorm.core.moments import Moments
+from jaxnorm.core.moments import Moments, promote
 from jaxnorm.core.standardize import NormParams, check_feature_array, normalize, normalize_with
 
 
@@ -172,6 +172,8 @@ def update_batch_norm_state(
     unbiased = moments.count / jnp.maximum(moments.count - ddof, 1)
 
     def move(old, measured):
+        if jnp.iscomplexobj(measured):
+            old = old.astype(promote(old.dtype, jnp.complex64))
         measured = measured.astype(old.dtype)
         moved = jnp.asarray(keep, old.dtype) * old + jnp.asarray(gain, old.dtype) * measured
         return jnp.where(counted, moved, old)
@@ -181,6 +183,20 @@ def update_batch_norm_state(
         move(state.var, moments.var * unbiased),
         state.count + jnp.any(counted).astype(state.count.dtype),
     )
+
+
+def update_running_statistics(
+    mean: jax.Array, var: jax.Array, moments: Moments, momentum: float
+) -> tuple[jax.Array, jax.Array]:
+    """The same for modules, which as Flax's keep no count of updates."""
+    if momentum is None:
+        raise ValueError(
+            "momentum must lie in [0, 1], got None; the average of all updates needs their count, "
+            "which the state of jaxnorm.batch_norm has and Flax's variables have not."
+        )
+    state = BatchNormState(mean, var, jnp.zeros((), jnp.int32))
+    state = update_batch_norm_state(state, moments, momentum=momentum)
+    return state.mean, state.var
 
 
 def _check_state(state: BatchNormState, layout: Layout, dtype: jnp.dtype) -> BatchNormState:

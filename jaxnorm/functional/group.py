@@ -24,8 +24,8 @@ def group_norm(
     features of one group: `num_groups` equal runs of neighbouring features.
 
     Args:
-      x: array of shape (batch, ..., features), or with the features at `feature_axis`;
-        floating-point or complex.
+      x: array of shape (batch, ..., features), or with the features at `feature_axis`, or of
+        shape (features,) for a single example; floating-point or complex.
       params: scale and bias of shape (features,), or None.
       num_groups: how many groups; it must divide the number of features. One group shares
         statistics over the whole example.

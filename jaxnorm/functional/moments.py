@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm.core.devices import AxisGroups, AxisName, bound_devices
-from jaxnorm.core.layout import Axes, canonical_axes, check_input, make_layout
+from jaxnorm.core.layout import Axes, check_input, make_layout
 from jaxnorm.core.moments import Measure, Moments, measure, merge, promote
 
 
@@ -48,7 +48,7 @@ def moments(
       Variances", 1979.
     """
     x = check_input(x)
-    layout = make_layout(x.shape, shared=canonical_axes(axis, x.ndim), affine=())
+    layout = make_layout(x.shape, shared=axis, affine=())
     devices = bound_devices(axis_name, axis_index_groups)
     how = Measure(layout, promote(x.dtype, jnp.float32), devices=devices)
     return _moments(how, x, layout.mask(where))

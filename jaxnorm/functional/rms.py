@@ -3,7 +3,7 @@
 import jax
 from jax.typing import ArrayLike
 
-from jaxnorm.core.layout import Axes, canonical_axes, check_input, make_layout
+from jaxnorm.core.layout import Axes, check_input, layer_layout
 from jaxnorm.core.standardize import NormParams, normalize
 
 
@@ -44,6 +44,6 @@ def rms_norm(
       Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
     """
     x = check_input(x)
-    axes = canonical_axes(axis, x.ndim)
-    layout = make_layout(x.shape, shared=axes, affine=axes)
-    return normalize(x, layout, params, epsilon=epsilon, where=where, centred=False)[0]
+    return normalize(
+        x, layer_layout(x.shape, axis), params, epsilon=epsilon, where=where, centred=False
+    )[0]
