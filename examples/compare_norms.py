@@ -13,53 +13,44 @@ batch sizes 2 to 64 and 97 % at 256; of the other norms 96 to 98 % and 89 to 91 
 """
 
 import argparse
-import csv
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from datasets import NAMES, Dataset, Labelled, UserError, load_dataset
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from comparison import (
+    CURVE_POINTS,
+    LOOKS,
+    Run,
+    Study,
+    conclude,
+    draw,
+    read_runs,
+    tabulate,
+    write_runs,
+)
+from image_datasets import NAMES, Dataset, Labelled, UserError, load_dataset
 from tqdm import tqdm
 
 import jaxnorm.linen as jn
 
-
-class Norm(NamedTuple):
-    """What is compared: how it is made (for training or not), and how it is named and drawn."""
-
-    name: str
-    make: Callable[[bool, float], Callable[[jax.Array], jax.Array]]
-    color: str  # of the palette of Okabe and Ito, made for all kinds of colour vision
-    marker: str
-
-
 # Layer and rms norm take their statistics over all of one image, as in Wu & He, "Group
 # Normalization" (arXiv:1803.08494), and like the others they scale each channel.
 WHOLE_IMAGE = {"reduction_axes": (1, 2, 3), "feature_axes": -1}
-NORMS = {
-    "none": Norm("no norm", lambda *_: lambda x: x, "#000000", "X"),
-    "batch": Norm(
-        "batch norm",
-        lambda train, momentum: jn.BatchNorm(use_running_average=not train, momentum=momentum),
-        "#D55E00",
-        "o",
-    ),
-    "layer": Norm("layer norm", lambda *_: jn.LayerNorm(**WHOLE_IMAGE), "#0072B2", "s"),
-    "group": Norm("group norm", lambda *_: jn.GroupNorm(num_groups=4), "#009E73", "^"),
-    "instance": Norm("instance norm", lambda *_: jn.InstanceNorm(), "#CC79A7", "D"),
-    "rms": Norm("rms norm", lambda *_: jn.RMSNorm(**WHOLE_IMAGE), "#E69F00", "v"),
+NORMS: dict[str, Callable[[bool, float], Callable[[jax.Array], jax.Array]]] = {
+    "none": lambda train, momentum: lambda x: x,
+    "batch": lambda train, momentum: jn.BatchNorm(use_running_average=not train, momentum=momentum),
+    "layer": lambda train, momentum: jn.LayerNorm(**WHOLE_IMAGE),
+    "group": lambda train, momentum: jn.GroupNorm(num_groups=4),
+    "instance": lambda train, momentum: jn.InstanceNorm(),
+    "rms": lambda train, momentum: jn.RMSNorm(**WHOLE_IMAGE),
 }
 CONVOLUTIONS = ((8, 1), (16, 2), (16, 1))  # channels and stride of each
 # Without --steps all runs see as many images, so that small batches take more steps.
@@ -68,7 +59,6 @@ IMAGES_SEEN = 16_384
 # highest of 0.005, 0.01, 0.02 and 0.04 that every norm bears: at 0.04 layer and rms norm lose 7
 # and 10 points at batch size 256.
 LEARNING_RATE = 0.02
-CURVE_POINTS = 40  # of the training loss that is kept: means over equal parts of a run
 RECIPE = 1  # raise it with every change to this file that changes what a run gives
 
 
@@ -85,7 +75,7 @@ class Network(nn.Module):
             # A 3 x 3 convolution as a product with patches, which is initialized alike: at batch
             # size 256, in a loop on the CPU, some ten times as fast as XLA's convolution.
             x = nn.Dense(channels)(patches(x, stride))
-            x = nn.relu(NORMS[self.norm].make(train, self.momentum)(x))
+            x = nn.relu(NORMS[self.norm](train, self.momentum)(x))
         return nn.Dense(10)(x.mean(axis=(1, 2)))
 
 
@@ -95,31 +85,6 @@ def patches(x: jax.Array, stride: int) -> jax.Array:
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     x = jnp.concatenate([x[:, i : i + height : stride] for i in range(3)], axis=-1)
     return jnp.concatenate([x[:, :, j : j + width : stride] for j in range(3)], axis=-1)
-
-
-class Run(NamedTuple):
-    """One training run: a row of runs.csv. Accuracies are fractions."""
-
-    norm: str
-    batch_size: int
-    seed: int
-    dataset: str
-    device: str
-    recipe: int
-    learning_rate: float
-    steps: int
-    test_accuracy: float
-    train_accuracy: float  # on as many training images as there are test images
-    # On the test images: accuracy with the norm in training mode, in batches of the training's
-    # size, less test_accuracy, with the norm in evaluation mode.
-    train_eval_gap: float
-    final_loss: float  # the last point of the losses
-    ms_per_step: float  # of training alone, after compilation
-    losses: str  # the training loss, CURVE_POINTS numbers
-
-    def curve(self) -> np.ndarray:
-        """Return the training loss along the run."""
-        return np.array([float(loss) for loss in self.losses.split()])
 
 
 def make_settings(dataset: str, steps: int | None, batch_size: int) -> dict:
@@ -244,81 +209,6 @@ def classify(net: Network, variables: Mapping, images: jax.Array, batches: jax.A
     return jax.lax.map(classify_batch, batches)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a file to write, which then takes the place of path: the old or the new, never half."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    yield unfinished
-    os.replace(unfinished, path)
-
-
-def write_runs(path: Path, runs: Iterable[Run]) -> None:
-    """Write runs to a CSV file."""
-    with replacing(path) as unfinished, open(unfinished, "w", newline="") as file:
-        csv.writer(file).writerows([Run._fields, *runs])
-
-
-def read_runs(path: Path) -> list[Run]:
-    """Read what write_runs has written; nothing if there is no file."""
-    if not path.exists():
-        return []
-    kinds = Run.__annotations__.values()
-    try:
-        with open(path, newline="") as file:
-            header, *rows = csv.reader(file)
-        if tuple(header) != Run._fields:
-            raise ValueError("its first line does not name the columns")
-        runs = [Run(*(kind(x) for kind, x in zip(kinds, row, strict=True))) for row in rows]
-        for run in runs:
-            whole = len(run.curve()) == min(CURVE_POINTS, run.steps)
-            if run.norm not in NORMS or run.batch_size < 1 or not whole:
-                raise ValueError(f"{run.norm}, {run.batch_size}, {run.seed} is not a whole run")
-    except (ValueError, csv.Error) as error:
-        raise UserError(
-            f"{path} must be as this program wrote it, but is damaged ({error}): delete it to "
-            "start anew, or choose another --out"
-        ) from error
-    return runs
-
-
-class Study(NamedTuple):
-    """The runs of every norm at every batch size, seed by seed."""
-
-    norms: list[str]
-    sizes: list[int]
-    seeds: int
-    cells: dict[tuple[str, int], list[Run]]
-
-    @property
-    def ends(self) -> list[int]:
-        """The smallest and the largest batch size."""
-        return sorted({min(self.sizes), max(self.sizes)})
-
-    def column(self, norm: str, size: int, name: str = "test_accuracy") -> np.ndarray:
-        """Return one number of each run; accuracies and their differences in percent."""
-        scale = 1 if name == "ms_per_step" else 100
-        return scale * np.array([getattr(run, name) for run in self.cells[norm, size]])
-
-    def show(self, norm: str, size: int) -> str:
-        """Return the mean test accuracy and, of several seeds, the standard deviation."""
-        points = self.column(norm, size)
-        return f"{points.mean():.1f}" + (f" ± {points.std(ddof=1):.1f}" if self.seeds > 1 else "")
-
-    def rank(self, size: int, norms: Sequence[str]) -> tuple[str, list[str]]:
-        """Return which norm has the best mean, and which others are within the noise of it.
-
-        That is, whose mean difference, seed by seed, is at most two standard errors.
-        """
-        best = max(norms, key=lambda norm: self.column(norm, size).mean())
-        near = []
-        for norm in norms:
-            behind = self.column(best, size) - self.column(norm, size)
-            error = behind.std(ddof=1) / self.seeds**0.5 if self.seeds > 1 else 0.0
-            if norm != best and behind.mean() <= 2 * error:
-                near.append(norm)
-        return best, near
-
-
 def do_study(args: argparse.Namespace, path: Path) -> Study:
     """Do the runs that are not yet in the results, and save them one by one."""
     settings = partial(make_settings, args.dataset, args.steps)
@@ -346,158 +236,15 @@ def do_study(args: argparse.Namespace, path: Path) -> Study:
             seeds = [seed for seed in range(args.seeds) if (norm, size, seed) not in runs]
             if not seeds:
                 continue
-            bar.set_description(f"{NORMS[norm].name}, batch size {size}")
+            bar.set_description(f"{LOOKS[norm].name}, batch size {size}")
             if bar.disable:
-                print(f"{NORMS[norm].name}, batch size {size}", file=sys.stderr, flush=True)
+                print(f"{LOOKS[norm].name}, batch size {size}", file=sys.stderr, flush=True)
             for run in train_cell(data, norm, size, seeds, settings(size)):
                 runs[norm, size, run.seed] = run
                 write_runs(path, runs.values())
                 bar.update()
     cells = {cell: [runs[*cell, seed] for seed in range(args.seeds)] for cell in cells}
     return Study(args.norms, args.batch_sizes, args.seeds, cells)
-
-
-TABLE = """
-batch size  norm             test accuracy %  train - test  train/eval gap  ms/step
-{lines}
-
-Means ± standard deviation over the seeds ({seeds}); of ms/step the median, without compilation.
-* best mean at this batch size; ~ within the noise of it: seed by seed, on average behind it by at
-most two standard errors. Train/eval gap: accuracy on the test images when the norm is in training
-mode, in batches as in training, less that in evaluation mode. Differences are in points.
-"""
-
-
-def tabulate(study: Study) -> str:
-    """Return a table with a line for each norm at each batch size."""
-    lines = []
-    for size in study.sizes:
-        best, near = study.rank(size, study.norms)
-        lines.append("")
-        for norm in study.norms:
-            mark = "*" if norm == best else "~" if norm in near else " "
-            train = study.column(norm, size, "train_accuracy") - study.column(norm, size)
-            gap = study.column(norm, size, "train_eval_gap")
-            ms = np.median(study.column(norm, size, "ms_per_step"))
-            lines.append(
-                f"{size:10}  {NORMS[norm].name:13} {mark}  {study.show(norm, size):15}"
-                f"{train.mean():+14.1f}{gap.mean():+16.1f}{ms:9.3f}"
-            )
-    return TABLE.format(lines="\n".join(lines), seeds=study.seeds)
-
-
-def listed(items: Iterable[str | int]) -> str:
-    """Return "a, b and c", or "none"."""
-    *front, last = [str(item) for item in items] or ["none"]
-    return f"{', '.join(front)} and {last}" if front else last
-
-
-def named(norms: Iterable[str]) -> str:
-    """Return the names of norms as a list to read."""
-    return listed(NORMS[norm].name for norm in norms)
-
-
-def conclude(study: Study) -> list[str]:
-    """Say what the runs show, and nothing that they do not."""
-    norms, sizes, ends = study.norms, study.sizes, study.ends
-    said = []
-    for size in sizes:
-        best, near = study.rank(size, norms)
-        steps = study.cells[best, size][0].steps
-        line = f"Batch size {size}, {steps} steps: "
-        line += f"{NORMS[best].name} gives {study.show(best, size)} %"
-        if len(norms) > 1:
-            line += f", the best mean; within the noise of it: {named(near)}"
-        said.append(f"{line}.")
-    at = f"at batch size {' to '.join(map(str, ends))}"
-    if "batch" in norms:
-        accuracies = [study.show("batch", size) for size in ends]
-        gaps = [f"{study.column('batch', size, 'train_eval_gap').mean():+.1f}" for size in ends]
-        said.append(
-            f"Batch norm {at}: {' to '.join(accuracies)} %, with a train/eval gap of "
-            f"{' to '.join(gaps)} points."
-        )
-    others = [norm for norm in norms if norm != "batch"]
-    if others:
-        gaps = [study.column(norm, size, "train_eval_gap") for norm in others for size in sizes]
-        said.append(f"Largest train/eval gap of {named(others)}: {np.abs(gaps).max():.1f} points.")
-    rivals = [norm for norm in norms if norm != "none"]
-    if "none" in norms and rivals:
-        best = [study.column(study.rank(size, rivals)[0], size).mean() for size in ends]
-        none = [study.column("none", size).mean() for size in ends]
-        behind = [f"{points:.1f}" for points in np.subtract(best, none)]
-        said.append(f"No norm {at}: {' to '.join(behind)} points less than the best norm.")
-    if study.seeds == 1:
-        said.append("With one seed nothing tells a difference from noise: take more.")
-    if len(norms) > 1:
-        said.append(f"By these runs, use {advise(study, norms)}.")
-    if "batch" in norms and len(others) > 1:
-        said.append(f"Where the images of a batch must not mix, use {advise(study, others)}.")
-    return said
-
-
-def advise(study: Study, norms: Sequence[str]) -> str:
-    """Name norms that at each batch size are best or within the noise of it: as few as will do."""
-    good = {size: (best, *near) for size in study.sizes for best, near in [study.rank(size, norms)]}
-    advice = []
-
-    def worth(norm: str) -> tuple[int, float]:
-        covered = [size for size in good if norm in good[size]]
-        return len(covered), sum(study.column(norm, size).mean() for size in covered)
-
-    while good:
-        norm = max(norms, key=worth)
-        sizes = [size for size, names in good.items() if norm in names]
-        advice.append(f"{NORMS[norm].name} at batch size {listed(sizes)}")
-        good = {size: names for size, names in good.items() if size not in sizes}
-    return ", ".join(advice)
-
-
-def draw(study: Study, dataset: str, path: Path) -> None:
-    """Draw accuracy against batch size, and the loss curves of the smallest and the largest."""
-    norms, sizes, ends = study.norms, study.sizes, study.ends
-    layout = ConstrainedLayoutEngine(wspace=0.06)
-    figure = Figure(figsize=(11, 4.8), dpi=150, layout=layout)
-    left, *others = figure.subplots(1, 1 + len(ends), width_ratios=[1.6] + [1] * len(ends))
-    for axes in others[1:]:
-        axes.sharey(others[0])
-    for place, norm in enumerate(norms):
-        style = {"color": NORMS[norm].color, "linewidth": 1.7}
-        accuracy = [study.column(norm, size) for size in sizes]
-        apart = 2 ** (0.09 * (place - (len(norms) - 1) / 2))  # lest the error bars hide each other
-        left.errorbar(
-            [apart * size for size in sizes],
-            [points.mean() for points in accuracy],
-            [points.std(ddof=min(1, study.seeds - 1)) for points in accuracy],
-            marker=NORMS[norm].marker,
-            elinewidth=1,
-            label=NORMS[norm].name,
-            **style,
-        )
-        for axes, size in zip(others, ends, strict=True):
-            runs = study.cells[norm, size]
-            curve = np.mean([run.curve() for run in runs], axis=0)
-            images = (np.arange(len(curve)) + 0.5) / len(curve) * runs[0].steps * size
-            axes.semilogy(images / 1000, curve, **style)
-            axes.set(xlabel="images seen (thousands)", title=f"batch size {size}, smoothed")
-    left.set_xscale("log", base=2)
-    left.set_xticks(sizes, map(str, sizes))
-    left.set(
-        xlabel="batch size",
-        ylabel="test accuracy (%)",
-        title=f"{dataset}, mean ± s.d. (seeds: {study.seeds})",
-    )
-    others[0].set_ylabel("training loss (cross-entropy)")
-    for axes in (left, *others):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(norms), frameon=False)
-    figure.suptitle(
-        "Which norm at which batch size?\n"
-        f"Best mean, or within the noise of it: {advise(study, norms)}"
-    )
-    with replacing(path) as unfinished:
-        figure.savefig(unfinished, format="png")
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

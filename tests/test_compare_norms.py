@@ -2,10 +2,7 @@
 
 import csv
 import gzip
-import importlib.util
-import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,35 +10,20 @@ import pytest
 for package in ("sklearn", "optax", "matplotlib", "tqdm"):
     pytest.importorskip(package, reason=f"the example needs {package}")
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def load_example(name):
-    """Import a module of the examples, which are no package."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+import compare_norms  # noqa: E402 (needs what was just asked for)
+import image_datasets  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def datasets():
-    """Yield the module that reads data sets, by the name the study imports it by."""
-    before = sys.modules.get("datasets")
-    yield load_example("datasets")
-    del sys.modules["datasets"]
-    if before is not None:
-        sys.modules["datasets"] = before
+    """Return the module that reads data sets."""
+    return image_datasets
 
 
 @pytest.fixture(scope="module")
-def study(datasets):
-    """Yield the study."""
-    yield load_example("compare_norms")
-    del sys.modules["compare_norms"]
+def study():
+    """Return the study."""
+    return compare_norms
 
 
 TINY = ["--norms", "none,batch", "--batch-sizes", "4,16", "--seeds", "2", "--steps", "3"]
