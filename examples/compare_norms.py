@@ -249,7 +249,9 @@ def do_study(args: argparse.Namespace, path: Path) -> Study:
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read and check the command line."""
-    parser = argparse.ArgumentParser(description="Compare norms over batch sizes.")
+    parser = argparse.ArgumentParser(
+        description="Compare norms over batch sizes.", allow_abbrev=False
+    )
     parser.add_argument("--dataset", choices=NAMES, default="digits")
     parser.add_argument("--data-dir", type=Path, help="folder of the published files")
     parser.add_argument("--norms", default=",".join(NORMS), help="default: %(default)s")
@@ -258,7 +260,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help=f"default: {IMAGES_SEEN} / batch size")
     parser.add_argument("--out", type=Path, default=Path("compare_norms"), help="folder")
     args = parser.parse_args(argv)
-    args.norms = list(dict.fromkeys(args.norms.split(",")))
+    args.norms = list(dict.fromkeys(args.norms.replace(" ", "").split(",")))
     for norm in args.norms:
         if norm not in NORMS:
             raise UserError(f"--norms must be some of {','.join(NORMS)}, but has {norm!r}")

@@ -11,6 +11,7 @@ import numpy as np
 from image_datasets import UserError
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from scipy.stats import t
 
 CURVE_POINTS = 40  # of the training loss that is kept: means over equal parts of a run
 
@@ -85,7 +86,8 @@ def read_runs(path: Path) -> list[Run]:
         runs = [Run(*(kind(x) for kind, x in zip(kinds, row, strict=True))) for row in rows]
         for run in runs:
             whole = len(run.curve()) == min(CURVE_POINTS, run.steps)
-            if run.norm not in LOOKS or run.batch_size < 1 or not whole:
+            sound = 0 <= run.test_accuracy <= 1 and 0 <= run.train_accuracy <= 1
+            if run.norm not in LOOKS or run.batch_size < 1 or not whole or not sound:
                 raise ValueError(f"{run.norm}, {run.batch_size}, {run.seed} is not a whole run")
     except (ValueError, csv.Error) as error:
         raise UserError(
@@ -121,14 +123,16 @@ class Study(NamedTuple):
     def rank(self, size: int, norms: Sequence[str]) -> tuple[str, list[str]]:
         """Return which norm has the best mean, and which others are within the noise of it.
 
-        That is, whose mean difference, seed by seed, is at most two standard errors.
+        That is, where zero is in the 95 % interval (Student's t) of the difference seed by seed.
         """
         best = max(norms, key=lambda norm: self.column(norm, size).mean())
         near = []
         for norm in norms:
             behind = self.column(best, size) - self.column(norm, size)
-            error = behind.std(ddof=1) / self.seeds**0.5 if self.seeds > 1 else 0.0
-            if norm != best and behind.mean() <= 2 * error:
+            noise = 0.0
+            if self.seeds > 1:
+                noise = t.ppf(0.975, self.seeds - 1) * behind.std(ddof=1) / self.seeds**0.5
+            if norm != best and behind.mean() <= noise:
                 near.append(norm)
         return best, near
 
@@ -138,9 +142,9 @@ batch size  norm             test accuracy %  train - test  train/eval gap  ms/s
 {lines}
 
 Means ± standard deviation over the seeds ({seeds}); of ms/step the median, without compilation.
-* best mean at this batch size; ~ within the noise of it: seed by seed, on average behind it by at
-most two standard errors. Train/eval gap: accuracy on the test images when the norm is in training
-mode, in batches as in training, less that in evaluation mode. Differences are in points.
+* best mean at this batch size; ~ within the noise of it: zero is in the 95 % interval (Student's t)
+of the difference, seed by seed. Train/eval gap: accuracy on the test images when the norm is in
+training mode, in batches as in training, less that in evaluation mode. Differences are in points.
 """
 
 
@@ -183,7 +187,9 @@ def conclude(study: Study) -> list[str]:
         line = f"Batch size {size}, {steps} steps: "
         line += f"{LOOKS[best].name} gives {study.show(best, size)} %"
         if len(norms) > 1:
-            line += f", the best mean; within the noise of it: {named(near)}"
+            line += ", the best mean"
+        if len(norms) > 1 and study.seeds > 1:
+            line += f"; within the noise of it: {named(near)}"
         said.append(f"{line}.")
     at = f"at batch size {' to '.join(map(str, ends))}"
     if "batch" in norms:
@@ -204,7 +210,8 @@ def conclude(study: Study) -> list[str]:
         behind = [f"{points:.1f}" for points in np.subtract(best, none)]
         said.append(f"No norm {at}: {' to '.join(behind)} points less than the best norm.")
     if study.seeds == 1:
-        said.append("With one seed nothing tells a difference from noise: take more.")
+        said.append("With one seed nothing tells a difference from noise: no advice without more.")
+        return said
     if len(norms) > 1:
         said.append(f"By these runs, use {advise(study, norms)}.")
     if "batch" in norms and len(others) > 1:
@@ -259,7 +266,7 @@ def draw(study: Study, dataset: str, path: Path) -> None:
     left.set_xscale("log", base=2)
     left.set_xticks(sizes, map(str, sizes))
     left.set(
-        xlabel="batch size",
+        xlabel="batch size (markers are set apart sideways)",
         ylabel="test accuracy (%)",
         title=f"{dataset}, mean ± s.d. (seeds: {study.seeds})",
     )
@@ -268,9 +275,7 @@ def draw(study: Study, dataset: str, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=len(norms), frameon=False)
-    figure.suptitle(
-        "Which norm at which batch size?\n"
-        f"Best mean, or within the noise of it: {advise(study, norms)}"
-    )
+    finding = f"\nBest mean, or within the noise of it: {advise(study, norms)}"
+    figure.suptitle(f"Which norm at which batch size?{finding if study.seeds > 1 else ''}")
     with replacing(path) as unfinished:
         figure.savefig(unfinished, format="png")

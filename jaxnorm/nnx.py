@@ -5,8 +5,8 @@ Flax's by inheritance, so checkpoints go both ways and `isinstance` holds. The m
 variables and do no arithmetic.
 
 `use_fast_variance` is accepted: statistics are accurate, and in float32 or better, whatever it
-says. `promote_dtype` is called as Flax calls it, but does not round the running statistics. A
-`mask` is the `where` of the functions.
+says. `promote_dtype` is called as Flax calls it, but x and the running statistics are not rounded
+before they are used: the result is. A `mask` is the `where` of the functions.
 """
 
 import math
@@ -21,6 +21,7 @@ from flax.typing import Dtype
 
 from jaxnorm.core.devices import HERE, Devices, bound_devices
 from jaxnorm.core.layout import Layout, batch_layout, group_layout, instance_layout, layer_layout
+from jaxnorm.core.moments import promote
 from jaxnorm.core.standardize import NormParams, normalize, normalize_with
 from jaxnorm.functional.batch import update_running_statistics
 
@@ -125,7 +126,7 @@ class GroupNorm(nnx.GroupNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalize x."""
         features, shape = self.num_groups * self.group_size, jnp.shape(x)
-        if shape[-1] != features:
+        if shape[-1:] != (features,):
             raise ValueError(
                 f"x must have the {features} features that this module was made for, got shape "
                 f"{shape}; make the module with num_features={shape[-1]}."
@@ -174,8 +175,12 @@ def _prepare(
     values = [None if param is None else param[...] for param in owned]
     with jax.numpy_dtype_promotion("standard"):
         promoted = module.promote_dtype((x, *running, *values), dtype=module.dtype)
-        x, values = promoted[0], promoted[1 + len(running) :]
-        dtype = canonicalize_dtype(x, *values, dtype=module.dtype)
+        cast, values = promoted[0], promoted[1 + len(running) :]
+        dtype = canonicalize_dtype(cast, *values, dtype=module.dtype)
+    # Cast up now, but down only with the result: statistics are those of x as it came.
+    x = jnp.asarray(x)
+    if promote(x.dtype, cast.dtype) != x.dtype:
+        x = cast
     return x, NormParams(*(_fold(value, layout) for value in values)), dtype
 
 

@@ -12,6 +12,7 @@ import oracle
 from jax import lax
 
 import jaxnorm as jn
+from jaxnorm.core.moments import promote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Norm:
 
 
 def _batch(x, params, *, where=None, **options):
-    state = jn.init_batch_norm_state(x.shape[-1], x.dtype)
+    state = jn.init_batch_norm_state(x.shape[-1], promote(x.dtype, jnp.float32))
     return jn.batch_norm(x, state, params=params, where=where, **options)[0]
 
 

@@ -1,5 +1,7 @@
 """The running state of batch norm, and statistics across named axes."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,3 +166,33 @@ def test_a_tuple_of_names(rng):
     f = lambda x: jn.batch_norm(x, jn.init_batch_norm_state(5), ("i", "j"))[0]
     y = jax.vmap(jax.vmap(f, axis_name="j"), axis_name="i")(x)
     np.testing.assert_allclose(y, oracle.batch_norm(np.asarray(x)), atol=2e-6)
+
+
+def test_vmap_over_many_examples_takes_memory_in_proportion():
+    state = jn.init_batch_norm_state(8)
+    norm = jax.vmap(lambda x: jn.batch_norm(x, state, "i")[0], axis_name="i")
+
+    def scratch(examples):
+        x = jax.ShapeDtypeStruct((examples, 4, 8), "float32")
+        memory: Any = jax.jit(norm).lower(x).compile().memory_analysis()
+        return memory.temp_size_in_bytes
+
+    assert scratch(2048) <= 10 * scratch(256)  # 8 times as many; a table would take 64 times
+
+
+def test_numpy_numbers_are_numbers(rng):
+    (x,) = batches(rng, 1, (4, 6))
+    state = jn.init_batch_norm_state(6)
+    numbers = jn.batch_norm(x, state, momentum=0.5, epsilon=1e-3, feature_axis=1, ddof=1)
+    options: dict[str, Any] = {
+        "momentum": np.float32(0.5),
+        "epsilon": np.float32(1e-3),
+        "feature_axis": np.array(1),
+        "ddof": np.int64(1),
+    }
+    numpys = jn.batch_norm(x, state, **options)
+    for a, b in zip(jax.tree.leaves(numbers), jax.tree.leaves(numpys), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    two: Any = np.int64(2)
+    groups = jn.group_norm(x, num_groups=two)
+    np.testing.assert_array_equal(groups, jn.group_norm(x, num_groups=2))

@@ -237,3 +237,15 @@ def test_backward_keeps_the_input_in_its_own_dtype_and_nothing_else_of_its_size(
     _, backward = jax.vjp(norm, x, scale, bias)
     kept = [leaf for leaf in jax.tree.leaves(backward) if leaf.size >= x.size]
     assert [(leaf.shape, leaf.dtype) for leaf in kept] == [(x.shape, x.dtype)]
+
+
+@pytest.mark.parametrize(
+    "norm", [norm for norm in NORMS if norm.options.get("axis") != (-2, -1)], ids=norm_id
+)
+def test_export_with_symbolic_shapes(norm, rng):
+    batch, height = export.symbolic_shape("batch, height")
+    x = jax.ShapeDtypeStruct((batch, height, 4), jnp.float64)
+    gradient = jax.jit(lambda x, *params: vjp(norm, (x, *params)))
+    args = arguments(norm, rng)
+    exported = export.export(gradient)(x, *args[1:])
+    assert_same(exported.call(*args), vjp(norm.plain, args))

@@ -12,6 +12,7 @@ X = jnp.ones((4, 6))
 STATE = jn.init_batch_norm_state(6)
 DICT: Any = {}  # for the type checker, anything
 HALF: Any = 0.5
+SWAPPED: Any = (jn.moments(X, 0), STATE)
 
 
 def bad(name, call, error, *words):
@@ -198,6 +199,50 @@ CASES = [
         "one shape",
         "(6,)",
         "(4,)",
+    ),
+    bad(
+        "state and moments swapped",
+        lambda: jn.update_batch_norm_state(*SWAPPED),
+        TypeError,
+        "state must be a BatchNormState",
+        "Moments",
+    ),
+    bad("no moments", lambda: jn.merge_moments(DICT, DICT), TypeError, "a Moments", "dict"),
+    bad(
+        "state in half precision",
+        lambda: jn.init_batch_norm_state(6, jnp.bfloat16),
+        TypeError,
+        "float32 or better",
+        "bfloat16",
+    ),
+    bad(
+        "state of integers",
+        lambda: jn.batch_norm(X, jax.tree.map(lambda a: a.astype(jnp.int32), STATE)),
+        TypeError,
+        "state.mean must be float32",
+        "int32",
+    ),
+    bad(
+        "groups traced",
+        lambda: jax.jit(lambda g: jn.group_norm(X, num_groups=g))(2),
+        TypeError,
+        "num_groups must be an integer",
+        "static",
+    ),
+    bad(
+        "axis traced",
+        lambda: jax.jit(lambda a: jn.layer_norm(X, axis=a))(1),
+        TypeError,
+        "axis must be an integer",
+        "static",
+    ),
+    bad("epsilon no number", lambda: jn.rms_norm(X, epsilon=DICT), TypeError, "epsilon", "dict"),
+    bad(
+        "momentum no number",
+        lambda: jn.batch_norm(X, STATE, momentum=DICT),
+        TypeError,
+        "momentum must be a number",
+        "dict",
     ),
     bad(
         "moments of another shape than the state",

@@ -75,3 +75,39 @@ def test_errors_speak_of_the_modules_own_arguments(name):
     for argument in ("reduction_axes", "feature_axes"):
         with pytest.raises(ValueError, match=f"{argument} must lie in"):
             module(**{argument: 3}).init(jax.random.key(0), X)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_of_the_result_not_of_what_is_measured(dtype):
+    x = X + 1e4
+    right = oracle.layer_norm(np.asarray(x))
+    linen = jaxnorm.linen.LayerNorm(dtype=dtype)
+    ours = {
+        "linen": linen.init_with_output(jax.random.key(0), x)[0],
+        "nnx": jaxnorm.nnx.LayerNorm(6, dtype=dtype, rngs=nnx.Rngs(0))(x),
+    }
+    for y in ours.values():
+        assert y.dtype == dtype
+        # One rounding, to the nearest, of numbers up to three.
+        np.testing.assert_allclose(
+            y.astype(jnp.float32), right, atol=2 * float(jnp.finfo(dtype).eps)
+        )
+
+
+def test_running_statistics_made_in_half_precision_settle():
+    module = jaxnorm.linen.BatchNorm(
+        use_running_average=False, force_float32_reductions=False, param_dtype=jnp.bfloat16
+    )
+    x = 10 + 10 * jnp.array([[-1.0], [1.0]])
+    variables: Any = module.init(jax.random.key(0), x)
+    assert variables["batch_stats"]["mean"].dtype == jnp.bfloat16  # as Flax makes it
+
+    @jax.jit
+    def step(stats) -> Any:
+        return module.apply({**variables, "batch_stats": stats}, x, mutable=["batch_stats"])[1]
+
+    stats = variables["batch_stats"]
+    for _ in range(1500):
+        stats = step(stats)["batch_stats"]
+    np.testing.assert_allclose(stats["mean"], [10], rtol=1e-4)
+    np.testing.assert_allclose(stats["var"], [100], rtol=1e-4)

@@ -2,8 +2,10 @@
 
 import importlib.metadata
 import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +25,14 @@ def test_all_is_sorted_and_whole():
 
 def test_version_is_the_installed_one():
     assert jn.__version__ == importlib.metadata.version("jaxnorm")
+
+
+def test_the_code_in_readme_runs():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        subprocess.run([sys.executable, "-c", block], check=True)
 
 
 @pytest.mark.parametrize("name", jn.__all__)

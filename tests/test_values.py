@@ -17,8 +17,12 @@ REAL = [jnp.float16, jnp.bfloat16, jnp.float32]
 
 
 def tolerance(dtype) -> float:
-    """Half a unit for the cast to the result; four float32 units for the arithmetic."""
-    return 0.51 * float(jnp.finfo(dtype).eps) + 4 * float(jnp.finfo(jnp.float32).eps)
+    """Half a unit for the cast to the result; four float32 units for the arithmetic.
+
+    The means and variances of complex numbers are of two parts.
+    """
+    parts = 2 if jnp.issubdtype(dtype, jnp.complexfloating) else 1
+    return 0.51 * float(jnp.finfo(dtype).eps) + 4 * parts * float(jnp.finfo(jnp.float32).eps)
 
 
 def assert_close(result, truth, dtype=None):

@@ -1,8 +1,9 @@
 """Named axes: the devices, or the mapped examples, that share statistics.
 
-Both exchanges are one `psum`, which `shard_map`, `pmap` and `vmap` all bind, batch, transpose and
-give an unvarying type. Groups of devices are served by a table with a row for each, because
-`psum`'s own `axis_index_groups` is refused under `vmap` and under `shard_map(check_vma=True)`.
+They exchange by `psum`, which `shard_map`, `pmap` and `vmap` all bind, batch, transpose and give an
+unvarying type, at a cost that does not grow with their number. Groups of devices are served by a
+table with a row for each group, because `psum`'s own `axis_index_groups` is refused under `vmap`
+and under `shard_map(check_vma=True)`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,15 +27,6 @@ class Devices(NamedTuple):
 
     name: AxisName = None
     groups: tuple[int, ...] | None = None
-
-    def gather(self, tree: Any) -> tuple[Any, jax.Array]:
-        """Every device's arrays along a new first axis, and which rows share with this device."""
-        index, size = lax.axis_index(self.name), lax.axis_size(self.name)
-        table = lax.psum(jax.tree.map(lambda a: _row(a, index, size), tree), self.name)
-        if self.groups is None:
-            return table, jnp.ones(size, bool)
-        group = jnp.asarray(self.groups)
-        return table, group == group[index]
 
     def sum(self, tree: Any) -> Any:
         """The sums of arrays over the devices that share; its transpose is the same sums."""

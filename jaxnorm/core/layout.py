@@ -138,11 +138,7 @@ def group_layout(
             f"reduction_axes must hold the feature axis, {axis}, got {shared!r} for x of shape "
             f"{shape}; add it."
         )
-    if not isinstance(num_groups, int) or num_groups < 1 or shape[axis] % num_groups:
-        raise ValueError(
-            "num_groups must be a positive integer that divides the features, got "
-            f"{num_groups!r} for {shape[axis]} features; choose one of their divisors."
-        )
+    num_groups = check_divisor(num_groups, shape[axis], "num_groups")
     return make_layout(shape, shared=shared, affine=axis, groups=num_groups)
 
 
@@ -158,14 +154,30 @@ def count_groups(features: int, num_groups: int | None, group_size: int | None) 
             f"group_size={group_size}; pass num_groups=None with a group_size."
         )
     if num_groups is not None:
-        return num_groups
-    assert group_size is not None
-    if group_size < 1 or features % group_size:
+        return check_divisor(num_groups, features, "num_groups")
+    return features // check_divisor(group_size, features, "group_size")
+
+
+def check_divisor(value: Any, features: int, name: str) -> int:
+    """A number of groups, or their size, that divides the features.
+
+    Raises:
+      TypeError: it is not an integer.
+      ValueError: it does not divide the features.
+    """
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an integer, got {value!r}; it is compiled into the program, so in "
+            "jax.jit make it a static argument."
+        ) from None
+    if value < 1 or features % value:
         raise ValueError(
-            f"group_size must be positive and divide the features, got {group_size} for "
+            f"{name} must be a positive integer that divides the features, got {value} for "
             f"{features} features; choose one of their divisors."
         )
-    return features // group_size
+    return value
 
 
 def canonical_axes(axes: Axes, ndim: int, name: str = "axis") -> tuple[int, ...]:
@@ -175,13 +187,21 @@ def canonical_axes(axes: Axes, ndim: int, name: str = "axis") -> tuple[int, ...]
       TypeError: an axis is not an integer.
       ValueError: an axis is out of range or given twice.
     """
-    given = tuple(axes) if isinstance(axes, Iterable) else (axes,)
+    given: Any = axes
+    if not isinstance(axes, Iterable) or getattr(axes, "ndim", 1) == 0:
+        given = (axes,)  # an array of no axes is Iterable by its type alone
     try:
         numbers = [operator.index(axis) for axis in given]
     except TypeError:
         raise TypeError(
-            f"{name} must be an integer or several, got {axes!r}; pass for example {name}=-1."
+            f"{name} must be an integer or several, got {axes!r}; pass for example {name}=-1 (in "
+            "jax.jit as a static argument)."
         ) from None
+    if numbers and ndim == 0:
+        raise ValueError(
+            "x must have at least one axis to take statistics over, got a scalar; pass an array "
+            "such as one of shape (batch, features)."
+        )
     for axis in numbers:
         if not -ndim <= axis < ndim:
             raise ValueError(

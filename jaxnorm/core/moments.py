@@ -22,6 +22,7 @@ only those that were measured feel the statistics.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -91,13 +92,11 @@ def measure(how: Measure, x: jax.Array, where: jax.Array | None) -> Statistics:
     if how.centred:
         mean = _average(how, x, where, count)
         rest = _average(how, x - mean, where, count)
-    # Scaled before the square, so that 1e18 does not overflow; by a power of two, so exactly.
-    scale = 2.0 ** -math.ceil(math.log2(max(how.layout.count, 1)) / 2)
-    e = centre(x, mean, rest) * scale
-    var = _average(how, real_product(e, e), where, count * scale**2)
+    scale = _scale(how)
+    e = centre(x, mean, rest) * scale.astype(x.dtype)
+    var = _average(how, square(e), where, count * scale**2)
     if how.devices.name is not None:
-        parts, share = how.devices.gather((mean, rest, var, count))
-        mean, rest, var, count = merge(*parts, share=share)
+        mean, rest, var, count = merge(how.devices.sum, mean, rest, var, count)
     return Statistics(mean, rest, var, count, reciprocal_std(var, how.epsilon, count))
 
 
@@ -117,36 +116,33 @@ def _measure_jvp(how, primals, tangents):
 
     t_mean, q = averages(tangents[0], x, where, stats)
     t_rest = None if stats.rest is None else jnp.zeros_like(stats.rest)
-    # Where rstd is zero nothing is felt; the one is there for derivatives of this line.
-    t_var = jnp.where(stats.rstd > 0, 2 / jnp.where(stats.rstd > 0, stats.rstd, 1), 0) * q
+    t_var = 2 * q * _std(stats.rstd)
     t_count = jnp.zeros_like(stats.count)
     return stats, Statistics(t_mean, t_rest, t_var, t_count, -(stats.rstd**2) * q)
 
 
 def merge(
-    mean, rest, var: jax.Array, count: jax.Array, share: jax.Array | None = None
+    add: Callable, mean, rest, var: jax.Array, count: jax.Array
 ) -> tuple[Any, Any, jax.Array, jax.Array]:
-    """Mean (a pair), variance and count of the parts along the first axis, or of those that share.
+    """Mean (a pair), variance and count of several parts together; `add` sums over the parts.
 
     Chan, Golub and LeVeque (1979), for any number of parts at once. It is the equation above once
-    more, its elements now being means, each bringing its own variance and weight.
+    more, its elements now being means, each bringing its own variance and weight: the distances
+    from the rounded mean of all are taken before they are rounded, and their own mean is the rest.
     """
-    counted = count > 0
-    if share is not None:
-        counted &= share.reshape(share.shape + (1,) * (count.ndim - 1))
-    total = jnp.sum(count, 0, where=counted, keepdims=True)
-    weight = count / jnp.maximum(total, 1)
-
-    def average(a):
-        return jnp.sum(a * weight.astype(a.dtype), 0, where=counted, keepdims=True)
-
+    # A part of which nothing counted may hold anything.
+    var = jnp.where(count > 0, var, 0)
     if mean is None:
-        return None, None, average(var)[0], total[0]
-    mean_of_all = average(mean)
-    delta = (mean - mean_of_all) + rest  # taken before they are rounded
-    rest_of_all = average(delta)
-    e = delta - rest_of_all
-    return mean_of_all[0], rest_of_all[0], average(var + real_product(e, e))[0], total[0]
+        total, power = add((count, count * var))
+        return None, None, power / jnp.maximum(total, 1), total
+    mean = jnp.where(count > 0, mean, 0)
+    total, sum_of_means = add((count, count.astype(mean.dtype) * mean))
+    n = jnp.maximum(total, 1)
+    mean_of_all = sum_of_means / n.astype(mean.dtype)
+    delta = (mean - mean_of_all) + rest
+    share = count / n
+    rest_of_all, power = add((share.astype(delta.dtype) * delta, share * (var + square(delta))))
+    return mean_of_all, rest_of_all, jnp.maximum(power - square(rest_of_all), 0), total
 
 
 def centre(x: jax.Array, mean: jax.Array | None, rest: jax.Array | None) -> jax.Array:
@@ -181,9 +177,28 @@ def real_product(a: jax.Array, b: jax.Array) -> jax.Array:
     return a * b
 
 
+def square(a: jax.Array) -> jax.Array:
+    """The squared absolute value, real."""
+    return real_product(a, a)
+
+
 def _average(how: Measure, a: jax.Array, where: jax.Array | None, count: jax.Array) -> jax.Array:
     total = jnp.sum(a, how.layout.shared, where=where, keepdims=True)
     return total / jnp.where(count > 0, count, 1).astype(a.dtype)
+
+
+def _std(rstd: jax.Array) -> jax.Array:
+    """1 / rstd, and zero for zero, with derivatives of any order."""
+    return jnp.where(rstd > 0, 1 / jnp.where(rstd > 0, rstd, 1), 0)
+
+
+def _scale(how: Measure) -> jax.Array:
+    """About 1 / sqrt(n): squares of what it scales don't overflow. A power of two, so exact."""
+    n, dtype = how.layout.count, jnp.finfo(how.dtype).dtype
+    if isinstance(n, int):
+        return jnp.asarray(2.0 ** -math.ceil(math.log2(max(n, 1)) / 2), dtype)
+    # A symbolic shape, of jax.export.
+    return lax.rsqrt(jnp.maximum(jnp.asarray(n, dtype), 1))
 
 
 def _count(how: Measure, where: jax.Array | None) -> jax.Array:
@@ -191,7 +206,7 @@ def _count(how: Measure, where: jax.Array | None) -> jax.Array:
     view, shared = how.layout.view, how.layout.shared
     if where is None:
         shape = [1 if axis in shared else size for axis, size in enumerate(view)]
-        return jnp.full(shape, how.layout.count, dtype)
+        return jnp.broadcast_to(jnp.asarray(how.layout.count, dtype), shape)
     # Summed as integers: float32 stops counting at 2**24.
     counted = jnp.broadcast_to(where, view).astype(jnp.int32)
     return jnp.sum(counted, shared, keepdims=True).astype(dtype)

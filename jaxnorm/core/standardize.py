@@ -6,6 +6,7 @@ statistics, never the standardized x, which is computed again.
 """
 
 import functools
+from numbers import Real
 from typing import NamedTuple
 
 import jax
@@ -157,10 +158,10 @@ def check_feature_array(value, name: str, layout: Layout, dtype: jnp.dtype) -> j
 
 def check_epsilon(epsilon: float) -> float:
     """Epsilon as a Python float; it is compiled in."""
-    if isinstance(epsilon, Tracer):
+    if isinstance(epsilon, Tracer) or not isinstance(epsilon, Real | jax.Array):
         raise TypeError(
-            "epsilon must be a number that is known while tracing, got a traced value; it is "
-            "compiled into the program, so bind it with functools.partial."
+            f"epsilon must be a number that is known while tracing, got {type(epsilon).__name__}; "
+            "it is compiled into the program, so bind it with functools.partial."
         )
     if not epsilon >= 0:
         raise ValueError(f"epsilon must be at least 0, got {epsilon}; it is added to the variance.")

@@ -1,9 +1,11 @@
 """Batch normalization: statistics of each feature over the whole batch, and over devices."""
 
+from numbers import Real
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
@@ -11,6 +13,7 @@ from jaxnorm.core.devices import AxisGroups, AxisName, bound_devices
 from jaxnorm.core.layout import Axes, Layout, batch_layout, check_input
 from jaxnorm.core.moments import Moments, promote
 from jaxnorm.core.standardize import NormParams, check_feature_array, normalize, normalize_with
+from jaxnorm.functional.moments import check_moments
 
 
 class BatchNormState(NamedTuple):
@@ -34,7 +37,10 @@ def init_batch_norm_state(
 
     Args:
       features: the number of features, or their shape.
-      dtype: of the mean; the variance is real.
+      dtype: of the mean, float32 or better: halves would stall. The variance is real.
+
+    Raises:
+      TypeError: the dtype is not one of those.
 
     Examples:
       >>> import jaxnorm as jn
@@ -42,6 +48,7 @@ def init_batch_norm_state(
       BatchNormState(mean=Array([0., 0.], dtype=float32), var=Array([1., 1.], dtype=float32), \
 count=Array(0, dtype=int32))
     """
+    _check_running_dtype(jnp.dtype(dtype), "dtype")
     mean = jnp.zeros(features, dtype)
     return BatchNormState(mean, jnp.ones_like(mean.real), jnp.zeros((), jnp.int32))
 
@@ -75,12 +82,14 @@ def batch_norm(
         plain `jax.jit` statistics are global without it, however x is sharded.
       params: scale and bias of shape (features,), or None.
       train: whether to measure x and update the state; a Python bool.
-      momentum: the weight that the old state keeps, in [0, 1]; None is the average of all updates.
+      momentum: the weight that the old state keeps, in [0, 1]; None is the average of all updates
+        (which all features must then have been part of: there is one count for all).
       epsilon: added to the variance; in units of x squared.
       feature_axis: the axis of the features, or several; state and params then have their shape,
         in the order of x.
       where: boolean, broadcastable to x: True counts in the statistics. Every position is
-        standardized. A feature of which nothing counts becomes its bias and keeps its state.
+        standardized, so a NaN there stays one, and makes the gradient NaN: fill it with a number.
+        A feature of which nothing counts becomes its bias and keeps its state.
       axis_index_groups: lists of indices along `axis_name` that share statistics; None is all.
       ddof: 1 divides the running variance by count - 1, as PyTorch does; y is not affected.
 
@@ -112,7 +121,7 @@ def batch_norm(
     x = check_input(x)
     layout = batch_layout(x.shape, feature_axis)
     state = _check_state(state, layout, x.dtype)
-    if not isinstance(train, bool):
+    if not isinstance(train, bool | np.bool_):
         raise TypeError(
             f"train must be a Python bool, got {type(train).__name__}; mark it as static in "
             "jax.jit, or bind it with functools.partial."
@@ -147,6 +156,7 @@ def update_batch_norm_state(
       A state of the same shapes and dtypes, its count one higher if anything counted.
 
     Raises:
+      TypeError: state is no BatchNormState or moments no Moments.
       ValueError: the shapes differ, momentum is outside [0, 1], or ddof is not a count.
 
     Examples:
@@ -156,12 +166,14 @@ def update_batch_norm_state(
       >>> jn.update_batch_norm_state(state, measured, momentum=0.5, ddof=1).var
       Array([1.5], dtype=float32)
     """
+    _check_state_type(state)
+    check_moments(moments)
     if jnp.shape(state.mean) != jnp.shape(moments.mean):
         raise ValueError(
             f"moments must have the shape of the state, {jnp.shape(state.mean)}, got "
             f"{jnp.shape(moments.mean)}; measure over all axes but the features'."
         )
-    if not isinstance(ddof, int) or ddof < 0:
+    if not isinstance(ddof, int | np.integer) or ddof < 0:
         raise ValueError(f"ddof must be an integer of at least 0, got {ddof!r}; pass 0 or 1.")
     counted = moments.count > 0
     if momentum is None:
@@ -169,7 +181,7 @@ def update_batch_norm_state(
         keep, gain = updates / (updates + 1), 1 / (updates + 1)
     else:
         keep, gain = _check_momentum(momentum), 1 - momentum
-    unbiased = moments.count / jnp.maximum(moments.count - ddof, 1)
+    unbiased = moments.count / jnp.maximum(moments.count - int(ddof), 1)
 
     def move(old, measured):
         if jnp.iscomplexobj(measured):
@@ -188,23 +200,23 @@ def update_batch_norm_state(
 def update_running_statistics(
     mean: jax.Array, var: jax.Array, moments: Moments, momentum: float
 ) -> tuple[jax.Array, jax.Array]:
-    """The same for modules, which as Flax's keep no count of updates."""
+    """The same for modules, which as Flax's keep no count of updates.
+
+    Where they were made in half precision they become float32, in which an average can settle.
+    """
     if momentum is None:
         raise ValueError(
             "momentum must lie in [0, 1], got None; the average of all updates needs their count, "
             "which the state of jaxnorm.batch_norm has and Flax's variables have not."
         )
+    mean, var = (a.astype(promote(a.dtype, jnp.float32)) for a in (mean, var))
     state = BatchNormState(mean, var, jnp.zeros((), jnp.int32))
     state = update_batch_norm_state(state, moments, momentum=momentum)
     return state.mean, state.var
 
 
 def _check_state(state: BatchNormState, layout: Layout, dtype: jnp.dtype) -> BatchNormState:
-    if not isinstance(state, BatchNormState):
-        raise TypeError(
-            f"state must be a BatchNormState, got {type(state).__name__}; start with "
-            "jaxnorm.init_batch_norm_state(features)."
-        )
+    _check_state_type(state)
     mean = check_feature_array(state.mean, "state.mean", layout, dtype)
     if jnp.issubdtype(dtype, jnp.complexfloating) and not jnp.iscomplexobj(mean):
         raise TypeError(
@@ -215,7 +227,30 @@ def _check_state(state: BatchNormState, layout: Layout, dtype: jnp.dtype) -> Bat
     return BatchNormState(mean, var, jnp.asarray(state.count))
 
 
+def _check_state_type(state: BatchNormState) -> None:
+    if not isinstance(state, BatchNormState):
+        raise TypeError(
+            f"state must be a BatchNormState, got {type(state).__name__}; start with "
+            "jaxnorm.init_batch_norm_state(features)."
+        )
+    _check_running_dtype(jnp.result_type(state.mean), "state.mean")
+    _check_running_dtype(jnp.result_type(state.var), "state.var")
+
+
+def _check_running_dtype(dtype: jnp.dtype, name: str) -> None:
+    if not jnp.issubdtype(dtype, jnp.inexact) or promote(dtype, jnp.float32) != dtype:
+        raise TypeError(
+            f"{name} must be float32 or better, got {dtype}; a running average moves by steps that "
+            "smaller types round away, so keep it in float32."
+        )
+
+
 def _check_momentum(momentum: float | jax.Array) -> float | jax.Array:
+    if not isinstance(momentum, Tracer | Real | jax.Array):
+        raise TypeError(
+            f"momentum must be a number or None, got {type(momentum).__name__}; pass for example "
+            "momentum=0.99."
+        )
     if not isinstance(momentum, Tracer) and not 0 <= momentum <= 1:
         raise ValueError(
             f"momentum must lie in [0, 1] or be None, got {momentum}; it is the weight that the "

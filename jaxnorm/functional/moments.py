@@ -65,6 +65,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
       Moments of that shape, as if measured over all elements at once.
 
     Raises:
+      TypeError: a or b is no Moments.
       ValueError: the shapes differ.
 
     Examples:
@@ -78,15 +79,27 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
       Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
       Variances", 1979.
     """
-    shapes = [jnp.shape(part) for part in (*a, *b)]
+    a, b = check_moments(a), check_moments(b)
+    shapes = [part.shape for part in (*a, *b)]
     if len(set(shapes)) > 1:
         raise ValueError(
             "merge_moments must be given moments of one shape, got mean, var and count of shapes "
             f"{shapes[:3]} and {shapes[3:]}; measure both over the same features."
         )
     mean, var, count = jax.tree.map(_stack, a, b)
-    mean, rest, var, count = merge(mean, jnp.zeros_like(mean), var, count)
-    return Moments(mean + rest, var, count)
+    add = functools.partial(jax.tree.map, lambda part: jnp.sum(part, 0, keepdims=True))
+    mean, rest, var, count = merge(add, mean, jnp.zeros_like(mean), var, count)
+    return Moments((mean + rest)[0], var[0], count[0])
+
+
+def check_moments(moments: Moments) -> Moments:
+    """Moments of arrays."""
+    if not isinstance(moments, Moments):
+        raise TypeError(
+            f"moments must be a Moments, got {type(moments).__name__}; measure them with "
+            "jaxnorm.moments(x, axis)."
+        )
+    return Moments(*map(jnp.asarray, moments))
 
 
 def _stack(a: jax.Array, b: jax.Array) -> jax.Array:
