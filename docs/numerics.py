@@ -124,7 +124,7 @@ def apply_flax(norm, x, scale, bias):
 
 def run_torch(norm, x, scale, bias, dy):
     """PyTorch, in its eager mode."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports] (optional)
 
     x, scale, bias = (torch.tensor(a, requires_grad=True) for a in (x, scale, bias))
     if norm == "layer":
@@ -184,7 +184,7 @@ def main() -> int:
     peers = dict(PEERS)
     versions = f"jax {jax.__version__}, flax {flax.__version__}"
     if importlib.util.find_spec("torch"):
-        import torch
+        import torch  # pyright: ignore[reportMissingImports] (optional)
 
         versions += f", PyTorch {torch.__version__}"
     else:

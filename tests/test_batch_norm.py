@@ -168,6 +168,14 @@ def test_a_tuple_of_names(rng):
     np.testing.assert_allclose(y, oracle.batch_norm(np.asarray(x)), atol=2e-6)
 
 
+def test_a_state_cast_down_serves_evaluation(rng):
+    (x,) = batches(rng, 1)
+    state = jn.BatchNormState(jnp.full(3, 5.0), jnp.full(3, 4.0), jnp.int32(9))
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), state)  # exact for these numbers
+    y, _ = jn.batch_norm(x, half, train=False)
+    np.testing.assert_array_equal(y, jn.batch_norm(x, state, train=False)[0])
+
+
 def test_vmap_over_many_examples_takes_memory_in_proportion():
     state = jn.init_batch_norm_state(8)
     norm = jax.vmap(lambda x: jn.batch_norm(x, state, "i")[0], axis_name="i")

@@ -22,9 +22,9 @@ OPERATORS = [
 
 @functools.cache  # they can be collected only once
 def all_cases() -> list[Any]:
-    from onnx.backend.test.case.node import collect_testcases
+    from onnx.backend.test.case import node  # pyright: ignore[reportMissingImports] (optional)
 
-    return [case for case in collect_testcases() if case.model and case.data_sets]
+    return [case for case in node.collect_testcases() if case.model and case.data_sets]
 
 
 def cases(operator):

@@ -156,7 +156,7 @@ def update_batch_norm_state(
       A state of the same shapes and dtypes, its count one higher if anything counted.
 
     Raises:
-      TypeError: state is no BatchNormState or moments no Moments.
+      TypeError: state is no BatchNormState of float32 or better, or moments no Moments.
       ValueError: the shapes differ, momentum is outside [0, 1], or ddof is not a count.
 
     Examples:
@@ -167,6 +167,8 @@ def update_batch_norm_state(
       Array([1.5], dtype=float32)
     """
     _check_state_type(state)
+    _check_running_dtype(jnp.result_type(state.mean), "state.mean")
+    _check_running_dtype(jnp.result_type(state.var), "state.var")
     check_moments(moments)
     if jnp.shape(state.mean) != jnp.shape(moments.mean):
         raise ValueError(
@@ -233,8 +235,6 @@ def _check_state_type(state: BatchNormState) -> None:
             f"state must be a BatchNormState, got {type(state).__name__}; start with "
             "jaxnorm.init_batch_norm_state(features)."
         )
-    _check_running_dtype(jnp.result_type(state.mean), "state.mean")
-    _check_running_dtype(jnp.result_type(state.var), "state.var")
 
 
 def _check_running_dtype(dtype: jnp.dtype, name: str) -> None:
