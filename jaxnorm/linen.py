@@ -71,8 +71,9 @@ class BatchNorm(nn.BatchNorm):
             )
         y, stats = _normalize(self, x, layout, mask)
         if not self.is_initializing():
+            measured, dtype = stats.moments(layout), self.dtype or jnp.result_type(x)
             mean.value, var.value = update_running_statistics(
-                mean.value, var.value, stats.moments(layout), self.momentum
+                mean.value, var.value, measured, self.momentum, dtype
             )
         return y
 

@@ -64,12 +64,13 @@ class BatchNorm(nnx.BatchNorm):
             x, params, dtype = _prepare(self, x, layout, mean, var)
             return normalize_with(x, layout, mean, var, params, epsilon=self.epsilon, dtype=dtype)
         y, stats = _normalize(self, x, layout, mask, mean, var)
-        updated = update_running_statistics(mean, var, stats.moments(layout), self.momentum)
+        measured = stats.moments(layout)
+        updated = update_running_statistics(mean, var, measured, self.momentum, measured.mean.dtype)
         for stat, value in zip((self.mean, self.var), updated, strict=True):
             # Where variables are references, none may be left holding what jax.grad traces.
             value = jax.lax.stop_gradient(value.reshape(stat.shape))
-            if value.dtype == stat.dtype:
-                stat[...] = value
+            if jnp.iscomplexobj(value) == jnp.iscomplexobj(stat[...]):
+                stat[...] = value.astype(stat.dtype)
             else:  # the first complex mean
                 stat.set_value(value)
         return y

@@ -94,7 +94,7 @@ def test_half_precision_is_of_the_result_not_of_what_is_measured(dtype):
         )
 
 
-def test_running_statistics_made_in_half_precision_settle():
+def test_running_statistics_made_in_half_precision_settle_if_the_input_is_better():
     module = jaxnorm.linen.BatchNorm(
         use_running_average=False, force_float32_reductions=False, param_dtype=jnp.bfloat16
     )

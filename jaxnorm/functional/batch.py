@@ -200,21 +200,25 @@ def update_batch_norm_state(
 
 
 def update_running_statistics(
-    mean: jax.Array, var: jax.Array, moments: Moments, momentum: float
+    mean: jax.Array, var: jax.Array, moments: Moments, momentum: float, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
     """The same for modules, which as Flax's keep no count of updates.
 
-    Where they were made in half precision they become float32, in which an average can settle.
+    And may keep them in half precision: that of the input, whose `dtype` they are promoted to.
     """
     if momentum is None:
         raise ValueError(
             "momentum must lie in [0, 1], got None; the average of all updates needs their count, "
             "which the state of jaxnorm.batch_norm has and Flax's variables have not."
         )
-    mean, var = (a.astype(promote(a.dtype, jnp.float32)) for a in (mean, var))
-    state = BatchNormState(mean, var, jnp.zeros((), jnp.int32))
+    wide_mean, wide_var = (a.astype(promote(a.dtype, jnp.float32)) for a in (mean, var))
+    state = BatchNormState(wide_mean, wide_var, jnp.zeros((), jnp.int32))
     state = update_batch_norm_state(state, moments, momentum=momentum)
-    return state.mean, state.var
+    dtype = dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32
+    return (
+        state.mean.astype(promote(mean.dtype, dtype)),
+        state.var.astype(promote(var.dtype, jnp.finfo(dtype).dtype)),
+    )
 
 
 def _check_state(state: BatchNormState, layout: Layout, dtype: jnp.dtype) -> BatchNormState:
