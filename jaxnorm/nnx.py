@@ -130,7 +130,7 @@ class GroupNorm(nnx.GroupNorm):
         if shape[-1:] != (features,):
             raise ValueError(
                 f"x must have the {features} features that this module was made for, got shape "
-                f"{shape}; make the module with num_features={shape[-1]}."
+                f"{shape}; make the module for the last axis of x."
             )
         layout = group_layout(shape, self.num_groups, shared=self.reduction_axes)
         return _normalize(self, x, layout, mask)[0]

@@ -223,17 +223,12 @@ def other_axes(axes: tuple[int, ...], ndim: int, start: int = 0) -> tuple[int, .
 
 
 def check_input(x: Any, name: str = "x") -> jax.Array:
-    """Return x as an array of a dtype and rank that can be normalized."""
+    """Return x as an array of a dtype that can be normalized."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
             f"{name} must be floating-point or complex, got dtype {x.dtype}; "
             f"convert it first, for example {name}.astype(jnp.float32)."
-        )
-    if x.ndim == 0:
-        raise ValueError(
-            f"{name} must have at least one axis to take statistics over, got a scalar; "
-            "pass an array such as one of shape (batch, features)."
         )
     return x
 
