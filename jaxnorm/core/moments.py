@@ -27,11 +27,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
 from jaxnorm.core.devices import HERE, Devices
 from jaxnorm.core.layout import Layout
+
+Count = jax.Array | np.ndarray  # NumPy's is the same everywhere
 
 
 class Moments(NamedTuple):
@@ -95,8 +98,8 @@ def measure(how: Measure, x: jax.Array, where: jax.Array | None) -> Statistics:
     scale = _scale(how)
     e = centre(x, mean, rest) * scale.astype(x.dtype)
     var = _average(how, square(e), where, count * scale**2)
-    if how.devices.name is not None:
-        mean, rest, var, count = merge(how.devices.sum, mean, rest, var, count)
+    mean, rest, var, count = how.devices.merge(merge, (mean, rest, var, count))
+    count = jnp.broadcast_to(count, var.shape)
     return Statistics(mean, rest, var, count, reciprocal_std(var, how.epsilon, count))
 
 
@@ -121,15 +124,14 @@ def _measure_jvp(how, primals, tangents):
     return stats, Statistics(t_mean, t_rest, t_var, t_count, -(stats.rstd**2) * q)
 
 
-def merge(
-    add: Callable, mean, rest, var: jax.Array, count: jax.Array
-) -> tuple[Any, Any, jax.Array, jax.Array]:
+def merge(add: Callable, parts: tuple) -> tuple[Any, Any, jax.Array, jax.Array]:
     """Mean (a pair), variance and count of several parts together; `add` sums over the parts.
 
     Chan, Golub and LeVeque (1979), for any number of parts at once. It is the equation above once
     more, its elements now being means, each bringing its own variance and weight: the distances
     from the rounded mean of all are taken before they are rounded, and their own mean is the rest.
     """
+    mean, rest, var, count = parts
     # A part of which nothing counted may hold anything.
     var = jnp.where(count > 0, var, 0)
     if mean is None:
@@ -182,7 +184,7 @@ def square(a: jax.Array) -> jax.Array:
     return real_product(a, a)
 
 
-def _average(how: Measure, a: jax.Array, where: jax.Array | None, count: jax.Array) -> jax.Array:
+def _average(how: Measure, a: jax.Array, where: jax.Array | None, count: Count) -> jax.Array:
     total = jnp.sum(a, how.layout.shared, where=where, keepdims=True)
     return total / jnp.where(count > 0, count, 1).astype(a.dtype)
 
@@ -201,12 +203,14 @@ def _scale(how: Measure) -> jax.Array:
     return lax.rsqrt(jnp.maximum(jnp.asarray(n, dtype), 1))
 
 
-def _count(how: Measure, where: jax.Array | None) -> jax.Array:
+def _count(how: Measure, where: jax.Array | None) -> Count:
     dtype = jnp.finfo(how.dtype).dtype
     view, shared = how.layout.view, how.layout.shared
     if where is None:
+        if isinstance(how.layout.count, int):
+            return np.full([1] * len(view), how.layout.count, dtype)  # the same on all devices
         shape = [1 if axis in shared else size for axis, size in enumerate(view)]
-        return jnp.broadcast_to(jnp.asarray(how.layout.count, dtype), shape)
+        return jnp.broadcast_to(jnp.asarray(how.layout.count, dtype), shape)  # symbolic
     # Summed as integers: float32 stops counting at 2**24.
     counted = jnp.broadcast_to(where, view).astype(jnp.int32)
     return jnp.sum(counted, shared, keepdims=True).astype(dtype)

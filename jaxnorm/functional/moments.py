@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm.core.devices import AxisGroups, AxisName, bound_devices
+from jaxnorm.core.devices import AxisGroups, AxisName, bound_devices, over_rows
 from jaxnorm.core.layout import Axes, check_input, make_layout
 from jaxnorm.core.moments import Measure, Moments, measure, merge, promote
 
@@ -87,9 +87,8 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
             f"{shapes[:3]} and {shapes[3:]}; measure both over the same features."
         )
     mean, var, count = jax.tree.map(_stack, a, b)
-    add = functools.partial(jax.tree.map, lambda part: jnp.sum(part, 0, keepdims=True))
-    mean, rest, var, count = merge(add, mean, jnp.zeros_like(mean), var, count)
-    return Moments((mean + rest)[0], var[0], count[0])
+    mean, rest, var, count = over_rows(merge, (mean, jnp.zeros_like(mean), var, count))
+    return Moments(mean + rest, var, count)
 
 
 def check_moments(moments: Moments) -> Moments:
