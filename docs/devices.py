@@ -1,0 +1,66 @@
+"""What the devices say to each other, read off the compiled programs."""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8, "c64": 8}
+
+
+class Collective(NamedTuple):
+    """One exchange among devices.
+
+    Attributes:
+      kind: what XLA calls it.
+      numbers: how many numbers each device puts into it.
+      bytes: their size.
+      devices: how many devices take part with each other.
+    """
+
+    kind: str
+    numbers: int
+    bytes: int
+    devices: int
+
+    @property
+    def bytes_sent(self) -> float:
+        """By each device, around a ring, the least that it can be."""
+        others = self.devices - 1
+        rounds = {"all-gather": others, "all-reduce": 2 * others / self.devices}
+        return self.bytes * rounds.get(self.kind, others / self.devices)
+
+
+def collectives(f: Any, *args: Any) -> list[Collective]:
+    """The collectives in the program that `jax.jit(f)` compiles to for these arguments."""
+    text = jax.jit(f).lower(*args).compile().as_text()
+    found = re.findall(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\((.*)", text)
+    return [_collective(shapes, kind, rest) for shapes, kind, rest in found]
+
+
+def _collective(result: str, kind: str, rest: str) -> Collective:
+    devices = _group_size(rest)
+    arrays = [
+        (BYTES[dtype], math.prod(map(int, filter(None, sizes.split(",")))))
+        for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", result)
+    ]
+    # The result is what all put in, or what remains of it.
+    share = {"all-gather": 1 / devices, "reduce-scatter": devices}.get(kind, 1)
+    numbers = round(share * sum(count for _, count in arrays))
+    return Collective(
+        kind, numbers, round(share * sum(size * count for size, count in arrays)), devices
+    )
+
+
+def _group_size(rest: str) -> int:
+    """Members of a group, in the ways that XLA writes replica groups."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return len(listed[1].split(","))
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
+        return int(iota[2])
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", mesh[2]))
+    raise ValueError(f"unknown replica groups: {rest}")
