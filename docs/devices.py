@@ -35,7 +35,7 @@ class Collective(NamedTuple):
 
 def collectives(f: Any, *args: Any) -> list[Collective]:
     """The collectives in the program that `jax.jit(f)` compiles to for these arguments."""
-    text = jax.jit(f).lower(*args).compile().as_text()
+    text = jax.jit(f).lower(*args).compile().as_text() or ""
     found = re.findall(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\((.*)", text)
     return [_collective(shapes, kind, rest) for shapes, kind, rest in found]
 

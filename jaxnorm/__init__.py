@@ -16,6 +16,7 @@ from jaxnorm.functional.group import group_norm
 from jaxnorm.functional.instance import instance_norm
 from jaxnorm.functional.layer import layer_norm
 from jaxnorm.functional.moments import merge_moments, moments
+from jaxnorm.functional.padding import pad_batch
 from jaxnorm.functional.rms import rms_norm
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "layer_norm",
     "merge_moments",
     "moments",
+    "pad_batch",
     "rms_norm",
     "update_batch_norm_state",
 ]

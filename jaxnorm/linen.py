@@ -48,6 +48,8 @@ class BatchNorm(nn.BatchNorm):
       {'batch_stats': {'mean': (3,), 'var': (3,)}}
     """
 
+    virtual_batch_size: int | None = None
+
     @nn.compact
     def __call__(
         self,
@@ -60,7 +62,8 @@ class BatchNorm(nn.BatchNorm):
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        layout = batch_layout(jnp.shape(x), self.axis, "axis")
+        size = None if use_running_average else self.virtual_batch_size
+        layout = batch_layout(jnp.shape(x), self.axis, size, "axis")
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, layout.affine_shape, stats_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, layout.affine_shape, stats_dtype)
@@ -71,7 +74,8 @@ class BatchNorm(nn.BatchNorm):
             )
         y, stats = _normalize(self, x, layout, mask)
         if not self.is_initializing():
-            measured, dtype = stats.moments(layout), self.dtype or jnp.result_type(x)
+            measured = stats.moments(layout, _devices(self))
+            dtype = self.dtype or jnp.result_type(x)
             mean.value, var.value = update_running_statistics(
                 mean.value, var.value, measured, self.momentum, dtype
             )

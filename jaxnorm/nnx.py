@@ -9,7 +9,9 @@ says. `promote_dtype` is called as Flax calls it, but x and the running statisti
 before they are used: the result is. A `mask` is the `where` of the functions.
 """
 
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +30,18 @@ from jaxnorm.functional.batch import update_running_statistics
 __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 
 
+def _after(inherited: Callable) -> Callable[[Callable], Callable]:
+    """Show the function's own keywords after the arguments that it passes on."""
+
+    def decorate(f: Any) -> Any:
+        passed, own = (inspect.signature(g).parameters.values() for g in (inherited, f))
+        keywords = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
+        f.__signature__ = inspect.Signature([*passed, *keywords])
+        return f
+
+    return decorate
+
+
 class BatchNorm(nnx.BatchNorm):
     """`jaxnorm.batch_norm` with learned scale and bias and running statistics.
 
@@ -44,6 +58,12 @@ class BatchNorm(nnx.BatchNorm):
       Array([1., 1., 1.], dtype=float32)
     """
 
+    @_after(nnx.BatchNorm.__init__)
+    def __init__(self, *arguments: Any, virtual_batch_size: int | None = None, **named: Any):
+        """Flax's arguments, and how many examples share statistics (ghost batch norm)."""
+        super().__init__(*arguments, **named)
+        self.virtual_batch_size = virtual_batch_size
+
     def __call__(
         self,
         x: jax.Array,
@@ -58,13 +78,14 @@ class BatchNorm(nnx.BatchNorm):
             error_msg="use_running_average must be given, got None; pass it to the constructor or "
             "the call, or choose with train(), eval() or nnx.view.",
         )
-        layout = batch_layout(jnp.shape(x), self.axis, "axis")
+        size = None if use_running_average else self.virtual_batch_size
+        layout = batch_layout(jnp.shape(x), self.axis, size, "axis")
         mean, var = (_fold(stat[...], layout) for stat in (self.mean, self.var))
         if use_running_average:
             x, params, dtype = _prepare(self, x, layout, mean, var)
             return normalize_with(x, layout, mean, var, params, epsilon=self.epsilon, dtype=dtype)
         y, stats = _normalize(self, x, layout, mask, mean, var)
-        measured = stats.moments(layout)
+        measured = stats.moments(layout, _devices(self))
         updated = update_running_statistics(mean, var, measured, self.momentum, measured.mean.dtype)
         for stat, value in zip((self.mean, self.var), updated, strict=True):
             # Where variables are references, none may be left holding what jax.grad traces.

@@ -1,8 +1,9 @@
 """Which elements share statistics: static, hashable, checked at the door.
 
 A norm differs from its siblings only in its `Layout`. Group norm splits its feature axis into
-(groups, features of a group); every other norm views the array as it is. All later code works on
-that view and on statistics that keep the shared axes with size one, so that they broadcast.
+(groups, features of a group), ghost batch norm its batch axis into (sub-batches, examples of a
+sub-batch); every other norm views the array as it is. All later code works on that view and on
+statistics that keep the shared axes with size one, so that they broadcast.
 """
 
 import dataclasses
@@ -24,15 +25,22 @@ class Layout:
 
     Attributes:
       shape: the shape of x.
-      view: the same elements with the feature axis split into groups; else `shape`.
+      view: the same elements with the axis `split` in two; else `shape`.
       shared: axes of the view over which statistics are shared.
       affine: axes of the view that scale and bias span.
+      split: the axis of the view whose successor was one with it in `shape`, or None.
     """
 
     shape: tuple[int, ...]
     view: tuple[int, ...]
     shared: tuple[int, ...]
     affine: tuple[int, ...]
+    split: int | None = None
+
+    @property
+    def sub_batches(self) -> bool:
+        """Whether it is the batch that is split, each part with statistics of its own."""
+        return self.split is not None and self.split not in self.affine
 
     @property
     def count(self) -> int:
@@ -42,10 +50,8 @@ class Layout:
     @property
     def affine_shape(self) -> tuple[int, ...]:
         """The shape of scale and bias: the sizes of their axes of x, in the order of x."""
-        features = math.prod(self.view[axis] for axis in self.affine)
-        if self.view != self.shape:  # the two axes of the view that were one
-            return (features,)
-        return tuple(self.view[axis] for axis in self.affine)
+        sizes = tuple(self.view[axis] for axis in self.affine)
+        return (math.prod(sizes),) if self.split in self.affine else sizes  # groups: one axis of x
 
     def spread(self, param: jax.Array) -> jax.Array:
         """A scale, bias or running statistic, shaped to broadcast against the view."""
@@ -69,26 +75,34 @@ class Layout:
                 f"{where.shape}; add axes of size one where x has axes that where lacks."
             )
         where = where.reshape((1,) * (len(self.shape) - where.ndim) + where.shape)
-        if self.view == self.shape:
+        if self.split is None:
             return where
-        axis = self.affine[0]  # the split axis: (groups, features of a group), or (1, 1)
-        split = (1, 1) if where.shape[axis] == 1 else self.view[axis : axis + 2]
-        return where.reshape(where.shape[:axis] + split + where.shape[axis + 1 :])
+        axis = self.split
+        parts = (1, 1) if where.shape[axis] == 1 else self.view[axis : axis + 2]
+        return where.reshape(where.shape[:axis] + parts + where.shape[axis + 1 :])
 
 
-def make_layout(shape: tuple[int, ...], *, shared: Axes, affine: Axes, groups: int = 1) -> Layout:
+def make_layout(
+    shape: tuple[int, ...],
+    *,
+    shared: Axes,
+    affine: Axes,
+    split: int | None = None,
+    parts: int = 1,
+) -> Layout:
     """The layout that shares statistics over the axes `shared` and has parameters along `affine`.
 
-    With `groups` above one, `affine` is a single axis that is also shared, but only within each of
-    that many equal runs of features.
+    The axis `split` is shared, but only within each of that many equal `parts`.
     """
     shared = canonical_axes(shared, len(shape))
     affine = canonical_axes(affine, len(shape))
-    if groups == 1:
+    if split is None:
         return Layout(shape, shape, shared, affine)
-    (axis,) = affine
-    view = (*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :])
-    return Layout(shape, view, tuple(a + (a >= axis) for a in shared), (axis, axis + 1))
+    view = (*shape[:split], parts, shape[split] // parts, *shape[split + 1 :])
+    moved = tuple(axis + (axis > split) for axis in affine)
+    if split in affine:
+        moved = tuple(sorted((*moved, split + 1)))
+    return Layout(shape, view, tuple(axis + (axis >= split) for axis in shared), moved, split)
 
 
 def layer_layout(shape: tuple[int, ...], axes: Axes, feature_axes: Axes | None = None) -> Layout:
@@ -100,10 +114,30 @@ def layer_layout(shape: tuple[int, ...], axes: Axes, feature_axes: Axes | None =
     return make_layout(shape, shared=shared, affine=affine)
 
 
-def batch_layout(shape: tuple[int, ...], feature_axes: Axes, name: str = "feature_axis") -> Layout:
-    """Statistics of each feature, shared over all other axes."""
+def batch_layout(
+    shape: tuple[int, ...],
+    feature_axes: Axes,
+    virtual_batch_size: int | None = None,
+    name: str = "feature_axis",
+) -> Layout:
+    """Statistics of each feature, shared over all other axes; or within sub-batches of that size.
+
+    Raises:
+      ValueError: the size does not divide the batch, which is the first axis without features.
+    """
     features = canonical_axes(feature_axes, len(shape), name)
-    return make_layout(shape, shared=other_axes(features, len(shape)), affine=features)
+    shared = other_axes(features, len(shape))
+    if virtual_batch_size is None:
+        return make_layout(shape, shared=shared, affine=features)
+    if not shared:
+        raise ValueError(
+            f"x must have a batch axis that virtual_batch_size divides, got shape {shape} of "
+            "features alone; put a batch axis in front of x."
+        )
+    batch = shape[shared[0]]
+    size = check_divisor(virtual_batch_size, batch, "virtual_batch_size", "examples")
+    parts = batch // size
+    return make_layout(shape, shared=shared, affine=features, split=shared[0], parts=parts)
 
 
 def instance_layout(
@@ -139,7 +173,7 @@ def group_layout(
             f"{shape}; add it."
         )
     num_groups = check_divisor(num_groups, shape[axis], "num_groups")
-    return make_layout(shape, shared=shared, affine=axis, groups=num_groups)
+    return make_layout(shape, shared=shared, affine=axis, split=axis, parts=num_groups)
 
 
 def count_groups(features: int, num_groups: int | None, group_size: int | None) -> int:
@@ -158,12 +192,12 @@ def count_groups(features: int, num_groups: int | None, group_size: int | None) 
     return features // check_divisor(group_size, features, "group_size")
 
 
-def check_divisor(value: Any, features: int, name: str) -> int:
-    """A number of groups, or their size, that divides the features.
+def check_divisor(value: Any, size: int, name: str, things: str = "features") -> int:
+    """A number of groups, or their size, that divides the size of an axis.
 
     Raises:
       TypeError: it is not an integer.
-      ValueError: it does not divide the features.
+      ValueError: it does not divide the size.
     """
     try:
         value = operator.index(value)
@@ -172,10 +206,10 @@ def check_divisor(value: Any, features: int, name: str) -> int:
             f"{name} must be an integer, got {value!r}; it is compiled into the program, so in "
             "jax.jit make it a static argument."
         ) from None
-    if value < 1 or features % value:
+    if value < 1 or size % value:
         raise ValueError(
-            f"{name} must be a positive integer that divides the features, got {value} for "
-            f"{features} features; choose one of their divisors."
+            f"{name} must be a positive integer that divides the {things}, got {value} for "
+            f"{size} {things}; choose one of their divisors."
         )
     return value
 

@@ -31,7 +31,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxnorm.core.devices import HERE, Devices
+from jaxnorm.core.devices import HERE, Devices, over_rows
 from jaxnorm.core.layout import Layout
 
 Count = jax.Array | np.ndarray  # NumPy's is the same everywhere
@@ -64,12 +64,22 @@ class Statistics(NamedTuple):
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] (tuple.count)
     rstd: jax.Array
 
-    def moments(self, layout: Layout) -> Moments:
-        """The moments without the shared axes, the mean rounded once."""
-        assert self.mean is not None
-        assert self.rest is not None
-        squeeze = functools.partial(jnp.squeeze, axis=layout.shared)
-        return Moments(squeeze(self.mean + self.rest), squeeze(self.var), squeeze(self.count))
+    def moments(self, layout: Layout, devices: Devices = HERE) -> Moments:
+        """The moments without the shared axes, the mean rounded once.
+
+        Those of sub-batches are merged, here and over the devices.
+        """
+        parts, axes = self[:4], layout.shared
+        if layout.sub_batches:
+            assert layout.split is not None
+            axes = (*axes, layout.split)
+            rows = jax.tree.map(lambda a: jnp.swapaxes(a[None], 0, 1 + axes[-1]), parts)
+            parts = merge(devices.sum, over_rows(merge, rows))
+        mean, rest, var, count = parts
+        assert mean is not None
+        assert rest is not None
+        squeeze = functools.partial(jnp.squeeze, axis=axes)
+        return Moments(squeeze(mean + rest), squeeze(var), squeeze(count))
 
 
 class Measure(NamedTuple):

@@ -72,11 +72,13 @@ def normalize(
 ) -> tuple[jax.Array, Statistics]:
     """Standardize x by its own statistics; return those too.
 
+    Sub-batches share theirs with no other device.
     Precision is decided here: the arithmetic is in float32 or better, the result in `dtype`, by
     default that of x.
     """
     dtype = jnp.dtype(dtype or x.dtype)
     arithmetic = promote(x.dtype, dtype, jnp.float32)
+    devices = HERE if layout.sub_batches else devices
     how = Measure(layout, arithmetic, check_epsilon(epsilon), centred, devices)
     return _normalize(how, dtype, x, check_params(params, layout, dtype), layout.mask(where))
 

@@ -66,6 +66,7 @@ def batch_norm(
     where: ArrayLike | None = None,
     axis_index_groups: AxisGroups = None,
     ddof: int = 0,
+    virtual_batch_size: int | None = None,
 ) -> tuple[jax.Array, BatchNormState]:
     """Batch normalization: zero mean and unit variance for each feature over the batch.
 
@@ -92,6 +93,9 @@ def batch_norm(
         A feature of which nothing counts becomes its bias and keeps its state.
       axis_index_groups: lists of indices along `axis_name` that share statistics; None is all.
       ddof: 1 divides the running variance by count - 1, as PyTorch does; y is not affected.
+      virtual_batch_size: ghost batch norm: that many examples of the batch, the first axis without
+        features, share statistics, then as many of the next. On each device by itself; the state
+        is moved by the moments of the whole batch, and of all devices of `axis_name`.
 
     Returns:
       y, of the shape and dtype of x, and the new state (the same one if not `train`). Statistics
@@ -101,7 +105,8 @@ def batch_norm(
       TypeError: x is of an integer type, `where` is not boolean, params is no NormParams, state
         is no BatchNormState, or `train` is traced.
       ValueError: an axis is out of range or given twice, a shape does not fit, x is a scalar,
-        epsilon is negative, momentum is outside [0, 1], or nothing binds `axis_name`.
+        epsilon is negative, momentum is outside [0, 1], nothing binds `axis_name`, or the virtual
+        batch size does not divide the batch.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm as jn
@@ -117,9 +122,11 @@ def batch_norm(
     References:
       Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
       Internal Covariate Shift", 2015, arXiv:1502.03167.
+      Hoffer, Hubara and Soudry, "Train longer, generalize better: closing the generalization gap in
+      large batch training of neural networks", 2017, arXiv:1705.08741 (ghost batch norm).
     """
     x = check_input(x)
-    layout = batch_layout(x.shape, feature_axis)
+    layout = batch_layout(x.shape, feature_axis, virtual_batch_size if train else None)
     state = _check_state(state, layout, x.dtype)
     if not isinstance(train, bool | np.bool_):
         raise TypeError(
@@ -131,7 +138,8 @@ def batch_norm(
         return y, state
     devices = bound_devices(axis_name, axis_index_groups)
     y, stats = normalize(x, layout, params, epsilon=epsilon, where=where, devices=devices)
-    return y, update_batch_norm_state(state, stats.moments(layout), momentum=momentum, ddof=ddof)
+    measured = stats.moments(layout, devices)
+    return y, update_batch_norm_state(state, measured, momentum=momentum, ddof=ddof)
 
 
 def update_batch_norm_state(
