@@ -1,0 +1,287 @@
+"""Data-parallel training of a batch-normalized network: one device, many, or many machines.
+
+    python examples/data_parallel.py                  # every device that JAX sees on this host
+    python examples/data_parallel.py --processes 2    # two processes, on this host's CPU
+
+On a cluster, one process per host; docs/devices.md says what to type for each kind of cluster.
+
+The batch is spread over all devices, and batch norm's statistics are those of the whole batch, so
+one device and many train the same network, but for rounding. Parameters, running statistics,
+optimizer and position in the data go to checkpoints in --out. The same command goes on from the
+last one, to the very same weights as a run that nothing interrupted.
+
+On scikit-learn's digits it takes 20 s on two CPU cores, and 40 s with --processes 2. To be
+expected: 98 % of the test images right.
+"""
+
+import argparse
+import functools
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from image_datasets import NAMES, Labelled, UserError, load_dataset
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from processes import run_on_this_host
+from tqdm import tqdm
+
+import jaxnorm
+import jaxnorm.linen as jn
+
+CONVOLUTIONS = ((16, 1), (32, 2), (32, 1))  # channels and stride of each
+# Also how long it takes until the others know that a process is gone that left without a word.
+HEARTBEAT_SECONDS = 20
+# What JAX says in its errors when another process is no longer there.
+LOST = re.compile(r"gloo|nccl|unavailable|deadline|heartbeat|connection|coordination", re.I)
+
+
+class Network(nn.Module):
+    """Convolutions, each with a synchronized batch norm, and a linear classifier."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, real: jax.Array, train: bool) -> jax.Array:
+        """Score ten classes; images that are not real fill the batch and don't count."""
+        x = images
+        for channels, stride in CONVOLUTIONS:
+            x = nn.Conv(channels, (3, 3), stride, use_bias=False)(x)
+            norm = jn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name="data")
+            x = nn.relu(norm(x, mask=real[:, None, None, None]))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+class State(NamedTuple):
+    """All that training changes. The position in the data is the number of the step."""
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+def compile_steps(mesh: Mesh, optimizer: optax.GradientTransformation) -> tuple[Callable, ...]:
+    """The first state, a step of training and a count of the images classified right."""
+    model = Network()
+    spread = functools.partial(jax.shard_map, mesh=mesh)
+    state_and_batch = (P(), P("data"), P("data"), P("data"))
+
+    @functools.partial(jax.jit, static_argnums=1, out_shardings=NamedSharding(mesh, P()))
+    def initialize(key, shape):
+        variables = model.init(key, jnp.zeros((1, *shape)), jnp.ones(1, bool), train=False)
+        params = variables["params"]
+        return State(params, variables["batch_stats"], optimizer.init(params))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(spread, in_specs=state_and_batch, out_specs=(P(), P()))
+    def train_step(state, images, labels, real):
+        def mean_loss(params):
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            logits, updates = model.apply(variables, images, real, True, mutable=["batch_stats"])
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            total, count = jax.lax.psum((losses.sum(where=real), real.sum()), "data")
+            return total / count, updates["batch_stats"]
+
+        # The parameters are the same on all devices: JAX sums their gradient over them.
+        compute = jax.value_and_grad(mean_loss, has_aux=True)
+        (loss, batch_stats), gradient = compute(state.params)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        return State(optax.apply_updates(state.params, updates), batch_stats, opt_state), loss
+
+    @jax.jit
+    @functools.partial(spread, in_specs=state_and_batch, out_specs=P())
+    def count_right(state, images, labels, real):
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        logits: Any = model.apply(variables, images, real, train=False)
+        return jax.lax.psum(jnp.sum((logits.argmax(-1) == labels) & real), "data")
+
+    return initialize, train_step, count_right
+
+
+def on_all_devices(mesh: Mesh, batch: Labelled, size: int) -> tuple[jax.Array, ...]:
+    """Images, labels and which are real, filled up to a size; each process gives its own part."""
+    (images, labels), real = jaxnorm.pad_batch(tuple(batch), -(-size // mesh.size) * mesh.size)
+    sharding = NamedSharding(mesh, P("data"))
+    return tuple(
+        jax.make_array_from_callback(a.shape, sharding, a.__getitem__)
+        for a in (images, labels, real)
+    )
+
+
+def batch_of_step(data: Labelled, step: int, size: int, seed: int) -> Labelled:
+    """The batch of a step: every epoch in an order of its own, its last batch perhaps smaller."""
+    epoch, position = divmod(step, -(-len(data.labels) // size))
+    order = np.random.default_rng((seed, epoch)).permutation(len(data.labels))
+    chosen = order[position * size : (position + 1) * size]
+    return Labelled(data.images[chosen], data.labels[chosen])
+
+
+class Checkpoints:
+    """Checkpoints in a folder, with the settings that the same weights depend on."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        """Read the folder, or make it."""
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out must be a folder, and {folder} is a file: choose another")
+        self.folder, self.settings = folder, settings
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def restore(self, state: State) -> tuple[State, int]:
+        """The last state that was saved and its step, or the one given and 0."""
+        step = self.manager.latest_step()
+        if step is None:
+            return state, 0
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        try:
+            settings = ocp.args.Composite(settings=ocp.args.JsonRestore())
+            self.check(self.manager.restore(step, args=settings)["settings"])
+            wanted = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+            return self.manager.restore(step, args=wanted)["state"], step
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise UserError(
+                f"{self.folder / str(step)} must be a checkpoint of this program, and can't be "
+                f"read: choose another --out, or remove it ({str(error).splitlines()[0][:200]})"
+            ) from error
+
+    def check(self, saved: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another model, or of the same in another training."""
+        for name in self.settings | saved:
+            ours, theirs = self.settings.get(name), saved.get(name)
+            if ours != theirs:
+                raise UserError(
+                    f"{self.folder} must hold checkpoints of this training, but they are of one "
+                    f"whose {name} is {theirs}, not {ours}: choose another --out"
+                )
+
+    def save(self, step: int, state: State) -> None:
+        """Save: a folder under another name is written, and then renamed."""
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(self.settings)
+        )
+        self.manager.save(step, args=args)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train from the last checkpoint on, then test."""
+    dataset = load_dataset(args.dataset, args.data_dir)
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    initialize, train_step, count_right = compile_steps(mesh, optax.adam(args.learning_rate))
+    settings = {
+        "network": [list(layer) for layer in CONVOLUTIONS],
+        "dataset": args.dataset,
+        "batch-size": args.batch_size,
+        "learning-rate": args.learning_rate,
+        "seed": args.seed,
+    }
+    checkpoints = Checkpoints(args.out, settings)
+    state = initialize(jax.random.key(args.seed), dataset.train.images.shape[1:])
+    state, start = checkpoints.restore(state)
+    say(f"{mesh.size} devices of {jax.process_count()} processes, from step {start}")
+    hidden = None if jax.process_index() == 0 else True  # None: shown on a terminal
+    for step in tqdm(range(start, args.steps), "steps", disable=hidden):
+        if args.launcher and os.getppid() != args.launcher:
+            raise UserError(f"the process that started this one has ended, before step {step}")
+        batch = batch_of_step(dataset.train, step, args.batch_size, args.seed)
+        state, loss = train_step(state, *on_all_devices(mesh, batch, args.batch_size))
+        if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
+            if not np.isfinite(loss):
+                raise UserError(f"the loss is {loss} at step {step}: try a lower --learning-rate")
+            checkpoints.save(step + 1, state)
+    right = count_right(state, *on_all_devices(mesh, dataset.test, len(dataset.test.labels)))
+    say(f"{100 * int(right) / len(dataset.test.labels):.1f} % of the test images right")
+    digest = hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(state)))
+    say(f"after {max(start, args.steps)} steps; state {digest.hexdigest()[:16]}")
+
+
+def say(text: str) -> None:
+    """Print, on one process."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--dataset", choices=NAMES, default="digits")
+    parser.add_argument("--data-dir", type=Path, help="folder of the published files")
+    parser.add_argument("--steps", type=at_least_one, default=300, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=at_least_one, default=100, help="default: %(default)s")
+    parser.add_argument("--learning-rate", type=float, default=0.01, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("data_parallel"), help="folder")
+    parser.add_argument(
+        "--checkpoint-every", type=at_least_one, default=50, help="steps; default: %(default)s"
+    )
+    many = parser.add_argument_group("many processes")
+    many.add_argument("--processes", type=at_least_one, help="how many; alone: all on this host")
+    many.add_argument("--coordinator", help="HOST:PORT of process 0, the same for all of them")
+    many.add_argument("--process-id", type=int, help="which of them this is, from 0 on")
+    many.add_argument("--cluster", action="store_true", help="learn all that from the cluster")
+    many.add_argument("--launcher", type=int, help=argparse.SUPPRESS)  # the parent's process id
+    args = parser.parse_args(argv)
+    if (args.coordinator is None) != (args.process_id is None):
+        parser.error("--coordinator and --process-id must be given together, with --processes")
+    if args.coordinator and not 0 <= args.process_id < (args.processes or 0):
+        parser.error("--process-id must be at least 0 and less than --processes")
+    if args.cluster and args.processes:
+        parser.error("--cluster must be given alone: the cluster says how many processes there are")
+    return args
+
+
+def at_least_one(text: str) -> int:
+    """A positive integer of the command line."""
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text}")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, as one process or as one of many."""
+    args = read_arguments(argv)
+    if args.processes and not args.coordinator:
+        return run_on_this_host(
+            [__file__, *(sys.argv[1:] if argv is None else argv)], args.processes
+        )
+    name = "data_parallel.py" if args.process_id is None else f"process {args.process_id}"
+    try:
+        if args.coordinator or args.cluster:
+            jax.distributed.initialize(
+                args.coordinator,
+                args.processes,
+                args.process_id,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+        train(args)
+    except UserError as error:
+        if not args.launcher or args.process_id == 0:  # on one host all have the same to say
+            print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        text, status = "interrupted; the same command goes on from the last checkpoint", 130
+    except Exception as error:
+        if not (args.coordinator or args.cluster) or not LOST.search(str(error)):
+            raise
+        why = str(error).splitlines()[0][:200]
+        text, status = f"lost another process ({why}); start all of them again", 3
+    else:
+        return 0
+    print(f"{name}: {text}", file=sys.stderr, flush=True)
+    os._exit(status)  # without waiting for processes that may not come
+
+
+if __name__ == "__main__":
+    sys.exit(main())
