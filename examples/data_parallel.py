@@ -248,6 +248,23 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+def meet(args: argparse.Namespace) -> None:
+    """Find the other processes."""
+    try:
+        jax.distributed.initialize(
+            args.coordinator,
+            args.processes,
+            args.process_id,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the processes have not found each other ({str(error).splitlines()[0][:200]}): check "
+            "--coordinator, or that this is a cluster that JAX knows"
+        ) from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, as one process or as one of many."""
     args = read_arguments(argv)
@@ -258,13 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = "data_parallel.py" if args.process_id is None else f"process {args.process_id}"
     try:
         if args.coordinator or args.cluster:
-            jax.distributed.initialize(
-                args.coordinator,
-                args.processes,
-                args.process_id,
-                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                shutdown_timeout_seconds=HEARTBEAT_SECONDS,
-            )
+            meet(args)
         train(args)
     except UserError as error:
         if not args.launcher or args.process_id == 0:  # on one host all have the same to say
