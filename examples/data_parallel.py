@@ -232,6 +232,8 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     many.add_argument("--cluster", action="store_true", help="learn all that from the cluster")
     many.add_argument("--launcher", type=int, help=argparse.SUPPRESS)  # the parent's process id
     args = parser.parse_args(argv)
+    if args.process_id is not None:
+        args.coordinator = args.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     if (args.coordinator is None) != (args.process_id is None):
         parser.error("--coordinator and --process-id must be given together, with --processes")
     if args.coordinator and not 0 <= args.process_id < (args.processes or 0):

@@ -101,17 +101,19 @@ def test_the_modules_have_it_too(x):
 def test_on_many_devices_sub_batches_are_local_and_the_state_is_of_all(check_vma, x):
     mesh = jax.make_mesh((3,), ("data",), axis_types=(AxisType.Auto,))
     state = jn.init_batch_norm_state(3)
-    norm = jax.shard_map(
-        lambda x: jn.batch_norm(x, state, "data", virtual_batch_size=2),
-        mesh=mesh,
-        in_specs=P("data"),
-        out_specs=(P("data"), P()),
-        check_vma=check_vma,
+    norm = jax.jit(
+        jax.shard_map(
+            lambda x: jn.batch_norm(x, state, "data", virtual_batch_size=2),
+            mesh=mesh,
+            in_specs=P("data"),
+            out_specs=(P("data"), P()),
+            check_vma=check_vma,
+        )
     )
     assert_close(norm(x), ghost(x, None, size=2))
     assert not collectives(jax.grad(lambda x: jnp.sum(jnp.sin(norm(x)[0]))), x)
     # The state can be differentiated, across devices too.
-    of_state = lambda norm: jax.grad(lambda x: jnp.sum(jnp.sin(norm(x)[1].var)))(x)
+    of_state = lambda norm: jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(norm(x)[1].var))))(x)
     assert_close(of_state(norm), of_state(lambda x: jn.batch_norm(x, state)), tol=1e-6)
 
 

@@ -1,12 +1,13 @@
 """Named axes: the devices, or the mapped examples, that share statistics.
 
-Each of them has measured a part. The parts are gathered into one small table, in one collective,
-and every device merges the table by itself, so that all come to the same numbers. The table grows
-with the number of devices; where it would take longer than a second collective, the parts are
-merged through sums instead, two of them, that cost the same for any number.
+Each of them has measured a part. In `shard_map` and `pmap` the parts are gathered into one small
+table, in one collective, and every device merges the table by itself, so that all come to the same
+numbers. The table grows with the number of devices; where it would take longer than a second
+collective, the parts are merged through sums instead, two of them, that cost the same for any
+number. So they are under `vmap`, where nothing is sent.
 
-In `shard_map` and `pmap` the groups of `axis_index_groups` gather among themselves. `vmap` knows no
-groups, and groups of different sizes can't be gathered: there the table holds the parts of all.
+Groups of devices gather among themselves if they are of one size. Others, and those of `vmap`,
+which knows no groups, are summed in a table with a row for each group.
 """
 
 import functools
@@ -29,71 +30,95 @@ LARGEST_TABLE = 2**20
 
 
 class Devices(NamedTuple):
-    """The devices along a named axis, and which of them share statistics; no name: this one alone.
+    """The devices along named axes, and which of them share statistics; no name: this one alone.
 
     Attributes:
-      name: the axis name or a tuple of them.
-      groups: the indices along the axis, each in one group; None is one group of all.
+      names: of the axes.
+      size: how many devices there are along them.
+      groups: the indices along the axes, each in one group; None is one group of all.
+      manual: whether the names are those of `shard_map` or `pmap`.
     """
 
-    name: AxisName = None
+    names: tuple = ()
+    size: int = 1
     groups: tuple[tuple[int, ...], ...] | None = None
+    manual: bool = False
 
-    def sum(self, tree: Any) -> Any:
+    @property
+    def mapped(self) -> bool:
+        """Whether `vmap` binds a name.
+
+        JAX gets to the derivative of what is compiled inside of it when it has left the name, so
+        there nothing may be compiled by itself, and no name be asked for in a derivative.
+        """
+        return bool(self.names) and not self.manual
+
+    @property
+    def gather(self) -> bool:
+        """Whether JAX can gather among those that share."""
+        return self.manual and len({len(group) for group in self.groups or ((),)}) == 1
+
+    def group(self) -> jax.Array | None:
+        """The group of this device, where there are groups that can't gather."""
+        if not self.groups or self.gather:
+            return None
+        group_of = {index: number for number, group in enumerate(self.groups) for index in group}
+        table = jnp.array([group_of[index] for index in range(self.size)])
+        return table[lax.axis_index(self.names)]
+
+    def sum(self, tree: Any, group: jax.Array | None = None) -> Any:
         """The sums of arrays of one shape over the devices that share, in one collective."""
-        if self.name is None:
+        if not self.names:
             return tree
-        if self.groups is None:
-            size = lax.axis_size(self.name)
-            return _packed(lambda a: lax.psum(a, self.name), lambda a: size * a, tree)
-        return over_rows(lambda add, rows: add(rows), self._gather(tree))
+        if not self.groups:
+            return _packed(self._psum, lambda a: self.size * a, tree)
+        if self.gather:
+            return over_rows(lambda add, rows: add(rows), self._gathered(tree))
+        sizes = [len(members) for members in self.groups]
 
-    def merge(self, equation: Equation, parts: Any) -> Any:
+        def sums(a):
+            mine = (jnp.arange(len(sizes)) == group).reshape(-1, *[1] * a.ndim)
+            return self._psum(jnp.where(mine, a[None], 0))[group]
+
+        return _packed(sums, lambda a: jnp.array(sizes, a.dtype)[group] * a, tree)
+
+    def merge(self, equation: Equation, parts: Any, group: jax.Array | None = None) -> Any:
         """`equation(add, parts)`, where `add` sums over the devices that share.
 
-        In one collective, however often the equation adds, unless the table is large. The parts
-        are arrays of one shape, or of NumPy: those are the same on all devices and are not sent.
-        The result is not to be differentiated.
+        In one collective, however often the equation adds, where a small table can be gathered.
+        The parts are arrays of one shape, or of NumPy: those are the same on all devices and are
+        not sent. The result is not to be differentiated.
         """
-        if self.name is None:
+        if not self.names:
             return parts
-        if self.groups is None and not self._is_small(parts):
-            return equation(self.sum, parts)
-        return over_rows(equation, self._gather(parts))
+        if self.gather and (self.groups or self._is_small(parts)):
+            return over_rows(equation, self._gathered(parts))
+        return equation(functools.partial(self.sum, group=group), parts)
 
     def _is_small(self, parts: Any) -> bool:
         sent = [a for a in jax.tree.leaves(parts) if not isinstance(a, np.ndarray)]
         size = sum(math.prod(a.shape) * a.dtype.itemsize for a in sent)
         # The symbolic shapes of jax.export have sizes that are no int.
-        return isinstance(size, int) and size * lax.axis_size(self.name) <= LARGEST_TABLE
+        return isinstance(size, int) and size * self.size <= LARGEST_TABLE
 
-    def _gather(self, parts: Any) -> Any:
-        """The parts of all that share, along a new first axis; those of others are zeros there."""
-        names = self.name if isinstance(self.name, tuple) else (self.name,)
-        manual = set(jax.sharding.get_abstract_mesh().manual_axes)  # of shard_map and pmap
-        size, groups, among = lax.axis_size(names), self.groups, None
-        if groups and manual.issuperset(names) and len(set(map(len, groups))) == 1:
-            size, groups, among = len(groups[0]), None, groups
+    def _gathered(self, parts: Any) -> Any:
+        """The parts of all that share, along a new first axis."""
+        size = len(self.groups[0]) if self.groups else self.size
+        gather = functools.partial(
+            lax.all_gather,
+            axis_name=self.names,
+            axis=1,
+            axis_index_groups=self.groups,
+            # Without groups all devices hold the same rows; this says so to check_vma=True.
+            to="varying" if self.groups else "invarying",
+        )
+        return _packed(gather, lambda a: np.broadcast_to(a, (size, *a.shape)), parts)
 
-        def gather(a):
-            # vmap gathers one name at a time, the first name's index being the slowest.
-            steps = [names] if manual.issuperset(names) else [(name,) for name in reversed(names)]
-            rows = a
-            for step in steps:
-                # Without groups all devices hold the same rows; this says so to check_vma=True.
-                same = self.groups is None and manual.issuperset(step)
-                to = "invarying" if same else "varying"
-                rows = lax.all_gather(rows, step, axis=1, axis_index_groups=among, to=to)
-            return rows.reshape(a.shape[0], size, *a.shape[1:])
-
-        rows = _packed(gather, lambda a: np.broadcast_to(a, (size, *a.shape)), parts)
-        if groups is None:
-            return rows
-        share = np.zeros((size, size), bool)
-        for group in groups:
-            share[np.ix_(group, group)] = True
-        mine = jnp.asarray(share)[lax.axis_index(names)]
-        return jax.tree.map(lambda a: jnp.where(mine.reshape(-1, *[1] * (a.ndim - 1)), a, 0), rows)
+    def _psum(self, a: jax.Array) -> jax.Array:
+        try:
+            return lax.psum(a, self.names)
+        except ValueError:  # of check_vma=True, where a is the same along some of the names
+            return functools.reduce(lax.psum, self.names, a)
 
 
 HERE = Devices()  # no other device
@@ -112,25 +137,26 @@ def bound_devices(axis_name: AxisName, axis_index_groups: AxisGroups = None) -> 
                 " pass both or neither."
             )
         return HERE
-    if isinstance(axis_name, list):
-        axis_name = tuple(axis_name)
+    names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
     try:
-        size = lax.axis_size(axis_name)
+        size = lax.axis_size(names)
     except NameError:
         raise ValueError(
             f"axis_name must be bound by jax.shard_map, jax.pmap or jax.vmap around this call, got "
             f"{axis_name!r}, which nothing binds; map over that name, or pass axis_name=None: under"
             " plain jax.jit statistics are those of the whole array however it is sharded."
         ) from None
+    manual = set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
     if axis_index_groups is None:
-        return Devices(axis_name)
+        return Devices(names, size, None, manual)
     groups = [list(row) if isinstance(row, Iterable) else [row] for row in axis_index_groups]
     if sorted(index for group in groups for index in group) != list(range(size)):
         raise ValueError(
             f"axis_index_groups must hold each index from 0 to {size - 1} of axis {axis_name!r} "
             f"once, got {axis_index_groups!r}; list every index in exactly one group."
         )
-    return Devices(axis_name, tuple(tuple(map(int, group)) for group in groups if group))
+    groups = tuple(tuple(map(int, group)) for group in groups if group)
+    return Devices(names, size, groups, manual)
 
 
 def over_rows(equation: Equation, rows: Any) -> Any:

@@ -74,7 +74,8 @@ class Statistics(NamedTuple):
             assert layout.split is not None
             axes = (*axes, layout.split)
             rows = jax.tree.map(lambda a: jnp.swapaxes(a[None], 0, 1 + axes[-1]), parts)
-            parts = merge(devices.sum, over_rows(merge, rows))
+            add = functools.partial(devices.sum, group=devices.group())
+            parts = merge(add, over_rows(merge, rows))
         mean, rest, var, count = parts
         assert mean is not None
         assert rest is not None
@@ -96,9 +97,13 @@ class Measure(NamedTuple):
         return x.astype(self.dtype).reshape(self.layout.view)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def measure(how: Measure, x: jax.Array, where: jax.Array | None) -> Statistics:
-    """The statistics of x over the elements in `where`."""
+    """The statistics of x over the elements in `where`, and over the devices."""
+    return _measure(how, x, where, how.devices.group())
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _measure(how, x, where, group):
     x = how.prepare(x)
     count = _count(how, where)
     mean = rest = None
@@ -108,15 +113,15 @@ def measure(how: Measure, x: jax.Array, where: jax.Array | None) -> Statistics:
     scale = _scale(how)
     e = centre(x, mean, rest) * scale.astype(x.dtype)
     var = _average(how, square(e), where, count * scale**2)
-    mean, rest, var, count = how.devices.merge(merge, (mean, rest, var, count))
+    mean, rest, var, count = how.devices.merge(merge, (mean, rest, var, count), group)
     count = jnp.broadcast_to(count, var.shape)
     return Statistics(mean, rest, var, count, reciprocal_std(var, how.epsilon, count))
 
 
-@measure.defjvp
+@_measure.defjvp
 def _measure_jvp(how, primals, tangents):
-    x, where = primals
-    stats = measure(how, x, where)
+    x, where, group = primals
+    stats = _measure(how, x, where, group)
 
     # checkpoint: the backward pass keeps x, in its own dtype, and computes h again.
     @jax.checkpoint
@@ -125,9 +130,9 @@ def _measure_jvp(how, primals, tangents):
         h = centre(how.prepare(x), stats.mean, stats.rest) * stats.rstd.astype(how.dtype)
         q = _average(how, real_product(tx, h), where, stats.count)
         t_mean = _average(how, tx, where, stats.count) if how.centred else None
-        return how.devices.sum((t_mean, q))
+        return t_mean, q
 
-    t_mean, q = averages(tangents[0], x, where, stats)
+    t_mean, q = how.devices.sum(averages(tangents[0], x, where, stats), group)
     t_rest = None if stats.rest is None else jnp.zeros_like(stats.rest)
     t_var = 2 * q * _std(stats.rstd)
     t_count = jnp.zeros_like(stats.count)

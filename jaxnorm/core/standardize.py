@@ -80,7 +80,8 @@ def normalize(
     arithmetic = promote(x.dtype, dtype, jnp.float32)
     devices = HERE if layout.sub_batches else devices
     how = Measure(layout, arithmetic, check_epsilon(epsilon), centred, devices)
-    return _normalize(how, dtype, x, check_params(params, layout, dtype), layout.mask(where))
+    function = _normalize if devices.mapped else _normalize_compiled
+    return function(how, dtype, x, check_params(params, layout, dtype), layout.mask(where))
 
 
 def normalize_with(
@@ -101,10 +102,12 @@ def normalize_with(
     return _normalize_with(how, dtype, x, mean, var, check_params(params, layout, dtype))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _normalize(how, dtype, x, params, where):
     stats = measure(how, x, where)
     return _standardize(how, dtype, x, stats.mean, stats.rest, stats.rstd, params), stats
+
+
+_normalize_compiled = jax.jit(_normalize, static_argnums=(0, 1))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

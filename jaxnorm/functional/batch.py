@@ -155,7 +155,8 @@ def update_batch_norm_state(
 
     Args:
       state: the running statistics.
-      moments: what was measured, of the same shape; features with count zero keep their state.
+      moments: what was measured, of the same shape; features with count zero keep their state, if
+        their mean and variance are finite.
       momentum: the weight that the old state keeps, in [0, 1]; None is the average of all updates.
       ddof: what to take from the count that divides the sum of squares: 1 is the unbiased
         estimate (where count > 1).
@@ -197,8 +198,8 @@ def update_batch_norm_state(
         if jnp.iscomplexobj(measured):
             old = old.astype(promote(old.dtype, jnp.complex64))
         measured = measured.astype(old.dtype)
-        moved = jnp.asarray(keep, old.dtype) * old + jnp.asarray(gain, old.dtype) * measured
-        return jnp.where(counted, moved, old)
+        kept, gained = jnp.where(counted, keep, 1), jnp.where(counted, gain, 0)
+        return kept.astype(old.dtype) * old + gained.astype(old.dtype) * measured
 
     return BatchNormState(
         move(state.mean, moments.mean),

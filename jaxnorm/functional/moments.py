@@ -1,7 +1,5 @@
 """The moments by themselves: measured and merged."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -51,7 +49,8 @@ def moments(
     layout = make_layout(x.shape, shared=axis, affine=())
     devices = bound_devices(axis_name, axis_index_groups)
     how = Measure(layout, promote(x.dtype, jnp.float32), devices=devices)
-    return _moments(how, x, layout.mask(where))
+    function = _moments if devices.mapped else _moments_compiled
+    return function(how, x, layout.mask(where))
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
@@ -106,6 +105,8 @@ def _stack(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.stack([a.astype(dtype), b.astype(dtype)])
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _moments(how, x, where):
     return measure(how, x, where).moments(how.layout)
+
+
+_moments_compiled = jax.jit(_moments, static_argnums=0)

@@ -1,0 +1,96 @@
+"""docs/devices.md: what it says is sent is what the compiled programs send, and its code runs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from devices import (
+    FEATURES,
+    MEASURED,
+    NORMS,
+    bytes_sent,
+    collectives,
+    committed,
+    compiled,
+    main,
+    on_paper,
+    table,
+)
+from jax.sharding import AxisType
+
+import jaxnorm as jn
+from jaxnorm.core.devices import LARGEST_TABLE
+
+PAGE = (Path(__file__).parent.parent / "docs" / "devices.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+LIBRARY = pytest.mark.parametrize("library", NORMS)
+
+
+@LIBRARY
+@pytest.mark.parametrize("devices", MEASURED)
+def test_the_paper_is_what_the_compiled_program_has(library, devices):
+    assert compiled(library, FEATURES, devices) == on_paper(library, FEATURES, devices)
+
+
+@pytest.mark.parametrize("features", [21845, 21846])  # the last table of 4 devices in 1 MiB
+def test_so_it_is_where_the_table_gives_way_to_sums(features):
+    exchanges = compiled("jaxnorm", features, 4)
+    assert exchanges == on_paper("jaxnorm", features, 4)
+    assert len(exchanges) == (2 if features == 21845 else 3)
+
+
+@LIBRARY
+def test_bytes_are_those_of_a_ring(library):
+    for devices in (2, 7, 341, 342, 4096):
+        sums = {"Flax": 4, "jaxnorm": 5 if devices > 341 else 2}[library]
+        right = 2 * (devices - 1) / devices * sums * FEATURES * 4
+        if library == "jaxnorm" and devices <= 341:
+            right += (devices - 1) * 3 * FEATURES * 4
+        assert bytes_sent(on_paper(library, FEATURES, devices)) == pytest.approx(right)
+
+
+def test_the_page_holds_what_the_formulas_give():
+    assert committed(PAGE) == table(on_paper)
+    ours, flax = (bytes_sent(on_paper(library, FEATURES, 256)) for library in NORMS)
+    assert f"{ours / flax:.0f} times the bytes of Flax" in PAGE
+    for features in (64, 256, 2048):
+        devices = LARGEST_TABLE // (12 * features)
+        assert re.search(rf"\b{devices:,}\s(devices\s)?for\s{features:,}\b", PAGE)
+        assert len(on_paper("jaxnorm", features, devices)) == 2
+        assert len(on_paper("jaxnorm", features, devices + 1)) == 3
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_under_plain_jit_small_sums_are_exchanged(kind):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+    place = lambda *spec: jax.device_put(jnp.ones((8, 6)), jax.NamedSharding(mesh, jax.P(*spec)))
+    sent = lambda *case: [(sums.kind, sums.numbers) for sums in collectives(*case)]
+    with jax.set_mesh(mesh):
+        layer = lambda x: jnp.sum(jnp.sin(jn.layer_norm(x)))
+        rows, twice = ("all-reduce", 2), ("all-reduce", 4)  # two of the eight rows on each device
+        assert sent(jax.grad(layer), place("data", "model")) == [rows, rows, rows, twice]
+        assert not sent(jax.grad(layer), place("data"))
+        batch = lambda x: jnp.sum(jnp.sin(jn.batch_norm(x, jn.init_batch_norm_state(6))[0]))
+        features, twice = ("all-reduce", 6), ("all-reduce", 12)
+        assert sent(jax.grad(batch), place("data")) == [features, features, features, twice]
+
+
+def test_an_unknown_flag_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["devices.py", "--wrte"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "unrecognized arguments: --wrte" in capsys.readouterr().err
+
+
+def test_the_code_runs():
+    # Each block by itself, but in one process: importing takes longer than running.
+    program = "\n".join(f"exec({block!r}, {{}})" for block in BLOCKS)
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-W", "error", "-c", program]
+    subprocess.run(command, env=os.environ | flags, check=True)
+    assert len(BLOCKS) == 3
