@@ -236,7 +236,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         args.coordinator = args.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     if (args.coordinator is None) != (args.process_id is None):
         parser.error("--coordinator and --process-id must be given together, with --processes")
-    if args.coordinator and not 0 <= args.process_id < (args.processes or 0):
+    if args.coordinator and args.process_id not in range(args.processes or 0):
         parser.error("--process-id must be at least 0 and less than --processes")
     if args.cluster and args.processes:
         parser.error("--cluster must be given alone: the cluster says how many processes there are")
