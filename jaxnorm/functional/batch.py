@@ -126,13 +126,13 @@ def batch_norm(
       large batch training of neural networks", 2017, arXiv:1705.08741 (ghost batch norm).
     """
     x = check_input(x)
-    layout = batch_layout(x.shape, feature_axis, virtual_batch_size if train else None)
-    state = _check_state(state, layout, x.dtype)
     if not isinstance(train, bool | np.bool_):
         raise TypeError(
             f"train must be a Python bool, got {type(train).__name__}; mark it as static in "
             "jax.jit, or bind it with functools.partial."
         )
+    layout = batch_layout(x.shape, feature_axis, virtual_batch_size if train else None)
+    state = _check_state(state, layout, x.dtype)
     if not train:
         y = normalize_with(x, layout, state.mean, state.var, params, epsilon=epsilon)
         return y, state
