@@ -129,8 +129,10 @@ class Checkpoints:
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         """Read the folder, or make it."""
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--out must be a folder, and {folder} is a file: choose another")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out must be a folder, but can't be made one: {error}") from error
         self.folder, self.settings = folder, settings
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
@@ -146,10 +148,13 @@ class Checkpoints:
             self.check(self.manager.restore(step, args=settings)["settings"])
             wanted = ocp.args.Composite(state=ocp.args.StandardRestore(like))
             return self.manager.restore(step, args=wanted)["state"], step
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # orbax has many, and some that are no more than that
             raise UserError(
-                f"{self.folder / str(step)} must be a checkpoint of this program, and can't be "
-                f"read: choose another --out, or remove it ({str(error).splitlines()[0][:200]})"
+                f"{self.folder / str(step)} must be a whole checkpoint of this program, and can't "
+                "be read: remove it to go on from the one before, or choose another --out "
+                f"({why(error)})"
             ) from error
 
     def check(self, saved: dict[str, Any]) -> None:
@@ -202,6 +207,11 @@ def train(args: argparse.Namespace) -> None:
     say(f"after {max(start, args.steps)} steps; state {digest.hexdigest()[:16]}")
 
 
+def why(error: Exception) -> str:
+    """The end of an error's first line, where what JAX and orbax wrap in it stands."""
+    return (str(error).splitlines() or [type(error).__name__])[0][-200:]
+
+
 def say(text: str) -> None:
     """Print, on one process."""
     if jax.process_index() == 0:
@@ -217,16 +227,17 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dataset", choices=NAMES, default="digits")
     parser.add_argument("--data-dir", type=Path, help="folder of the published files")
-    parser.add_argument("--steps", type=at_least_one, default=300, help="default: %(default)s")
-    parser.add_argument("--batch-size", type=at_least_one, default=100, help="default: %(default)s")
+    positive = functools.partial(at_least, 1)
+    parser.add_argument("--steps", type=positive, default=300, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=positive, default=100, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=0.01, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=functools.partial(at_least, 0), default=0)
     parser.add_argument("--out", type=Path, default=Path("data_parallel"), help="folder")
     parser.add_argument(
-        "--checkpoint-every", type=at_least_one, default=50, help="steps; default: %(default)s"
+        "--checkpoint-every", type=positive, default=50, help="steps; default: %(default)s"
     )
     many = parser.add_argument_group("many processes")
-    many.add_argument("--processes", type=at_least_one, help="how many; alone: all on this host")
+    many.add_argument("--processes", type=positive, help="how many; alone: all on this host")
     many.add_argument("--coordinator", help="HOST:PORT of process 0, the same for all of them")
     many.add_argument("--process-id", type=int, help="which of them this is, from 0 on")
     many.add_argument("--cluster", action="store_true", help="learn all that from the cluster")
@@ -236,17 +247,17 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         args.coordinator = args.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     if (args.coordinator is None) != (args.process_id is None):
         parser.error("--coordinator and --process-id must be given together, with --processes")
+    if args.cluster and (args.processes or args.coordinator):
+        parser.error("--cluster must be given alone: the cluster says who and how many there are")
     if args.coordinator and args.process_id not in range(args.processes or 0):
         parser.error("--process-id must be at least 0 and less than --processes")
-    if args.cluster and args.processes:
-        parser.error("--cluster must be given alone: the cluster says how many processes there are")
     return args
 
 
-def at_least_one(text: str) -> int:
-    """A positive integer of the command line."""
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text}")
+def at_least(least: int, text: str) -> int:
+    """An integer of the command line."""
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text}")
     return int(text)
 
 
@@ -260,9 +271,9 @@ def meet(args: argparse.Namespace) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, IndexError) as error:
         raise UserError(
-            f"the processes have not found each other ({str(error).splitlines()[0][:200]}): check "
+            f"the processes have not found each other ({why(error)}): check "
             "--coordinator, or that this is a cluster that JAX knows"
         ) from error
 
@@ -288,11 +299,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not (args.coordinator or args.cluster) or not LOST.search(str(error)):
             raise
-        why = str(error).splitlines()[0][:200]
-        text, status = f"lost another process ({why}); start all of them again", 3
+        text, status = f"lost another process ({why(error)}); start all of them again", 3
     else:
         return 0
-    print(f"{name}: {text}", file=sys.stderr, flush=True)
+    if not args.launcher or status != 130:  # the launcher says that it was interrupted
+        print(f"{name}: {text}", file=sys.stderr, flush=True)
     os._exit(status)  # without waiting for processes that may not come
 
 

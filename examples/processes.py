@@ -37,8 +37,9 @@ def run_on_this_host(command: Sequence[str], count: int) -> int:
         print(f"process {number} has the id {child.pid}", flush=True)
     try:
         return wait_for(children)
-    except KeyboardInterrupt:  # which the children have had as well
-        end(children)
+    except KeyboardInterrupt:
+        end(children, grace=2)  # from a terminal they have had it as well
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     finally:
         end(children, grace=0)
@@ -48,33 +49,33 @@ def wait_for(children: list[subprocess.Popen]) -> int:
     """Wait until all have ended, the rest soon after the first that failed."""
     while True:
         statuses = [child.poll() for child in children]
-        failed = [number for number, status in enumerate(statuses) if status]
-        if failed:
+        if any(statuses):
             break
         if all(status == 0 for status in statuses):
             return 0
         time.sleep(0.1)
     end(children)
-    first = statuses[failed[0]]
-    if first == USER_ERROR:
+    # Who was killed is the cause; the others may have noticed in the same moment.
+    status, number = min((status, number) for number, status in enumerate(statuses) if status)
+    if status == USER_ERROR:
         return USER_ERROR  # and it has said which
     print(
-        f"process {failed[0]} of {len(children)} ended {how(first)}, and the others with it; the "
+        f"process {number} of {len(children)} ended {how(status)}, and the others with it; the "
         "same command goes on from the last checkpoint",
         file=sys.stderr,
     )
     return 1
 
 
-def how(status: int | None) -> str:
+def how(status: int) -> str:
     """Say what an exit status means."""
-    if status is not None and status < 0:
+    if status < 0:
         return f"by signal {-status} ({signal.Signals(-status).name})"
     return f"with status {status}"
 
 
 def end(children: list[subprocess.Popen], grace: float = GRACE_SECONDS) -> None:
-    """Wait for the children, but not for long."""
+    """Wait for the children, but not for long; a checkpoint is whole whenever they are killed."""
     deadline = time.monotonic() + grace
     for child in children:
         try:

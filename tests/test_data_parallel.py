@@ -99,6 +99,7 @@ def test_two_processes_are_one_and_may_be_killed_at_any_moment(tmp_path):
     later = lambda: (killed / str(before + 5)).exists()
     errors = kill(start(killed, *again), 1, later)
     assert re.search(r"process 0: lost another process \(.*\); start all of them again", errors)
+    assert "process 1 of 2 ended by signal 9 (SIGKILL), and the others with it" in errors
     assert finish(killed, *again) == whole
 
 
@@ -151,17 +152,25 @@ def test_what_it_refuses(tmp_path, capsys, monkeypatch):
     (out / "9").mkdir()
     status, printed = run(capsys, out, "--steps", 2)
     assert status == 2
-    assert f"{out / '9'} must be a checkpoint of this program" in printed
-    (tmp_path / "file").touch()
-    status, printed = run(capsys, tmp_path / "file", "--steps", 2)
+    assert f"{out / '9'} must be a whole checkpoint of this program" in printed
+    (out / "9").rmdir()
+    largest = max(out.glob("1/state/**/d/*"), key=lambda path: path.stat().st_size)
+    os.truncate(largest, 100)
+    status, printed = run(capsys, out, "--steps", 2)
     assert status == 2
-    assert "--out must be a folder" in printed
+    assert f"{out / '1'} must be a whole checkpoint of this program" in printed
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "under"):
+        status, printed = run(capsys, path, "--steps", 2)
+        assert status == 2
+        assert "--out must be a folder" in printed
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--steps", "0"], "must be an integer of at least 1, got 0"),
+        (["--seed", "-1"], "must be an integer of at least 0, got -1"),
         (["--proceses", "2"], "unrecognized arguments: --proceses 2"),
         (["--coordinator", "here:1"], "--coordinator and --process-id must be given together"),
         (["--coordinator", "here:1", "--process-id", "0"], "less than --processes"),

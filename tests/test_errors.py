@@ -12,6 +12,7 @@ X = jnp.ones((4, 6))
 STATE = jn.init_batch_norm_state(6)
 DICT: Any = {}  # for the type checker, anything
 HALF: Any = 0.5
+FLAT: Any = [0, 1]
 SWAPPED: Any = (jn.moments(X, 0), STATE)
 
 
@@ -174,7 +175,36 @@ CASES = [
         "a name that nothing binds, in a tuple",
         lambda: jax.vmap(lambda x: jn.moments(x, 0, axis_name=("i", "j")), axis_name="i")(X),
         ValueError,
-        "('i', 'j')",
+        "got 'j', which nothing binds",
+    ),
+    bad(
+        "a name twice",
+        lambda: jax.vmap(lambda x: jn.moments(x, 0, axis_name=("i", "i")), axis_name="i")(X),
+        ValueError,
+        "each name once",
+    ),
+    bad(
+        "params in the place of the name",
+        lambda: jn.batch_norm(X, STATE, jn.init_params(6)),
+        TypeError,
+        "axis_name must be a name",
+        "keyword",
+    ),
+    bad(
+        "the number of an axis for a name",
+        lambda: jn.batch_norm(X, STATE, 0),
+        TypeError,
+        "axis_name must be a name",
+        "int",
+    ),
+    bad(
+        "groups that are one list",
+        lambda: jax.vmap(
+            lambda x: jn.moments(x, 0, axis_name="i", axis_index_groups=FLAT), axis_name="i"
+        )(X),
+        TypeError,
+        "lists of integers",
+        "[0, 1]",
     ),
     bad(
         "groups without a name",

@@ -88,6 +88,13 @@ def test_derivatives_of_merging(rng):
         np.testing.assert_allclose(ours, right, atol=1e-14)
 
 
+def test_merging_overflows_no_sooner_than_measuring():
+    x = jnp.zeros((8, 1)).at[7].set(2.5e19)  # whose square is no float32
+    assert jnp.isfinite(jn.moments(x, 0).var).all()
+    merged = moments_of([x[:7], x[7:]])
+    np.testing.assert_allclose(merged.var, jn.moments(x, 0).var, rtol=1e-6)
+
+
 def test_microbatches_committed_once_are_the_whole_batch(rng):
     x = jnp.asarray(rng.standard_normal((8, 3)), jnp.float32)
     state = jn.init_batch_norm_state(3)

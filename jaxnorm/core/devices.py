@@ -12,7 +12,8 @@ which knows no groups, are summed in a table with a row for each group.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+import operator
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -117,7 +118,10 @@ class Devices(NamedTuple):
     def _psum(self, a: jax.Array) -> jax.Array:
         try:
             return lax.psum(a, self.names)
-        except ValueError:  # of check_vma=True, where a is the same along some of the names
+        except ValueError:
+            if not self.manual:
+                raise
+            # With check_vma=True, a may be the same along some of the names: one at a time.
             return functools.reduce(lax.psum, self.names, a)
 
 
@@ -128,7 +132,9 @@ def bound_devices(axis_name: AxisName, axis_index_groups: AxisGroups = None) -> 
     """The `Devices` of an axis name that something around this call binds.
 
     Raises:
-      ValueError: nothing binds the name, or the groups do not hold each index of it once.
+      TypeError: the name is no name, or the groups are not of integers.
+      ValueError: nothing binds the name, it is given twice, or the groups do not hold each index
+        of it once.
     """
     if axis_name is None:
         if axis_index_groups is not None:
@@ -138,25 +144,39 @@ def bound_devices(axis_name: AxisName, axis_index_groups: AxisGroups = None) -> 
             )
         return HERE
     names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
-    try:
-        size = lax.axis_size(names)
-    except NameError:
-        raise ValueError(
-            f"axis_name must be bound by jax.shard_map, jax.pmap or jax.vmap around this call, got "
-            f"{axis_name!r}, which nothing binds; map over that name, or pass axis_name=None: under"
-            " plain jax.jit statistics are those of the whole array however it is sharded."
-        ) from None
+    for name in names:
+        if isinstance(name, int | jax.Array) or not isinstance(name, Hashable):
+            raise TypeError(
+                f"axis_name must be a name or a tuple of names, got a {type(name).__name__}; pass"
+                ' for example axis_name="data", and what else comes after state by its keyword.'
+            )
+        try:
+            lax.axis_size(name)
+        except NameError:
+            raise ValueError(
+                "axis_name must be bound by jax.shard_map, jax.pmap or jax.vmap around this call, "
+                f"got {name!r}, which nothing binds; map over that name, or pass axis_name=None: "
+                "under plain jax.jit statistics are those of the whole array however it is sharded."
+            ) from None
+    if len(set(names)) < len(names):
+        raise ValueError(f"axis_name must hold each name once, got {names!r}; leave one out.")
+    size = lax.axis_size(names)
     manual = set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
     if axis_index_groups is None:
         return Devices(names, size, None, manual)
-    groups = [list(row) if isinstance(row, Iterable) else [row] for row in axis_index_groups]
+    try:
+        groups = [[operator.index(index) for index in group] for group in axis_index_groups]
+    except TypeError:
+        raise TypeError(
+            f"axis_index_groups must be lists of integers, got {axis_index_groups!r}; pass for "
+            "example [[0, 1], [2, 3]] (in jax.jit as a static argument)."
+        ) from None
     if sorted(index for group in groups for index in group) != list(range(size)):
         raise ValueError(
             f"axis_index_groups must hold each index from 0 to {size - 1} of axis {axis_name!r} "
             f"once, got {axis_index_groups!r}; list every index in exactly one group."
         )
-    groups = tuple(tuple(map(int, group)) for group in groups if group)
-    return Devices(names, size, groups, manual)
+    return Devices(names, size, tuple(tuple(group) for group in groups if group), manual)
 
 
 def over_rows(equation: Equation, rows: Any) -> Any:
