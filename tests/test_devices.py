@@ -304,3 +304,24 @@ def test_modules_agree_with_the_function_on_one_device(rng):
     assert_close(nnx.jit(call)(norm, x), y)
     assert_close(norm.mean[...], state.mean)
     assert_close(norm.var[...], state.var)
+
+
+@every_map
+def test_modules_agree_with_the_function_under_every_map(how, rng):
+    x = problem(rng)[0]
+    y, state = jn.batch_norm(x.reshape(40, 6), jn.init_batch_norm_state(6), momentum=0.5)
+    options = {"axis_name": "data", "momentum": 0.5}
+    linen = jaxnorm.linen.BatchNorm(use_running_average=False, **options)
+    variables = linen.init(jax.random.key(0), x[0])
+    graph, parts = nnx.split(jaxnorm.nnx.BatchNorm(6, **options, rngs=nnx.Rngs(0)))
+
+    def call(shard, both):
+        linen_y, updates = linen.apply(both[0], shard, mutable=["batch_stats"])
+        norm = nnx.merge(graph, both[1], copy=True)
+        stats: Any = updates["batch_stats"]
+        return (linen_y, stats["mean"], stats["var"]), (norm(shard), norm.mean[...], norm.var[...])
+
+    for result in jax.jit(mapped(how, call))(x, (variables, parts)):
+        assert_close(result[0], np.reshape(y, SHAPE))
+        assert_close(result[1], np.broadcast_to(state.mean, (8, 6)))
+        assert_close(result[2], np.broadcast_to(state.var, (8, 6)))

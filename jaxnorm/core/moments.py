@@ -158,7 +158,7 @@ def merge(add: Callable, parts: tuple) -> tuple[Any, Any, jax.Array, jax.Array]:
     mean_of_all = sum_of_means / n.astype(mean.dtype)
     delta = (mean - mean_of_all) + rest
     share = count / n
-    # Half of the share before the square, so that nothing overflows that would not elsewhere.
+    # The share goes into the square, so that this overflows no sooner than measuring the whole.
     root = jnp.where(share > 0, jnp.sqrt(jnp.where(share > 0, share, 1)), 0).astype(delta.dtype)
     powers = share * var + square(root * delta)
     rest_of_all, power = add((share.astype(delta.dtype) * delta, powers))
