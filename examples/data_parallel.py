@@ -179,7 +179,8 @@ def train(args: argparse.Namespace) -> None:
     """Train from the last checkpoint on, then test."""
     dataset = load_dataset(args.dataset, args.data_dir)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    initialize, train_step, count_right = compile_steps(mesh, optax.adam(args.learning_rate))
+    optimizer = optax.sgd(args.learning_rate, momentum=0.9)
+    initialize, train_step, count_right = compile_steps(mesh, optimizer)
     settings = {
         "network": [list(layer) for layer in CONVOLUTIONS],
         "dataset": args.dataset,
@@ -230,7 +231,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     positive = functools.partial(at_least, 1)
     parser.add_argument("--steps", type=positive, default=300, help="default: %(default)s")
     parser.add_argument("--batch-size", type=positive, default=100, help="default: %(default)s")
-    parser.add_argument("--learning-rate", type=float, default=0.01, help="default: %(default)s")
+    parser.add_argument("--learning-rate", type=float, default=0.1, help="default: %(default)s")
     parser.add_argument("--seed", type=functools.partial(at_least, 0), default=0)
     parser.add_argument("--out", type=Path, default=Path("data_parallel"), help="folder")
     parser.add_argument(

@@ -79,16 +79,17 @@ def kill(process, number, when):
 
 def test_two_processes_are_one_and_may_be_killed_at_any_moment(tmp_path):
     one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
-    finish(one)
-    whole = finish(two, "--processes", 2)
+    # Slow enough not to be chaotic: at 0.1, rounding grows a hundred thousand times in 50 steps.
+    rate = ("--learning-rate", 0.02)
+    finish(one, *rate)
+    whole = finish(two, *rate, "--processes", 2)
     (_, right), (_, ours) = last_state(one), last_state(two)
-    leaves = [ocp.tree.to_flat_dict(state) for state in (right, ours)]
-    furthest = {path: np.abs(leaves[1][path] - a).max() for path, a in leaves[0].items()}
-    # Rounding, that Adam's division by small gradients lets grow over 50 steps.
-    assert max(furthest.values()) < 2e-3, furthest
-    print(f"largest difference of one process and two: {max(furthest.values()):.1e}")
+    leaves = [ocp.tree.to_flat_dict(state["params"]) for state in (right, ours)]
+    furthest = max(float(np.abs(leaves[1][path] - a).max()) for path, a in leaves[0].items())
+    print(f"largest difference in weights of one process and two: {furthest:.1e}")
+    assert furthest < 1e-5  # some 1e-7 of rounding, and room for another machine's
 
-    again = ("--processes", 2, "--checkpoint-every", 1)
+    again = (*rate, "--processes", 2, "--checkpoint-every", 1)
     saving = lambda: any(killed.glob("*tmp*")) and (killed / "3").exists()
     errors = kill(start(killed, *again), 0, saving)
     assert re.search(
