@@ -18,6 +18,7 @@ from jaxnorm.functional.layer import layer_norm
 from jaxnorm.functional.moments import merge_moments, moments
 from jaxnorm.functional.padding import pad_batch
 from jaxnorm.functional.rms import rms_norm
+from jaxnorm.kernels import implementations
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "NormParams",
     "batch_norm",
     "group_norm",
+    "implementations",
     "init_batch_norm_state",
     "init_params",
     "instance_norm",

@@ -26,7 +26,8 @@ from jaxnorm.core.layout import (
     instance_layout,
     layer_layout,
 )
-from jaxnorm.core.standardize import NormParams, normalize, normalize_with
+from jaxnorm.core.normalize import normalize, normalize_with
+from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.batch import update_running_statistics
 
 __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]

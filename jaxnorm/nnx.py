@@ -24,7 +24,8 @@ from flax.typing import Dtype
 from jaxnorm.core.devices import HERE, Devices, bound_devices
 from jaxnorm.core.layout import Layout, batch_layout, group_layout, instance_layout, layer_layout
 from jaxnorm.core.moments import promote
-from jaxnorm.core.standardize import NormParams, normalize, normalize_with
+from jaxnorm.core.normalize import normalize, normalize_with
+from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.batch import update_running_statistics
 
 __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]

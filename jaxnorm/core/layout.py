@@ -53,6 +53,27 @@ class Layout:
         sizes = tuple(self.view[axis] for axis in self.affine)
         return (math.prod(sizes),) if self.split in self.affine else sizes  # groups: one axis of x
 
+    @property
+    def block(self) -> tuple[int, int, int, int] | None:
+        """The view in memory as (n, s, g, k), or None if its axes don't stand in that order.
+
+        n independent examples, s positions, g groups of k features: statistics are shared over s
+        and k, parameters span g and k.
+        """
+        sizes = [1, 1, 1, 1]
+        last = 0
+        for axis, size in enumerate(self.view):
+            if not isinstance(size, int):
+                return None  # a symbolic shape, of jax.export
+            if size == 1:
+                continue
+            place = (axis in self.shared) + 2 * (axis in self.affine)
+            if place < last:
+                return None
+            last = place
+            sizes[place] *= size
+        return sizes[0], sizes[1], sizes[2], sizes[3]
+
     def spread(self, param: jax.Array) -> jax.Array:
         """A scale, bias or running statistic, shaped to broadcast against the view."""
         return param.reshape(

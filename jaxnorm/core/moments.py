@@ -122,6 +122,24 @@ def _measure(how, x, where, group):
 def _measure_jvp(how, primals, tangents):
     x, where, group = primals
     stats = _measure(how, x, where, group)
+    return stats, _tangents(how, x, where, group, stats, tangents[0])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def measured(how: Measure, x: jax.Array, stats: Statistics) -> Statistics:
+    """What `measure(how, x, None)` gave, as that with its derivative, but not measured again."""
+    del how, x
+    return stats
+
+
+@measured.defjvp
+def _measured_jvp(how, primals, tangents):
+    x, stats = primals
+    stats = measured(how, x, stats)
+    return stats, _tangents(how, x, None, None, stats, tangents[0])
+
+
+def _tangents(how, x, where, group, stats, tx):
 
     # checkpoint: the backward pass keeps x, in its own dtype, and computes h again.
     @jax.checkpoint
@@ -132,11 +150,11 @@ def _measure_jvp(how, primals, tangents):
         t_mean = _average(how, tx, where, stats.count) if how.centred else None
         return t_mean, q
 
-    t_mean, q = how.devices.sum(averages(tangents[0], x, where, stats), group)
+    t_mean, q = how.devices.sum(averages(tx, x, where, stats), group)
     t_rest = None if stats.rest is None else jnp.zeros_like(stats.rest)
     t_var = 2 * q * _std(stats.rstd)
     t_count = jnp.zeros_like(stats.count)
-    return stats, Statistics(t_mean, t_rest, t_var, t_count, -(stats.rstd**2) * q)
+    return Statistics(t_mean, t_rest, t_var, t_count, -(stats.rstd**2) * q)
 
 
 def merge(add: Callable, parts: tuple) -> tuple[Any, Any, jax.Array, jax.Array]:
@@ -219,6 +237,11 @@ def _scale(how: Measure) -> jax.Array:
         return jnp.asarray(2.0 ** -math.ceil(math.log2(max(n, 1)) / 2), dtype)
     # A symbolic shape, of jax.export.
     return lax.rsqrt(jnp.maximum(jnp.asarray(n, dtype), 1))
+
+
+def count_all(how: Measure) -> Count:
+    """The count where nothing is masked."""
+    return _count(how, None)
 
 
 def _count(how: Measure, where: jax.Array | None) -> Count:

@@ -12,7 +12,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxnorm.core.devices import AxisGroups, AxisName, bound_devices
 from jaxnorm.core.layout import Axes, Layout, batch_layout, check_input
 from jaxnorm.core.moments import Moments, promote
-from jaxnorm.core.standardize import NormParams, check_feature_array, normalize, normalize_with
+from jaxnorm.core.normalize import check_feature_array, normalize, normalize_with
+from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.moments import check_moments
 
 
@@ -67,6 +68,7 @@ def batch_norm(
     axis_index_groups: AxisGroups = None,
     ddof: int = 0,
     virtual_batch_size: int | None = None,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, BatchNormState]:
     """Batch normalization: zero mean and unit variance for each feature over the batch.
 
@@ -96,6 +98,9 @@ def batch_norm(
       virtual_batch_size: ghost batch norm: that many examples of the batch, the first axis without
         features, share statistics, then as many of the next. On each device by itself; the state
         is moved by the moments of the whole batch, and of all devices of `axis_name`.
+      implementation: "kernel" for the platform's kernel, "xla" for the formulas; None is what
+        JAXNORM_IMPLEMENTATION says, or else the kernel where it can. See `implementations`.
+        XLA computes what is not `train`.
 
     Returns:
       y, of the shape and dtype of x, and the new state (the same one if not `train`). Statistics
@@ -105,8 +110,8 @@ def batch_norm(
       TypeError: x is of an integer type, `where` is not boolean, params is no NormParams, state
         is no BatchNormState, or `train` is traced.
       ValueError: an axis is out of range or given twice, a shape does not fit, x is a scalar,
-        epsilon is negative, momentum is outside [0, 1], nothing binds `axis_name`, or the virtual
-        batch size does not divide the batch.
+        epsilon is negative, momentum is outside [0, 1], nothing binds `axis_name`, the virtual
+        batch size does not divide the batch, or the kernel is asked for and can't run.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm as jn
@@ -137,7 +142,15 @@ def batch_norm(
         y = normalize_with(x, layout, state.mean, state.var, params, epsilon=epsilon)
         return y, state
     devices = bound_devices(axis_name, axis_index_groups)
-    y, stats = normalize(x, layout, params, epsilon=epsilon, where=where, devices=devices)
+    y, stats = normalize(
+        x,
+        layout,
+        params,
+        epsilon=epsilon,
+        where=where,
+        devices=devices,
+        implementation=implementation,
+    )
     measured = stats.moments(layout, devices)
     return y, update_batch_norm_state(state, measured, momentum=momentum, ddof=ddof)
 

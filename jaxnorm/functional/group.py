@@ -4,7 +4,8 @@ import jax
 from jax.typing import ArrayLike
 
 from jaxnorm.core.layout import check_input, group_layout
-from jaxnorm.core.standardize import NormParams, normalize
+from jaxnorm.core.normalize import normalize
+from jaxnorm.core.standardize import NormParams
 
 
 def group_norm(
@@ -15,6 +16,7 @@ def group_norm(
     feature_axis: int = -1,
     epsilon: float = 1e-6,
     where: ArrayLike | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Group normalization: zero mean and unit variance in each example and group of features.
 
@@ -33,6 +35,8 @@ def group_norm(
       epsilon: added to the variance; in units of x squared.
       where: boolean, broadcastable to x: True counts in the statistics. Every position is
         standardized. Where nothing counts, the result is the bias.
+      implementation: "kernel" for the platform's kernel, "xla" for the formulas; None is what
+        JAXNORM_IMPLEMENTATION says, or else the kernel where it can. See `implementations`.
 
     Returns:
       An array of the shape and dtype of x. Statistics are computed in float32 or better.
@@ -40,7 +44,8 @@ def group_norm(
     Raises:
       TypeError: x is of an integer type, `where` is not boolean, or params is no NormParams.
       ValueError: the groups do not divide the features, the feature axis is the first or out of
-        range, a shape does not fit, or epsilon is negative.
+        range, a shape does not fit, epsilon is negative, or the kernel is asked for and can't
+        run.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm as jn
@@ -52,4 +57,6 @@ def group_norm(
     """
     x = check_input(x)
     layout = group_layout(x.shape, num_groups, feature_axis)
-    return normalize(x, layout, params, epsilon=epsilon, where=where)[0]
+    return normalize(
+        x, layout, params, epsilon=epsilon, where=where, implementation=implementation
+    )[0]

@@ -4,7 +4,8 @@ import jax
 from jax.typing import ArrayLike
 
 from jaxnorm.core.layout import check_input, instance_layout
-from jaxnorm.core.standardize import NormParams, normalize
+from jaxnorm.core.normalize import normalize
+from jaxnorm.core.standardize import NormParams
 
 
 def instance_norm(
@@ -14,6 +15,7 @@ def instance_norm(
     feature_axis: int = -1,
     epsilon: float = 1e-6,
     where: ArrayLike | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Instance normalization: zero mean and unit variance in each example and feature.
 
@@ -30,14 +32,16 @@ def instance_norm(
       epsilon: added to the variance; in units of x squared.
       where: boolean, broadcastable to x: True counts in the statistics. Every position is
         standardized. Where nothing counts, the result is the bias.
+      implementation: "kernel" for the platform's kernel, "xla" for the formulas; None is what
+        JAXNORM_IMPLEMENTATION says, or else the kernel where it can. See `implementations`.
 
     Returns:
       An array of the shape and dtype of x. Statistics are computed in float32 or better.
 
     Raises:
       TypeError: x is of an integer type, `where` is not boolean, or params is no NormParams.
-      ValueError: the feature axis is the first or out of range, a shape does not fit, or epsilon
-        is negative.
+      ValueError: the feature axis is the first or out of range, a shape does not fit, epsilon is
+        negative, or the kernel is asked for and can't run.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm as jn

@@ -4,7 +4,8 @@ import jax
 from jax.typing import ArrayLike
 
 from jaxnorm.core.layout import Axes, check_input, layer_layout
-from jaxnorm.core.standardize import NormParams, normalize
+from jaxnorm.core.normalize import normalize
+from jaxnorm.core.standardize import NormParams
 
 
 def rms_norm(
@@ -14,6 +15,7 @@ def rms_norm(
     axis: Axes = -1,
     epsilon: float = 1e-6,
     where: ArrayLike | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     """RMS normalization: a mean square of one over `axis`, for each example by itself.
 
@@ -26,14 +28,16 @@ def rms_norm(
       epsilon: added to the mean square; in units of x squared.
       where: boolean, broadcastable to x: True counts in the statistics. Every position is
         divided. Where nothing counts, the result is the bias.
+      implementation: "kernel" for the platform's kernel, "xla" for the formulas; None is what
+        JAXNORM_IMPLEMENTATION says, or else the kernel where it can. See `implementations`.
 
     Returns:
       An array of the shape and dtype of x. Statistics are computed in float32 or better.
 
     Raises:
       TypeError: x is of an integer type, `where` is not boolean, or params is no NormParams.
-      ValueError: an axis is out of range or given twice, a shape does not fit, x is a scalar, or
-        epsilon is negative.
+      ValueError: an axis is out of range or given twice, a shape does not fit, x is a scalar,
+        epsilon is negative, or the kernel is asked for and can't run.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm as jn

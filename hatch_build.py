@@ -1,0 +1,59 @@
+"""Compiles the CPU kernel while jaxnorm is installed, where there is a C++ compiler.
+
+Without one, or where it fails, the install goes on: the reason is left beside the kernel, and
+`jaxnorm.implementations()` tells it. JAXNORM_BUILD_KERNEL=1 makes that an error, =0 leaves the
+kernel out.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from packaging.tags import sys_tags
+
+FOLDER = Path(__file__).parent / "jaxnorm" / "kernels" / "cpu"
+
+
+class Kernel(BuildHookInterface):
+    """Hatch's hook for `pip install`, editable or not."""
+
+    def dependencies(self) -> list[str]:
+        """What the compiler needs: XLA's headers, which come with jaxlib."""
+        # A library that is built with older headers runs in a newer XLA, but not the reverse.
+        oldest = "jaxlib==0.10.*" if sys.version_info < (3, 15) else "jaxlib"
+        return [oldest] if _cpu().find_compiler() else []
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile, and put the result into the wheel."""
+        cpu, reason = _cpu(), FOLDER / "_not_built.txt"
+        for path in (cpu.LIBRARY, reason):
+            path.unlink(missing_ok=True)
+        wish = os.environ.get("JAXNORM_BUILD_KERNEL")
+        try:
+            if wish == "0":
+                raise RuntimeError("JAXNORM_BUILD_KERNEL was 0 when jaxnorm was installed")
+            cpu.build()
+        except (RuntimeError, OSError, ImportError) as error:
+            if wish == "1":
+                raise
+            reason.write_text(str(error))
+            self.app.display_warning(f"jaxnorm is installed without its CPU kernel: {error}")
+        else:
+            platforms = (tag.platform for tag in sys_tags() if "linux_" not in tag.platform[1:])
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{next(platforms)}"
+        paths = (cpu.LIBRARY, reason)
+        build_data["artifacts"] += [str(p.relative_to(FOLDER.parents[2])) for p in paths]
+
+
+def _cpu() -> Any:
+    """jaxnorm.kernels.cpu.build, without what that package imports."""
+    spec = importlib.util.spec_from_file_location("build_of_kernel", FOLDER / "build.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

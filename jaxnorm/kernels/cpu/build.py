@@ -1,0 +1,75 @@
+"""Compiles the kernel; `pip install` does it, and it can be done later.
+
+    python -m jaxnorm.kernels.cpu.build
+
+CXX names the compiler, CXXFLAGS further flags. This file is read before jaxnorm is installed, so it
+imports nothing of it.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).parent
+LIBRARY = HERE / "_norms.so"
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+
+
+def build(library: Path = LIBRARY, flags: Sequence[str] = ()) -> None:
+    """Compile the kernel into `library`, which is whole afterwards or as it was.
+
+    Raises:
+      RuntimeError: there is no compiler, or it failed.
+    """
+    compiler = find_compiler()
+    if not compiler:
+        raise RuntimeError("there was no C++ compiler when jaxnorm was installed")
+    import jaxlib  # for XLA's headers
+
+    flags = [*FLAGS, *flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    include = str(Path(jaxlib.__file__).parent / "include")
+    # Each level of the machine is level.cc once more; handlers.cc takes the best that runs.
+    sources = {
+        "handlers": ["handlers.cc", "-isystem", include],
+        "baseline": ["level.cc", "-DJAXNORM_LEVEL=baseline", "-DJAXNORM_NAME=kBaseline"],
+    }
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        sources["avx2"] = ["level.cc", "-DJAXNORM_LEVEL=avx2", "-DJAXNORM_NAME=kAvx2"]
+        sources["avx2"] += ["-march=x86-64-v3"]
+        sources["handlers"] += ["-DJAXNORM_AVX2"]
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        objects = []
+        for name, (source, *options) in sources.items():
+            objects.append(f"{folder}/{name}.o")
+            _run([*compiler, *flags, *options, "-c", str(HERE / source), "-o", objects[-1]])
+        _run([*compiler, *flags, "-shared", *objects, "-o", f"{folder}/norms.so"])
+        Path(folder, "norms.so").replace(library)
+
+
+def find_compiler() -> list[str] | None:
+    """The command of the C++ compiler."""
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    found = (shutil.which(name) for name in ("c++", "g++", "clang++"))
+    return next(([path] for path in found if path), None)
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        lines = result.stderr.splitlines() or ["it said nothing"]
+        reason = next((line for line in lines if "error" in line), lines[0])
+        raise RuntimeError(f"{command[0]} failed to compile it: {reason}")
+
+
+if __name__ == "__main__":
+    try:
+        build()
+    except RuntimeError as error:
+        raise SystemExit(f"The kernel is not built: {error}") from None
+    print(f"Built {LIBRARY}")

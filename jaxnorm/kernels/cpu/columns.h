@@ -1,0 +1,178 @@
+// Statistics of columns: groups that stand side by side in memory.
+//
+// An example is a matrix of s rows and g * k columns. Where those don't fill vectors, `fold` rows
+// are taken as one longer row, and its columns merged at the end; rows left over go one by one.
+#pragma once
+
+#include "moments.h"
+
+namespace jaxnorm {
+namespace JAXNORM_LEVEL {
+
+constexpr int64_t kTileRows = 64;     // that stay in the first cache, and are added in float32
+constexpr int64_t kChunkRows = 256;   // at least, for what a chunk keeps to be small beside it
+
+struct Matrix {
+  Block block;
+  int64_t fold = 1, width, rows, chunks;
+
+  explicit Matrix(const Block& b) : block(b) {
+    while (fold * b.features() % W) fold *= 2;
+    width = fold * b.features();
+    rows = b.s / fold;
+    chunks = tasks_for(b.example(), larger(1, rows / kChunkRows));
+  }
+
+  int64_t begin(int64_t chunk) const { return rows * chunk / chunks; }
+  int64_t slots(int64_t tasks) const { return chunks == 1 ? tasks : block.n; }
+
+  // Measures each example, finishes its statistics, and writes its result. What is kept between
+  // the three is in a slot: an example that is small stays in the cache and in one thread, and
+  // passes the slot on to the next; large ones are divided into chunks of rows.
+  template <class Measure, class Finish, class Write>
+  void each_example(Pool& pool, int64_t tasks, Measure measure, Finish finish, Write write) const {
+    const int64_t n = block.n, parts = chunks;
+    if (parts == 1) {
+      parallel(pool, tasks, [&](int64_t slot) {
+        for (int64_t e = n * slot / tasks; e < n * (slot + 1) / tasks; ++e) {
+          measure(slot, e, 0);
+          finish(slot, e);
+          write(slot, e, 0);
+        }
+      });
+    } else {
+      parallel(pool, n * parts, [&](int64_t i) { measure(i / parts, i / parts, i % parts); });
+      parallel(pool, n, [&](int64_t e) { finish(e, e); });
+      parallel(pool, n * parts, [&](int64_t i) { write(i / parts, i / parts, i % parts); });
+    }
+  }
+};
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// body(j, count) for strips of columns: first of M vectors, then of one.
+template <int M, class Body>
+static inline BODY void strips(int64_t width, Body body) {
+  int64_t j = 0;
+  for (; j + M * W <= width; j += M * W) body(j, Count<M>());
+  for (; j < width; j += W) body(j, Count<1>());
+}
+
+// Adds rows to the sums of each column: two doubles and the origin for each.
+template <class T>
+static void add_rows(float* origin, double* first, double* second, const T* x, int64_t width,
+                     int64_t rows) {
+  for (int64_t start = 0; start < rows; start += kTileRows) {
+    const int64_t n = smaller(kTileRows, rows - start);
+    strips<4>(width, [&](int64_t j, auto count) BODY {
+      constexpr int N = decltype(count)::value;
+      const T* from = x + start * width + j;
+      V pivot[N] = {}, d1[N] = {}, d2[N] = {};
+      for (int64_t r = 0; r < n; ++r) {
+        for (int v = 0; v < N; ++v) pivot[v] += load(from + r * width + v * W);
+      }
+      for (int v = 0; v < N; ++v) pivot[v] /= static_cast<float>(n);
+      for (int64_t r = 0; r < n; ++r) {
+        for (int v = 0; v < N; ++v) {
+          V d = load(from + r * width + v * W) - pivot[v];
+          d1[v] += d;
+          d2[v] += d * d;
+        }
+      }
+      for (int v = 0; v < N; ++v) {
+        const int64_t at = j + v * W;
+        if (start == 0) store(origin + at, pivot[v]);
+        for (int i = 0; i < W; ++i) {
+          double shift = static_cast<double>(pivot[v][i]) - origin[at + i];
+          first[at + i] += d1[v][i] + n * shift;
+          second[at + i] += d2[v][i] + shift * (2.0 * d1[v][i] + n * shift);
+        }
+      }
+    });
+  }
+}
+
+template <class T>
+static void columns_forward(const Forward& f, Pool& pool) {
+  const Block b = f.block;
+  const Matrix m(b);
+  const T* x = static_cast<const T*>(f.x);
+  T* y = static_cast<T*>(f.y);
+  const int64_t tasks = tasks_for(b.n * b.example(), b.n), slots = m.slots(tasks);
+  const int64_t width = m.width, features = b.features();
+  Scratch<float> floats(slots * (m.chunks + 3) * width);
+  Scratch<double> doubles(slots * m.chunks * 2 * width);
+  auto origin = [&](int64_t slot, int64_t chunk) {
+    return floats + (slot * (m.chunks + 3) + chunk) * width;
+  };
+  auto sums = [&](int64_t slot, int64_t chunk) {
+    return doubles + (slot * m.chunks + chunk) * 2 * width;
+  };
+  auto measure = [&](int64_t slot, int64_t e, int64_t chunk) {
+    double* first = sums(slot, chunk);
+    for (int64_t i = 0; i < 2 * width; ++i) first[i] = 0;
+    add_rows(origin(slot, chunk), first, first + width, x + e * b.example() + m.begin(chunk) * width,
+             width, m.begin(chunk + 1) - m.begin(chunk));
+  };
+  auto group_sums = [&](int64_t slot, int64_t e, int64_t feature) {
+    const T* from = x + e * b.example() + feature;
+    Sums total = {};
+    for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
+      const double n = m.begin(chunk + 1) - m.begin(chunk);
+      const float* pivot = origin(slot, chunk);
+      const double *first = sums(slot, chunk), *second = first + width;
+      if (n == 0) continue;
+      for (int64_t j = feature; j < width; j += features) {
+        for (int64_t i = j; i < j + b.k; ++i) total.add(n, pivot[i], first[i], second[i]);
+      }
+    }
+    for (int64_t row = m.rows * m.fold; row < b.s; ++row) {
+      for (int64_t i = 0; i < b.k; ++i) total.add(1, get(from + row * features + i), 0, 0);
+    }
+    if (__builtin_isfinite(total.second)) return total;
+    return wide_sums(b.s * b.k, true, [=](int64_t i) {
+      return static_cast<double>(get(from + i / b.k * features + i % b.k));
+    });
+  };
+  auto finish_example = [&](int64_t slot, int64_t e) {
+    float* mean = origin(slot, m.chunks);
+    float *scale = mean + width, *bias = scale + width;
+    for (int64_t g = 0; g < b.g; ++g) {
+      const int64_t row = e * b.g + g;
+      Moment moment = finish(group_sums(slot, e, g * b.k), f.epsilon, true);
+      f.stats.mean[row] = moment.mean;
+      f.stats.rest[row] = moment.rest;
+      f.stats.var[row] = moment.var;
+      f.stats.rstd[row] = moment.rstd;
+      for (int64_t i = g * b.k; i < (g + 1) * b.k; ++i) {
+        const float factor = f.scale ? f.scale[i] : 1;
+        for (int64_t j = i; j < width; j += features) {
+          mean[j] = moment.mean;
+          scale[j] = moment.rstd * factor;
+          bias[j] = (f.bias ? f.bias[i] : 0) - moment.rest * scale[j];
+        }
+      }
+    }
+  };
+  auto write = [&](int64_t slot, int64_t e, int64_t chunk) {
+    const float* mean = origin(slot, m.chunks);
+    const float *scale = mean + width, *bias = scale + width;
+    auto write_row = [&](int64_t at, int64_t size) BODY {
+      sweep(size, [&](int, int64_t j, auto lanes) BODY {
+        V d = load(x + at + j, lanes) - load(mean + j, lanes);
+        store(y + at + j, d * load(scale + j, lanes) + load(bias + j, lanes), lanes);
+      });
+    };
+    const int64_t start = e * b.example();
+    for (int64_t r = m.begin(chunk); r < m.begin(chunk + 1); ++r) write_row(start + r * width, width);
+    if (chunk + 1 < m.chunks) return;
+    for (int64_t r = m.rows * m.fold; r < b.s; ++r) write_row(start + r * features, features);
+  };
+  m.each_example(pool, tasks, measure, finish_example, write);
+}
+
+}  // namespace JAXNORM_LEVEL
+}  // namespace jaxnorm

@@ -1,0 +1,264 @@
+// The door: XLA's FFI calls come in here, are checked, and go to the best level of the machine.
+#include <atomic>
+#include <condition_variable>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <string>
+
+#include "norms.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace jaxnorm {
+namespace {
+
+const Level* const kLevels[] = {
+#if defined(JAXNORM_AVX2)
+    &kAvx2,
+#endif
+    &kBaseline,
+};
+
+bool runs_here(const Level& level) {
+#if defined(JAXNORM_AVX2)
+  if (&level == &kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return true;
+}
+
+const Level* best_level() {
+  for (const Level* level : kLevels) {
+    if (runs_here(*level)) return level;
+  }
+  return &kBaseline;
+}
+
+std::atomic<const Level*> level_in_use{best_level()};
+
+// XLA's own threads, and the one that calls. That one takes tasks like the others, so that all are
+// done even where no other is free, and waits only for those that have been taken.
+class XlaPool final : public Pool {
+ public:
+  explicit XlaPool(ffi::ThreadPool& threads) : threads_(threads) {}
+
+  void run(int64_t tasks, void (*task)(const void*, int64_t), const void* context) override {
+    int64_t helpers = std::min<int64_t>(threads_.num_threads(), tasks) - 1;
+    if (helpers < 1) {
+      for (int64_t i = 0; i < tasks; ++i) task(context, i);
+      return;
+    }
+    auto work = std::make_shared<Work>();
+    work->tasks = tasks;
+    auto take = [work, task, context] {
+      int64_t done = 0;
+      for (int64_t i; (i = work->next.fetch_add(1)) < work->tasks; ++done) task(context, i);
+      if (done > 0 && work->done.fetch_add(done) + done == work->tasks) {
+        std::lock_guard<std::mutex> lock(work->mutex);
+        work->all_done.notify_one();
+      }
+    };
+    for (int64_t i = 0; i < helpers; ++i) threads_.Schedule(std::function<void()>(take));
+    take();
+    std::unique_lock<std::mutex> lock(work->mutex);
+    work->all_done.wait(lock, [&] { return work->done.load() == work->tasks; });
+  }
+
+ private:
+  struct Work {
+    int64_t tasks;
+    std::atomic<int64_t> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable all_done;
+  };
+
+  ffi::ThreadPool& threads_;
+};
+
+class Serial final : public Pool {
+ public:
+  void run(int64_t tasks, void (*task)(const void*, int64_t), const void* context) override {
+    for (int64_t i = 0; i < tasks; ++i) task(context, i);
+  }
+};
+
+ffi::Error wrong(const std::string& what) {
+  return ffi::Error::InvalidArgument("jaxnorm's kernel was given " + what);
+}
+
+// Empty, or of a known number of elements.
+bool fits(const ffi::Buffer<ffi::F32>& buffer, int64_t size) {
+  return buffer.element_count() == 0 || static_cast<int64_t>(buffer.element_count()) == size;
+}
+
+template <class Buffer>
+auto* data_or_null(Buffer& buffer) {
+  return buffer.element_count() ? buffer.typed_data() : nullptr;
+}
+
+ffi::Error check(const ffi::AnyBuffer& x, const Block& block, int64_t maps) {
+  if (maps < 1 || block.n < 1 || block.s < 1 || block.g < 1 || block.k < 1) {
+    return wrong("a block with an empty axis");
+  }
+  if (static_cast<int64_t>(x.element_count()) != maps * block.n * block.example()) {
+    return wrong("an array that is not its block");
+  }
+  if (x.element_type() != ffi::F32 && x.element_type() != ffi::BF16) {
+    return wrong("elements that are neither float32 nor bfloat16");
+  }
+  return ffi::Error::Success();
+}
+
+Element element_of(const ffi::AnyBuffer& x) {
+  return x.element_type() == ffi::F32 ? Element::kFloat32 : Element::kBfloat16;
+}
+
+template <class Run>
+ffi::Error guarded(Run run) {
+  try {
+    run();
+    return ffi::Error::Success();
+  } catch (const std::exception& error) {
+    return ffi::Error::Internal(std::string("jaxnorm's kernel: ") + error.what());
+  }
+}
+
+constexpr int64_t kSmall = 1 << 15;
+
+using Float32 = ffi::Buffer<ffi::F32>;
+
+ffi::Error forward(ffi::ThreadPool threads, ffi::AnyBuffer x, Float32 scale, Float32 bias,
+                   ffi::Result<ffi::AnyBuffer> y, ffi::Result<Float32> mean,
+                   ffi::Result<Float32> rest, ffi::Result<Float32> var, ffi::Result<Float32> rstd,
+                   int64_t n, int64_t s, int64_t g, int64_t k, double epsilon, bool centred) {
+  const Block block = {n, s, g, k};
+  if (ffi::Error error = check(x, block, 1); error.failure()) return error;
+  for (auto* result : {&mean, &rest, &var, &rstd}) {
+    if (static_cast<int64_t>((*result)->element_count()) != block.groups()) {
+      return wrong("statistics of another size");
+    }
+  }
+  if (!fits(scale, block.features()) || !fits(bias, block.features())) {
+    return wrong("a scale or bias of another size");
+  }
+  if (y->element_count() != x.element_count() || y->element_type() != x.element_type()) {
+    return wrong("a result unlike x");
+  }
+  return guarded([&] {
+    Forward call = {block, epsilon, centred, x.untyped_data(), data_or_null(scale),
+                    data_or_null(bias), y->untyped_data(),
+                    {mean->typed_data(), rest->typed_data(), var->typed_data(), rstd->typed_data()}};
+    XlaPool pool(threads);
+    level_in_use.load()->forward(element_of(x), call, pool);
+  });
+}
+
+// `maps` such blocks, each with a dscale and dbias of its own.
+ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy, Float32 scale,
+                    Float32 mean, Float32 rest, Float32 rstd, ffi::Result<ffi::AnyBuffer> dx,
+                    ffi::Result<Float32> dscale, ffi::Result<Float32> dbias, int64_t maps,
+                    int64_t n, int64_t s, int64_t g, int64_t k, bool centred) {
+  const Block block = {n, s, g, k};
+  if (ffi::Error error = check(x, block, maps); error.failure()) return error;
+  for (const Float32& statistic : {mean, rest, rstd}) {
+    if (static_cast<int64_t>(statistic.element_count()) != maps * block.groups()) {
+      return wrong("statistics of another size");
+    }
+  }
+  if (!fits(scale, block.features()) || !fits(*dscale, maps * block.features()) ||
+      dscale->element_count() != dbias->element_count()) {
+    return wrong("a scale or bias of another size");
+  }
+  for (const ffi::AnyBuffer& like : {dy, *dx}) {
+    if (like.element_count() != x.element_count() || like.element_type() != x.element_type()) {
+      return wrong("a gradient unlike x");
+    }
+  }
+  return guarded([&] {
+    const int64_t bytes = x.size_bytes() / maps;
+    const Level& level = *level_in_use.load();
+    auto run = [&](int64_t map, Pool& pool) {
+      auto* columns = data_or_null(*dscale);
+      Backward call = {block,
+                       centred,
+                       static_cast<const char*>(x.untyped_data()) + map * bytes,
+                       static_cast<const char*>(dy.untyped_data()) + map * bytes,
+                       data_or_null(scale),
+                       mean.typed_data() + map * block.groups(),
+                       rest.typed_data() + map * block.groups(),
+                       rstd.typed_data() + map * block.groups(),
+                       static_cast<char*>(dx->untyped_data()) + map * bytes,
+                       columns ? columns + map * block.features() : nullptr,
+                       columns ? dbias->typed_data() + map * block.features() : nullptr};
+      level.backward(element_of(x), call, pool);
+    };
+    XlaPool pool(threads);
+    Serial serial;
+    for (int64_t map = 0; map < maps; ++map) run(map, pool);
+  });
+}
+
+}  // namespace
+}  // namespace jaxnorm
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+XLA_FFI_DEFINE_HANDLER(kForward, jaxnorm::forward,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<jaxnorm::Float32>()
+                           .Arg<jaxnorm::Float32>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<jaxnorm::Float32>()
+                           .Ret<jaxnorm::Float32>()
+                           .Ret<jaxnorm::Float32>()
+                           .Ret<jaxnorm::Float32>()
+                           .Attr<int64_t>("n")
+                           .Attr<int64_t>("s")
+                           .Attr<int64_t>("g")
+                           .Attr<int64_t>("k")
+                           .Attr<double>("epsilon")
+                           .Attr<bool>("centred"));
+
+XLA_FFI_DEFINE_HANDLER(kBackward, jaxnorm::backward,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<jaxnorm::Float32>()
+                           .Arg<jaxnorm::Float32>()
+                           .Arg<jaxnorm::Float32>()
+                           .Arg<jaxnorm::Float32>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<jaxnorm::Float32>()
+                           .Ret<jaxnorm::Float32>()
+                           .Attr<int64_t>("maps")
+                           .Attr<int64_t>("n")
+                           .Attr<int64_t>("s")
+                           .Attr<int64_t>("g")
+                           .Attr<int64_t>("k")
+                           .Attr<bool>("centred"));
+
+EXPORT XLA_FFI_Error* jaxnorm_forward(XLA_FFI_CallFrame* frame) { return kForward(frame); }
+EXPORT XLA_FFI_Error* jaxnorm_backward(XLA_FFI_CallFrame* frame) { return kBackward(frame); }
+
+// Of the headers that this was compiled with. XLA takes no library of a newer one than its own.
+EXPORT int jaxnorm_api_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
+
+EXPORT const char* jaxnorm_level() { return jaxnorm::level_in_use.load()->name; }
+
+// For tests: another level, if the machine has it.
+EXPORT bool jaxnorm_use_level(const char* name) {
+  for (const jaxnorm::Level* level : jaxnorm::kLevels) {
+    if (!std::strcmp(level->name, name) && jaxnorm::runs_here(*level)) {
+      jaxnorm::level_in_use = level;
+      return true;
+    }
+  }
+  return false;
+}

@@ -1,0 +1,67 @@
+// What a level offers, and what it needs. Nothing here is compiled more than once.
+//
+// A level must not use inline functions of the standard library: the linker keeps one copy of
+// them, and that of a high level would run on machines that lack it.
+#pragma once
+
+#include <cstdint>
+
+namespace jaxnorm {
+
+// An array (n, s, g, k) in memory: n examples, s positions, g groups of k features. Statistics are
+// shared over s and k; scale and bias have shape (g, k).
+struct Block {
+  int64_t n, s, g, k;
+  int64_t features() const { return g * k; }
+  int64_t example() const { return s * g * k; }
+  int64_t groups() const { return n * g; }
+};
+
+// Of shape (n, g) each. mean + rest is the mean to twice the precision.
+struct Statistics {
+  float *mean, *rest, *var, *rstd;
+};
+
+struct Forward {
+  Block block;
+  double epsilon;
+  bool centred;
+  const void* x;
+  const float *scale, *bias;  // null: one, zero
+  void* y;
+  Statistics stats;
+};
+
+struct Backward {
+  Block block;
+  bool centred;
+  const void *x, *dy;
+  const float* scale;
+  const float *mean, *rest, *rstd;
+  void* dx;
+  float *dscale, *dbias;  // null: not wanted
+};
+
+// Runs tasks 0, 1, ... in any order, on any threads; returns when all have ended.
+class Pool {
+ public:
+  virtual void run(int64_t tasks, void (*task)(const void*, int64_t), const void* context) = 0;
+
+ protected:
+  ~Pool() = default;
+};
+
+enum class Element { kFloat32, kBfloat16 };
+
+struct Level {
+  const char* name;
+  void (*forward)(Element, const Forward&, Pool&);
+  void (*backward)(Element, const Backward&, Pool&);
+};
+
+extern const Level kBaseline;
+#if defined(JAXNORM_AVX2)
+extern const Level kAvx2;
+#endif
+
+}  // namespace jaxnorm
