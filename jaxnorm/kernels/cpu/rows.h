@@ -16,8 +16,7 @@ static inline float row_mean(const T* x, int64_t k) {
 }
 
 template <bool kCentred, class T>
-static inline void add_row(Sums& sums, const T* x, int64_t k) {
-  float pivot = kCentred ? row_mean(x, k) : 0;
+static inline void add_row(Sums& sums, const T* x, int64_t k, float pivot) {
   V first[4] = {}, second[4] = {};
   sweep(k, [&](int u, int64_t i, auto lanes) BODY {
     V d = load(x + i, lanes);
@@ -29,44 +28,67 @@ static inline void add_row(Sums& sums, const T* x, int64_t k) {
            sum((second[0] + second[1]) + (second[2] + second[3])));
 }
 
-template <bool kCentred, class T>
-static inline Moment row_moment(const T* x, int64_t k, double epsilon) {
-  Sums sums = {};
-  for (int64_t i = 0; i < k; i += kRowTile) {
-    add_row<kCentred>(sums, x + i, smaller(kRowTile, k - i));
+// The moments of R rows. Those of one tile wait for each other's results nowhere, so that the
+// machine works on them at the same time.
+template <int R, bool kCentred, class T>
+static inline void row_moments(Moment* moments, const T* x, int64_t k, double epsilon) {
+  Sums sums[R] = {};
+  for (int64_t start = 0; start < k; start += kRowTile) {
+    const int64_t size = smaller(kRowTile, k - start);
+    float pivots[R] = {};
+    for (int r = 0; kCentred && r < R; ++r) pivots[r] = row_mean(x + r * k + start, size);
+    for (int r = 0; r < R; ++r) add_row<kCentred>(sums[r], x + r * k + start, size, pivots[r]);
   }
-  if (!__builtin_isfinite(sums.second)) {
-    sums = wide_sums(k, kCentred, [=](int64_t i) { return get(x + i); });
+  for (int r = 0; r < R; ++r) {
+    if (!__builtin_isfinite(sums[r].second)) {
+      sums[r] = wide_sums(k, kCentred, [=](int64_t i) { return get(x + r * k + i); });
+    }
   }
-  return finish(sums, epsilon, kCentred);
+  for (int r = 0; r < R; ++r) moments[r] = finish(sums[r], epsilon, kCentred);
+}
+
+template <int R, bool kCentred, bool kScale, bool kBias, class T>
+static inline void normalize_rows(const Forward& f, int64_t row) {
+  const int64_t k = f.block.k, feature = f.block.g == 1 ? 0 : row % f.block.g * k;
+  const T* x = static_cast<const T*>(f.x) + row * k;
+  T* y = static_cast<T*>(f.y) + row * k;
+  const float *scale = f.scale + feature, *bias = f.bias + feature;
+  Moment moments[R];
+  row_moments<R, kCentred>(moments, x, k, f.epsilon);
+  for (int r = 0; r < R; ++r) {
+    f.stats.mean[row + r] = moments[r].mean;
+    f.stats.rest[row + r] = moments[r].rest;
+    f.stats.var[row + r] = moments[r].var;
+    f.stats.rstd[row + r] = moments[r].rstd;
+  }
+  for (int r = 0; r < R; ++r, x += k, y += k) {
+    const V mean = all(moments[r].mean), rstd = all(moments[r].rstd);
+    const V rest = all(-moments[r].rest * moments[r].rstd);
+    sweep(k, [&](int, int64_t i, auto lanes) BODY {
+      __builtin_prefetch(x + R * k + i);  // the next rows, while these are computed
+      V h = load(x + i, lanes);
+      h = kCentred ? (h - mean) * rstd + rest : h * rstd;
+      if (kScale) h *= load(scale + i, lanes);
+      if (kBias) h += load(bias + i, lanes);
+      store(y + i, h, lanes);
+    });
+  }
 }
 
 template <bool kCentred, bool kScale, bool kBias, class T>
 static void rows_forward(const Forward& f, Pool& pool) {
-  const Block block = f.block;
-  const int64_t k = block.k, rows = block.groups();
-  const T* x = static_cast<const T*>(f.x);
-  T* y = static_cast<T*>(f.y);
-  int64_t tasks = tasks_for(rows * k, rows);
-  parallel(pool, tasks, [=](int64_t task) {
-    for (int64_t row = rows * task / tasks; row < rows * (task + 1) / tasks; ++row) {
-      const T* from = x + row * k;
-      T* to = y + row * k;
-      const int64_t feature = row % block.g * k;
-      Moment moment = row_moment<kCentred>(from, k, f.epsilon);
-      f.stats.mean[row] = moment.mean;
-      f.stats.rest[row] = moment.rest;
-      f.stats.var[row] = moment.var;
-      f.stats.rstd[row] = moment.rstd;
-      const V mean = all(moment.mean), rstd = all(moment.rstd), rest = all(-moment.rest * moment.rstd);
-      sweep(k, [&](int, int64_t i, auto lanes) BODY {
-        __builtin_prefetch(from + k + i);  // the next row, while this one is computed
-        V h = load(from + i, lanes);
-        h = kCentred ? (h - mean) * rstd + rest : h * rstd;
-        if (kScale) h *= load(f.scale + feature + i, lanes);
-        if (kBias) h += load(f.bias + feature + i, lanes);
-        store(to + i, h, lanes);
-      });
+  const int64_t rows = f.block.groups(), tasks = tasks_for(rows * f.block.k, rows);
+  const bool together = f.block.g == 1 && f.block.k <= kRowTile / 4;
+  parallel(pool, tasks, [&](int64_t task) {
+    const int64_t end = rows * (task + 1) / tasks;
+    for (int64_t row = rows * task / tasks; row < end;) {
+      if (together && row + 4 <= end) {
+        normalize_rows<4, kCentred, kScale, kBias, T>(f, row);
+        row += 4;
+      } else {
+        normalize_rows<1, kCentred, kScale, kBias, T>(f, row);
+        row += 1;
+      }
     }
   });
 }
