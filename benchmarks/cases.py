@@ -82,7 +82,7 @@ class Problem(NamedTuple):
         return jnp.dtype(self.dtype).itemsize
 
     @property
-    def count(self) -> int:
+    def sharing(self) -> int:
         """How many elements share statistics."""
         images = math.prod(self.shape[1:-1])
         return {
@@ -120,7 +120,7 @@ class Case(NamedTuple):
         over all of x), what is read has to be read twice, once to measure and once to apply.
         """
         once = self.problem.norm in ("layer", "rms") or (
-            self.problem.norm != "batch" and self.problem.count * self.problem.itemsize <= CACHE
+            self.problem.norm != "batch" and self.problem.sharing * self.problem.itemsize <= CACHE
         )
         forward, backward = (2, 3) if once else (3, 5)
         passes = {"forward": forward, "backward": backward, "both": forward + backward}

@@ -1,5 +1,6 @@
 """The results as two figures, for those who have matplotlib."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ FASTEST = ("#000000", "D")
 TITLES = {
     "forward": "forward",
     "backward": "backward alone",
-    "both": "forward + backward",
+    "both": "forward and backward",
     "context": "matmul, bias, add, norm, matmul",
 }
 
@@ -28,38 +29,31 @@ def draw_ratios(report: dict[str, Any], path: Path) -> bool:
     if not results:
         return False
     rows = list(dict.fromkeys(_row(result) for result in results))
-    modes = _modes(results)
-    figure = Figure(figsize=(3.2 + 2.6 * len(modes), 2 + 0.2 * len(rows)), dpi=130)
-    panels = figure.subplots(1, len(modes), sharey=True, sharex=True, squeeze=False)[0]
-    series = [("flax.linen", "flax.linen", *LOOKS["flax.linen"][:2], 6)]
-    series.append((None, "the fastest peer", *FASTEST, 4))
-    for axes, mode in zip(panels, modes, strict=True):
-        for peer, label, color, marker, size in series:
+    figure = Figure(figsize=(10.5, 2.2 + 0.2 * len(rows)), dpi=130)
+    panels = _panels(figure, results)
+    series = {
+        "the fastest peer": (None, *FASTEST, 5),
+        "Flax": ("flax.linen", *LOOKS["flax.linen"], 4),
+    }
+    for mode, axes in panels.items():
+        for label, (peer, color, marker, size) in series.items():
             points = [
                 (r, rows.index(_row(result)))
                 for result in results
                 if result["mode"] == mode and (r := ratio(result, peer)) is not None
             ]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker, color=color, ms=size, label=label)
-        axes.axvline(1, color="#999999", lw=1)
+            x, y = zip(*points, strict=True) if points else ((), ())
+            axes.plot(x, y, marker, color=color, ms=size, label=label)
+        axes.axvline(1, color="#777777", lw=1)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.grid(alpha=0.3)
-        axes.set_title(TITLES[mode], size=10)
+        axes.set_xlabel("time of jaxnorm / time of", size=9)
         axes.tick_params(labelsize=8)
-    panels[0].set_yticks(range(len(rows)), rows)
-    panels[0].set_ylim(len(rows) - 0.5, -0.5)
-    handles = {}
-    for axes in panels:
-        found, labels = axes.get_legend_handles_labels()
-        handles |= dict(zip(labels, found, strict=True))
-    figure.suptitle(_headline(report), size=11)
-    figure.supxlabel("time of jaxnorm / time of the other (left of 1, jaxnorm is faster)", size=10)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, frameon=False)
-    figure.set_layout_engine("constrained")
-    figure.savefig(path, format="png")
-    return True
+    first, *_ = panels.values()
+    first.set_yticks(range(len(rows)), rows)
+    first.set_ylim(len(rows) - 0.5, -0.5)
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return _save(figure, _headline(report), path)
 
 
 def draw_roofline(report: dict[str, Any], path: Path) -> bool:
@@ -68,52 +62,81 @@ def draw_roofline(report: dict[str, Any], path: Path) -> bool:
     Returns whether there was anything to draw.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     results = [result for result in report["results"] if COPY in result["peers"]]
     if not results:
         return False
-    modes = _modes(results)
-    figure = Figure(figsize=(1 + 4.2 * len(modes), 4.6), dpi=130)
-    panels = figure.subplots(1, len(modes), sharey=True, sharex=True, squeeze=False)[0]
-    for axes, mode in zip(panels, modes, strict=True):
+    figure = Figure(figsize=(10.5, 4.8), dpi=130)
+    panels = _panels(figure, results)
+    for mode, axes in panels.items():
         here = [result for result in results if result["mode"] == mode]
-        axes.plot(*_rates(here, COPY), "-", color="#555555", lw=1.5, label="plain copy")
+        sizes = sorted({result["minimum_bytes"] for result in here})
+        copies = [[rate for x, rate in _rates(here, COPY) if x == size] for size in sizes]
+        medians = [statistics.median(rates) for rates in copies]
+        axes.plot(sizes, medians, color="#555555", lw=1.5, label="plain copy")
         for name, (color, marker) in LOOKS.items():
-            style = {"color": color, "ms": 6, "mew": 1.2}
-            both = [r for r in here if name in r["peers"]]
-            for dtype, fill, label in (("float32", color, name), ("bfloat16", "none", None)):
-                chosen = [r for r in both if r["dtype"] == dtype]
-                axes.plot(*_rates(chosen, name), marker, mfc=fill, label=label, **style)
-        axes.set(xscale="log", yscale="log", title=TITLES[mode])
-        axes.set_xlabel("bytes that must be moved")
+            for dtype, fill in (("float32", color), ("bfloat16", "none")):
+                points = _rates([r for r in here if r["dtype"] == dtype], name)
+                x, y = zip(*points, strict=True) if points else ((), ())
+                label = name if dtype == "float32" else None
+                axes.plot(x, y, marker, color=color, mfc=fill, ms=5.5, label=label)
+        axes.set(xscale="log", yscale="log", xlabel="bytes that must be moved")
+        for axis, numticks in ((axes.xaxis, 5), (axes.yaxis, 9)):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=numticks))
+            axis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter(lambda value, _: _bytes(value))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{_bytes(value)}/s")
+        axes.tick_params(labelsize=8)
+    handles = next(iter(panels.values())).get_legend_handles_labels()
+    title = "filled: float32; open: bfloat16; above the line: from the cache"
+    figure.legend(*handles, title=title, loc="outside lower center", ncols=4)
+    return _save(
+        figure,
+        "Bytes per second, counting only those that must be moved, beside a plain copy",
+        path,
+    )
+
+
+def _panels(figure: Any, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """One for each mode that was measured."""
+    modes = [mode for mode in MODES if any(result["mode"] == mode for result in results)]
+    row = figure.subplots(1, len(modes), sharex=True, sharey=True, squeeze=False)[0]
+    for mode, axes in zip(modes, row, strict=True):
+        axes.set_title(TITLES[mode], size=10)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("GB/s")
-    panels[0].legend(title="filled: float32; open: bfloat16", fontsize=9, title_fontsize=9)
-    figure.suptitle("Speed of moving the bytes that must be moved, and of a plain copy", size=11)
+    return dict(zip(modes, row, strict=True))
+
+
+def _save(figure: Any, title: str, path: Path) -> bool:
+    figure.suptitle(title, size=11)
     figure.set_layout_engine("constrained")
     figure.savefig(path, format="png")
     return True
 
 
-def _rates(results: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    points = sorted(
-        (r["minimum_bytes"], r["minimum_bytes"] / r["peers"][name]["median"] / 1e9) for r in results
-    )
-    return [x for x, _ in points], [y for _, y in points]
+def _rates(results: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    """Bytes, and bytes per second."""
+    sized = [(r["minimum_bytes"], r["peers"][name]) for r in results if name in r["peers"]]
+    return [(size, size / measured["median"]) for size, measured in sized]
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:g} {unit}"
+    return f"{count:g} B"
 
 
 def _row(result: dict[str, Any]) -> str:
     return f"{result['norm']} {result['network']} {result['dtype']}"
 
 
-def _modes(results: list[dict[str, Any]]) -> list[str]:
-    return [mode for mode in MODES if any(result["mode"] == mode for result in results)]
-
-
 def _headline(report: dict[str, Any]) -> str:
-    named = (("the fastest peer", None), ("flax.linen", "flax.linen"))
-    values = [(whom, speedup(report["results"], peer)) for whom, peer in named]
-    means = ", ".join(f"{1 / value:.2f} of {whom}" for whom, value in values if value)
     machine = report["machine"]
     device = machine["cpu"] if machine["backend"] == "cpu" else machine["device"]
-    return f"Time of jaxnorm on {device}, {machine['cores']} cores\ngeometric mean: {means}"
+    lines = [f"Left of 1, jaxnorm is faster ({device}, {machine['cores']} cores)"]
+    named = (("the fastest peer", None), ("Flax", "flax.linen"))
+    values = [(whom, speedup(report["results"], peer)) for whom, peer in named]
+    means = [f"{1 / value:.2f} times that of {whom}" for whom, value in values if value]
+    return "\n".join([*lines, f"Geometric mean: jaxnorm's time is {', '.join(means)}"])

@@ -86,7 +86,7 @@ def _pullback(norm: JaxNorm, x: jax.Array, params: Params) -> Any:
 
     @jax.jit
     def forward(x, params):
-        return jax.vjp(lambda *args: norm.apply(*args, norm.state), x, params, has_aux=True)
+        return jax.vjp(lambda x, params: norm.apply(x, params, norm.state), x, params, has_aux=True)
 
     return forward(x, params)[1]
 
@@ -96,7 +96,7 @@ def _both(norm: JaxNorm) -> Callable[..., Any]:
 
     def both(x, params, state, dy):
         _, pullback, state = jax.vjp(
-            lambda *args: norm.apply(*args, state), x, params, has_aux=True
+            lambda x, params: norm.apply(x, params, state), x, params, has_aux=True
         )
         return _named(*pullback(dy)), state
 

@@ -15,7 +15,7 @@ from benchmarks.cases import EPSILON, MOMENTUM, Problem
 from benchmarks.jax_calls import JaxNorm
 
 
-class Unable(Exception):
+class UnableError(Exception):
     """A peer has no such norm, or not here; the message says why."""
 
 
@@ -156,7 +156,7 @@ def keras_norm(problem: Problem) -> JaxNorm:
     import keras  # pyright: ignore[reportMissingImports] (optional)
 
     if keras.backend.backend() != "jax":
-        raise Unable(
+        raise UnableError(
             f"KERAS_BACKEND must be jax, got {keras.backend.backend()}; unset it, and the backend "
             "in keras.json."
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.cases import Case
 from benchmarks.jax_calls import copy_call
-from benchmarks.jax_norms import Unable
+from benchmarks.jax_norms import UnableError
 from benchmarks.peers import Peer
 from benchmarks.summary import COPY
 from benchmarks.timing import quartiles, take_turns
@@ -54,4 +54,6 @@ def measure(
 
 def _sentence(error: Exception) -> str:
     lines = str(error).strip().splitlines() or ["no message"]
-    return lines[0] if isinstance(error, Unable) else f"{type(error).__name__}: {lines[0][:200]}"
+    return (
+        lines[0] if isinstance(error, UnableError) else f"{type(error).__name__}: {lines[0][:200]}"
+    )

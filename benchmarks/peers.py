@@ -18,7 +18,7 @@ class Peer(NamedTuple):
     Attributes:
       name: in the table and for --peers.
       module: what it imports.
-      make: the call for a case; raises `Unable`, or whatever the library does, if it can't.
+      make: the call for a case; raises `UnableError`, or whatever the library does, if it can't.
       install: what to tell pip.
       slow_to_compile: left out by --quick.
     """

@@ -6,14 +6,15 @@ from benchmarks.summary import COPY, OURS, peer_medians, sentences
 
 LEGEND = """\
 Times are medians. Beside each time stands the largest error against float64, in units in the last
-place of the dtype for the largest right element: of y forward, else the worst gradient. *copy* reads
-and writes, together, the least bytes that the case must move. The fastest of each row is bold.
-*both* is the forward and the backward pass in one program; *context* those of matmul, bias, add,
-norm, matmul."""
+place of the dtype for the largest right element: of y forward, else the worst gradient. *both* is
+the forward and the backward pass in one program, without writing y where the library can leave it
+out (JAX); *context* those of matmul, bias, add, norm, matmul. *copy* reads and writes, together,
+the least bytes that the case must move. The fastest of each row is bold."""
 DETAILS = """\
-Quartiles: half of the measurements lie between them. Bytes per second are the least bytes of the case
-over the median. Scratch is what the program allocates beside arguments and results. Compile time is
-that of XLA, or of the first call of torch.compile, which has its program of *both* from *backward*."""
+Half of the measurements lie between the quartiles. Bytes per second are the least bytes of the case
+over the median. Scratch is what the program allocates beside arguments and results. Compile time
+is that of XLA, or of the first call of torch.compile, whose program of *both* is often there from
+*backward*."""
 
 
 def markdown(report: dict[str, Any]) -> str:

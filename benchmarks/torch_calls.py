@@ -1,7 +1,7 @@
 """Calls of PyTorch, eager and compiled.
 
-Images lie features last in memory, as for everybody. PyTorch calls that channels_last: its functions
-are given a view with the features first, so that nobody pays for a transpose.
+Images lie features last in memory, as for everybody. PyTorch calls that channels_last: its
+functions are given a view with the features first, so that nobody pays for a transpose.
 """
 
 import time
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from benchmarks.cases import EPSILON, MOMENTUM, Case, Problem
-from benchmarks.jax_norms import Unable
+from benchmarks.jax_norms import UnableError
 from benchmarks.timing import Call
 from benchmarks.truth import context_inputs, inputs
 
@@ -124,7 +124,7 @@ def _device() -> str:
         return "cpu"
     if backend == "gpu" and torch.cuda.is_available():
         return "cuda"
-    raise Unable(
+    raise UnableError(
         f"PyTorch must have the device that JAX uses, {backend}, and has not; install its build "
         "for CUDA, or set JAX_PLATFORMS=cpu."
     )
