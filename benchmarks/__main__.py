@@ -108,9 +108,10 @@ def choose_peers(options: argparse.Namespace) -> list[Peer]:
 def run(options: argparse.Namespace, cases: list[Case], peers: list[Peer]) -> dict[str, Any]:
     """Measure until all is done, or until Ctrl-C."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch is on that GPU too
+    budget = options.seconds or (0.4 if options.quick else 1.5)
     report: dict[str, Any] = {
         "machine": describe(),
-        "settings": {"quick": options.quick, "only": options.only},
+        "settings": {"quick": options.quick, "only": options.only, "seconds_per_case": budget},
         "imports": {},
         "results": [],
         "not_run": [],
@@ -138,7 +139,7 @@ def run(options: argparse.Namespace, cases: list[Case], peers: list[Peer]) -> di
             if not options.quick:
                 for module in dict.fromkeys(["jax", *(peer.module for peer in peers)]):
                     report["imports"][module] = import_seconds(module)
-            measure_all(report, cases, peers, options.seconds or (0.4 if options.quick else 1.5))
+            measure_all(report, cases, peers, budget)
         except KeyboardInterrupt:
             report["interrupted"] = True
             done = len(report["results"])

@@ -64,13 +64,12 @@ def describe() -> dict[str, Any]:
 
 
 def import_seconds(module: str, times: int = 3) -> float:
-    """The median of that many imports, each in a process of its own, after one that reads it in."""
+    """The median of that many imports, each in a process of its own."""
     code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
     environment = {**os.environ, "KERAS_BACKEND": "jax"}
     run = lambda: subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
     )
-    run()
     return statistics.median(float(run().stdout.splitlines()[-1]) for _ in range(times))
 
 
