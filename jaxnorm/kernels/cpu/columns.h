@@ -67,12 +67,16 @@ static void add_rows(float* origin, double* first, double* second, const T* x, i
                      int64_t rows) {
   for (int64_t start = 0; start < rows; start += kTileRows) {
     const int64_t n = smaller(kTileRows, rows - start);
+    const double rows_of_tile = n;
     strips<4>(width, [&](int64_t j, auto count) BODY {
       constexpr int N = decltype(count)::value;
       const T* from = x + start * width + j;
       V pivot[N] = {}, d1[N] = {}, d2[N] = {};
       for (int64_t r = 0; r < n; ++r) {
-        for (int v = 0; v < N; ++v) pivot[v] += load(from + r * width + v * W);
+        for (int v = 0; v < N; ++v) {
+          __builtin_prefetch(from + (r + kTileRows) * width + v * W);  // the next tile
+          pivot[v] += load(from + r * width + v * W);
+        }
       }
       for (int v = 0; v < N; ++v) pivot[v] /= static_cast<float>(n);
       for (int64_t r = 0; r < n; ++r) {
@@ -85,11 +89,9 @@ static void add_rows(float* origin, double* first, double* second, const T* x, i
       for (int v = 0; v < N; ++v) {
         const int64_t at = j + v * W;
         if (start == 0) store(origin + at, pivot[v]);
-        for (int i = 0; i < W; ++i) {
-          double shift = static_cast<double>(pivot[v][i]) - origin[at + i];
-          first[at + i] += d1[v][i] + n * shift;
-          second[at + i] += d2[v][i] + shift * (2.0 * d1[v][i] + n * shift);
-        }
+        const D shift = wide(pivot[v]) - wide(load(origin + at)), d = wide(d1[v]);
+        store(first + at, load(first + at) + d + rows_of_tile * shift);
+        store(second + at, load(second + at) + wide(d2[v]) + shift * (2 * d + rows_of_tile * shift));
       }
     });
   }

@@ -22,6 +22,8 @@ static void add_gradients(double* own, double* along, const float* mean, const f
       }
       for (int64_t row = 0; row < n; ++row) {
         for (int v = 0; v < N; ++v) {
+          __builtin_prefetch(dy + at + (row + kTileRows) * width + v * W);  // the next tile
+          __builtin_prefetch(x + at + (row + kTileRows) * width + v * W);
           V d = load(dy + at + row * width + v * W);
           V h = (load(x + at + row * width + v * W) - m[v]) * r[v];
           sum_d[v] += d;
@@ -29,10 +31,9 @@ static void add_gradients(double* own, double* along, const float* mean, const f
         }
       }
       for (int v = 0; v < N; ++v) {
-        for (int i = 0; i < W; ++i) {
-          own[j + v * W + i] += sum_d[v][i];
-          along[j + v * W + i] += sum_dh[v][i];
-        }
+        const int64_t column = j + v * W;
+        store(own + column, load(own + column) + wide(sum_d[v]));
+        store(along + column, load(along + column) + wide(sum_dh[v]));
       }
     });
   }

@@ -23,6 +23,7 @@ constexpr int W = 4;  // SSE2, or NEON
 #define BODY __attribute__((always_inline))
 
 typedef float V __attribute__((vector_size(4 * W)));
+typedef double D __attribute__((vector_size(8 * W)));
 typedef int32_t Ints __attribute__((vector_size(4 * W)));
 typedef uint32_t Bits __attribute__((vector_size(4 * W)));
 typedef uint16_t Halves __attribute__((vector_size(2 * W)));
@@ -116,9 +117,19 @@ static inline V keep(V v, Short part) {
 
 static inline V all(float a) { return V{} + a; }
 
+static inline D wide(V v) { return __builtin_convertvector(v, D); }
+
+static inline D load(const double* p) {
+  D d;
+  std::memcpy(&d, p, sizeof d);
+  return d;
+}
+
+static inline void store(double* p, D d) { std::memcpy(p, &d, sizeof d); }
+
 static inline double sum(V v) {
   double part[W];
-  for (int i = 0; i < W; ++i) part[i] = v[i];
+  store(part, wide(v));
   for (int half = W / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) part[i] += part[i + half];
   }

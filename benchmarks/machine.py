@@ -1,0 +1,86 @@
+"""Where it runs: hardware, versions, memory, and how long imports take."""
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+DISTRIBUTIONS = (
+    "jaxnorm", "jax", "jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch", "numpy",
+)  # fmt: skip
+
+# A large result that comes in fresh pages costs the kernel more time than the norm. A program that
+# runs a while has its pages, so they are kept here too: glibc reads this when a process starts.
+KEEP_PAGES = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+
+
+def pages_kept(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process keeps the pages that it frees."""
+    return platform.libc_ver()[0] == "glibc" and KEEP_PAGES.items() <= environment.items()
+
+
+def restart_keeping_pages() -> None:
+    """Start this process over with `KEEP_PAGES`; return if it has them, or if they mean nothing."""
+    if platform.libc_ver()[0] == "glibc" and not pages_kept():
+        command = [sys.executable, *sys.orig_argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, **KEEP_PAGES})
+
+
+def describe() -> dict[str, Any]:
+    """The machine and what is installed on it."""
+    import jax
+
+    versions = {"python": platform.python_version()}
+    for distribution in DISTRIBUTIONS:
+        try:
+            versions[distribution] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    device = jax.devices()[0]
+    threads = None
+    if "torch" in versions:
+        import torch  # pyright: ignore[reportMissingImports] (optional)
+
+        threads = torch.get_num_threads()
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "cores": _cores(),
+        "backend": jax.default_backend(),
+        "device": device.device_kind,
+        "torch_threads": threads,
+        "pages_kept": pages_kept(),
+        "versions": versions,
+    }
+
+
+def import_seconds(module: str, times: int = 3) -> float:
+    """The median of that many imports, each in a process of its own."""
+    code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    run = lambda: subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
+    )
+    return statistics.median(float(run().stdout.splitlines()[-1]) for _ in range(times))
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"

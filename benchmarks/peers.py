@@ -1,0 +1,47 @@
+"""Who takes part."""
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from benchmarks import jax_norms
+from benchmarks.cases import Case
+from benchmarks.jax_calls import jax_call
+from benchmarks.timing import Call
+from benchmarks.torch_calls import torch_call
+
+
+class Peer(NamedTuple):
+    """A library as it is measured.
+
+    Attributes:
+      name: in the table and for --peers.
+      module: what it imports.
+      make: the call for a case; raises `UnableError`, or whatever the library does, if it can't.
+      install: what to tell pip.
+      slow_to_compile: left out by --quick.
+    """
+
+    name: str
+    module: str
+    make: Callable[[Case], Call]
+    install: str
+    slow_to_compile: bool = False
+
+    @property
+    def installed(self) -> bool:
+        """Whether its module could be imported."""
+        return importlib.util.find_spec(self.module.partition(".")[0]) is not None
+
+
+PEERS = (
+    Peer("jaxnorm", "jaxnorm", partial(jax_call, jax_norms.jaxnorm_norm), "jaxnorm"),
+    Peer("flax.linen", "flax.linen", partial(jax_call, jax_norms.linen_norm), "flax"),
+    Peer("flax.nnx", "flax.nnx", partial(jax_call, jax_norms.nnx_norm), "flax"),
+    Peer("haiku", "haiku", partial(jax_call, jax_norms.haiku_norm), "dm-haiku"),
+    Peer("equinox", "equinox", partial(jax_call, jax_norms.equinox_norm), "equinox"),
+    Peer("keras", "keras", partial(jax_call, jax_norms.keras_norm), "keras"),
+    Peer("torch", "torch", torch_call, "torch"),
+    Peer("torch.compile", "torch", partial(torch_call, compiled=True), "torch", True),
+)

@@ -1,0 +1,128 @@
+"""The results in Markdown."""
+
+from typing import Any
+
+from benchmarks.summary import COPY, OURS, peer_medians, sentences
+
+LEGEND = """\
+Times are medians. Beside each time stands the largest error against float64, in units in the last
+place of the dtype for the largest right element: of y forward, else the worst gradient. *both* is
+the forward and the backward pass in one program, without writing y where the library can leave it
+out (JAX); *context* those of matmul, bias, add, norm, matmul. *copy* reads and writes, together,
+the least bytes that the case must move. The fastest of each row is bold."""
+DETAILS = """\
+Half of the measurements lie between the quartiles. Bytes per second are the least bytes of the case
+over the median. Scratch is what the program allocates beside arguments and results. Compile time
+is that of XLA, or of the first call of torch.compile, whose program of *both* is often there from
+*backward*."""
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """All of it."""
+    results = report["results"]
+    parts = ["# Benchmark", machine(report["machine"]), "\n".join(_list(report["summary"]))]
+    if results:
+        parts += ["## Times and errors", LEGEND, overview(results)]
+        parts += ["## Details", DETAILS, details(results)]
+    if report["imports"]:
+        parts += ["## Import time", imports(report["imports"])]
+    if report["not_run"]:
+        parts += ["## What was not run", "\n".join(not_run(report["not_run"]))]
+    return "\n\n".join(parts) + "\n"
+
+
+def machine(described: dict[str, Any]) -> str:
+    """One paragraph."""
+    versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
+    pages = (
+        "Freed pages are kept, so that results do not come in fresh ones."
+        if described["pages_kept"]
+        else "Freed pages go back to the system: large results pay for page faults."
+    )
+    return (
+        f"{described['cpu']}, {described['cores']} cores, {described['system']}; JAX on "
+        f"{described['backend']} ({described['device']}); {versions}. {pages}"
+    )
+
+
+def overview(results: list[dict[str, Any]]) -> str:
+    """A row for each case, a column for each peer."""
+    names = list(dict.fromkeys(name for result in results for name in result["peers"]))
+    names.sort(key=lambda name: name == COPY)
+    rows = []
+    for result in results:
+        fastest = min((peer_medians(result) | _ours(result)).values(), default=None)
+        cells = []
+        for name in names:
+            measured = result["peers"].get(name)
+            cells.append("" if measured is None else _time_and_error(measured, fastest))
+        rows.append([result["case"], "x".join(map(str, result["shape"])), *cells])
+    return _table(["case", "shape", *names], rows)
+
+
+def details(results: list[dict[str, Any]]) -> str:
+    """A row for each case and peer."""
+    rows = []
+    for result in results:
+        for name, m in result["peers"].items():
+            moved, copied = result["minimum_bytes"], result["peers"].get(COPY)
+            rows.append(
+                [
+                    result["case"],
+                    name,
+                    seconds(m["median"]),
+                    f"{seconds(m['lower'])} to {seconds(m['upper'])}",
+                    f"{moved / m['median'] / 1e9:.2f} GB/s" if moved else "",
+                    f"{100 * copied['median'] / m['median']:.0f} %" if copied else "",
+                    "" if m["error"] is None else f"{m['error']:.2g}",
+                    "" if m["scratch_bytes"] is None else f"{m['scratch_bytes']:,}",
+                    "" if m["compile_seconds"] is None else seconds(m["compile_seconds"]),
+                    m["note"],
+                ]
+            )
+    head = "case|peer|median|quartiles|bytes per second|of the copy's|error|scratch bytes|compile"
+    return _table([*head.split("|"), "note"], rows)
+
+
+def imports(measured: dict[str, float]) -> str:
+    """In a process of its own, with everything that it imports in turn."""
+    rows = [[f"`import {module}`", seconds(value)] for module, value in measured.items()]
+    return _table(["", "median"], rows)
+
+
+def not_run(rows: list[dict[str, str]]) -> list[str]:
+    """A line for each reason, with the cases it was given for."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        cases.setdefault((row["peer"], row["reason"]), []).append(row["case"])
+    return [
+        f"- {peer}, {'all cases' if where == ['*'] else ', '.join(where)}: {reason}"
+        for (peer, reason), where in cases.items()
+    ]
+
+
+def seconds(value: float) -> str:
+    """In a unit that suits."""
+    for unit, size in (("s", 1), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1e-9:.3g} ns"
+
+
+def _time_and_error(measured: dict[str, Any], fastest: float | None) -> str:
+    time = seconds(measured["median"])
+    time = f"**{time}**" if measured["median"] == fastest else time
+    return time if measured["error"] is None else f"{time} ({measured['error']:.2g})"
+
+
+def _ours(result: dict[str, Any]) -> dict[str, float]:
+    return {name: m["median"] for name, m in result["peers"].items() if name.startswith(OURS)}
+
+
+def _list(summary: dict[str, Any]) -> list[str]:
+    return [f"- {line}" if line[0] != " " else f"  - {line.strip()}" for line in sentences(summary)]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,82 @@
+"""Turn and turn about: all calls of a case are timed together, each round in another order."""
+
+import dataclasses
+import math
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+BATCH_SECONDS = 1e-3  # a clock read takes 0.1 us, so that shorter calls are timed several at once
+WARM_UP_SECONDS = 0.02
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 2000
+
+
+@dataclasses.dataclass
+class Call:
+    """One peer's work on one case, ready to be timed.
+
+    Attributes:
+      run: starts it, and returns what `wait` and `results` take.
+      wait: returns when all of that is there.
+      results: of what `run` returns, by the names and in the layout of `truth`.
+      queued: whether calls are queued and waited for once, as on a GPU.
+      compile_seconds: how long it took to compile, if it was.
+      scratch_bytes: what it allocates beside arguments and results, where known.
+      note: what is different about it.
+    """
+
+    run: Callable[[], Any]
+    wait: Callable[[Any], Any]
+    results: Callable[[Any], dict[str, np.ndarray]]
+    queued: bool = False
+    compile_seconds: float | None = None
+    scratch_bytes: int | None = None
+    note: str = ""
+
+    def seconds(self, times: int) -> float:
+        """Of one call, when it is made that often."""
+        start = time.perf_counter()
+        if self.queued:
+            for _ in range(times - 1):
+                self.run()
+            self.wait(self.run())
+        else:
+            for _ in range(times):
+                self.wait(self.run())
+        return (time.perf_counter() - start) / times
+
+    def calibrated(self) -> int:
+        """How often to call it at once. Until then it has run often enough to be warm."""
+        times, spent = 1, self.seconds(1) + self.seconds(1)
+        while True:
+            one = self.seconds(times)
+            spent += times * one
+            enough = math.ceil(BATCH_SECONDS / max(one, 1e-9))
+            if spent > WARM_UP_SECONDS:
+                return max(1, enough)
+            times = min(max(1, enough), 4 * times)
+
+
+def take_turns(
+    calls: dict[str, Call], seconds: float, rng: random.Random
+) -> dict[str, list[float]]:
+    """Seconds of one call of each, once per round, until the time is up."""
+    times = {name: call.calibrated() for name, call in calls.items()}
+    measured = {name: [] for name in calls}
+    order, end = list(calls), time.perf_counter() + seconds
+    for turn in range(MOST_ROUNDS):
+        if turn >= FEWEST_ROUNDS and time.perf_counter() > end:
+            break
+        rng.shuffle(order)
+        for name in order:
+            measured[name].append(calls[name].seconds(times[name]))
+    return measured
+
+
+def quartiles(seconds: list[float]) -> dict[str, float]:
+    """The median, between which two values half of the measurements lie, and their number."""
+    lower, median, upper = np.quantile(seconds, (0.25, 0.5, 0.75))
+    return {"median": median, "lower": lower, "upper": upper, "rounds": len(seconds)}

@@ -1,0 +1,152 @@
+"""Calls of PyTorch, eager and compiled.
+
+Images lie features last in memory, as for everybody. PyTorch calls that channels_last: its
+functions are given a view with the features first, so that nobody pays for a transpose.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.cases import EPSILON, MOMENTUM, Case, Problem
+from benchmarks.jax_norms import UnableError
+from benchmarks.timing import Call
+from benchmarks.truth import context_inputs, inputs
+
+Tensor = Any  # torch.Tensor, where there is PyTorch
+Function = Callable[[Tensor, dict[str, Tensor]], Tensor]
+
+
+def torch_call(case: Case, *, compiled: bool = False) -> Call:
+    """The case in PyTorch, on the device that JAX uses."""
+    import torch  # pyright: ignore[reportMissingImports] (optional)
+
+    device = _device()
+    tensors = lambda arrays: {name: _tensor(a, device) for name, a in arrays.items()}
+    params = tensors(inputs(case.problem))
+    x, dy = first(params.pop("x")), first(params.pop("dy"))
+    function = _norm(case.problem, device)
+    note = ""
+    if not _takes_float32(case.problem.norm, function, x, params):
+        params = {name: a.to(x.dtype) for name, a in params.items()}
+        note = f"scale and bias in {case.problem.dtype}"
+    if case.mode == "context":
+        function = _context(function)
+        params |= tensors(context_inputs(case.problem))
+        x, dy = last(x), params.pop("dz")
+    learned = {"x": x} | params
+    for a in learned.values():
+        a.requires_grad_(case.mode != "forward")
+    if compiled:
+        import torch._functorch.config  # pyright: ignore[reportMissingImports] (optional)
+
+        # What the forward pass kept is used again and again.
+        torch._functorch.config.donated_buffer = False
+        torch._dynamo.reset()  # its limit of shapes per function is meant for one program
+        function = torch.compile(function, dynamic=False)
+
+    def gradients(y: Tensor, **options: Any) -> dict[str, Tensor]:
+        results = torch.autograd.grad(y, list(learned.values()), dy, **options)
+        return {f"d{name}": a for name, a in zip(learned, results, strict=True)}
+
+    def context() -> dict[str, Tensor]:
+        z = function(x, params)
+        return {"z": z} | gradients(z)
+
+    start = time.perf_counter()
+    kept = function(x, params) if case.mode == "backward" else None
+    run = {
+        "forward": lambda: {"y": function(x, params)},
+        "backward": lambda: gradients(kept, retain_graph=True),
+        "both": lambda: gradients(function(x, params)),
+        "context": context,
+    }[case.mode]
+    call = Call(
+        run,
+        wait=(lambda _: torch.cuda.synchronize()) if device == "cuda" else (lambda _: None),
+        results=lambda out: {
+            name: _array(a if case.mode == "context" else last(a)) for name, a in out.items()
+        },
+        queued=device == "cuda",
+        note=note,
+    )
+    if compiled:
+        call.wait(call.run())
+        call.compile_seconds = time.perf_counter() - start
+    return call
+
+
+def first(a: Tensor) -> Tensor:
+    """An image as PyTorch has it, features first; rows as they are."""
+    return a.movedim(-1, 1) if a.ndim == 4 else a
+
+
+def last(a: Tensor) -> Tensor:
+    """And back."""
+    return a.movedim(1, -1) if a.ndim == 4 else a
+
+
+def _norm(problem: Problem, device: str) -> Function:
+    import torch  # pyright: ignore[reportMissingImports] (optional)
+
+    f, rows, groups = torch.nn.functional, (problem.features,), problem.groups
+    mean, var = (a(rows, device=device) for a in (torch.zeros, torch.ones))
+    gain = 1 - MOMENTUM
+
+    def batch(x, p):
+        return f.batch_norm(x, mean, var, p["scale"], p["bias"], True, gain, EPSILON)
+
+    return {
+        "batch": batch,
+        "layer": lambda x, p: f.layer_norm(x, rows, p["scale"], p["bias"], EPSILON),
+        "rms": lambda x, p: f.rms_norm(x, rows, p["scale"], EPSILON),
+        "group": lambda x, p: f.group_norm(x, groups, p["scale"], p["bias"], EPSILON),
+        "instance": lambda x, p: f.instance_norm(x, weight=p["scale"], bias=p["bias"], eps=EPSILON),
+    }[problem.norm]
+
+
+def _context(norm: Function) -> Function:
+    def context(x, p):
+        h = p["a"] @ p["w_in"] + p["b_in"] + x
+        return last(norm(first(h), p)) @ p["w_out"]
+
+    return context
+
+
+def _device() -> str:
+    import torch  # pyright: ignore[reportMissingImports] (optional)
+
+    backend = jax.default_backend()
+    if backend == "cpu":
+        return "cpu"
+    if backend == "gpu" and torch.cuda.is_available():
+        return "cuda"
+    raise UnableError(
+        f"PyTorch must have the device that JAX uses, {backend}, and has not; install its build "
+        "for CUDA, or set JAX_PLATFORMS=cpu."
+    )
+
+
+def _takes_float32(norm: str, function: Function, x: Tensor, params: dict[str, Tensor]) -> bool:
+    """Whether scale and bias may be float32 beside x, and y still has the dtype of x."""
+    if norm == "rms" and x.dtype != params["scale"].dtype:
+        return False  # it warns that it leaves its fused kernel
+    try:
+        return function(x, params).dtype == x.dtype
+    except RuntimeError:
+        return False
+
+
+def _tensor(a: np.ndarray, device: str) -> Tensor:
+    import torch  # pyright: ignore[reportMissingImports] (optional)
+
+    # By way of float32, since PyTorch does not know NumPy's bfloat16.
+    wide = torch.from_numpy(np.array(a, np.float32))
+    return wide.to(device, getattr(torch, str(a.dtype)))
+
+
+def _array(a: Tensor) -> np.ndarray:
+    return a.detach().float().cpu().numpy()
