@@ -24,6 +24,15 @@ struct Matrix {
   }
 
   int64_t begin(int64_t chunk) const { return rows * chunk / chunks; }
+  // body(at, size) for the rows of a chunk: where each begins. The last has those left over too.
+  template <class Body>
+  void each_row(int64_t e, int64_t chunk, Body body) const {
+    const int64_t start = e * block.example(), features = block.features();
+    for (int64_t r = begin(chunk); r < begin(chunk + 1); ++r) body(start + r * width, width);
+    if (chunk + 1 < chunks) return;
+    for (int64_t r = rows * fold; r < block.s; ++r) body(start + r * features, features);
+  }
+
   int64_t slots(int64_t tasks) const { return chunks == 1 ? tasks : block.n; }
 
   // Measures each example, finishes its statistics, and writes its result. What is kept between
@@ -43,7 +52,11 @@ struct Matrix {
     } else {
       parallel(pool, n * parts, [&](int64_t i) { measure(i / parts, i / parts, i % parts); });
       parallel(pool, n, [&](int64_t e) { finish(e, e); });
-      parallel(pool, n * parts, [&](int64_t i) { write(i / parts, i / parts, i % parts); });
+      // The last first: what was read last may still be in the cache.
+      parallel(pool, n * parts, [&](int64_t i) {
+        const int64_t last = n * parts - 1 - i;
+        write(last / parts, last / parts, last % parts);
+      });
     }
   }
 };
@@ -73,10 +86,7 @@ static void add_rows(float* origin, double* first, double* second, const T* x, i
       const T* from = x + start * width + j;
       V pivot[N] = {}, d1[N] = {}, d2[N] = {};
       for (int64_t r = 0; r < n; ++r) {
-        for (int v = 0; v < N; ++v) {
-          __builtin_prefetch(from + (r + kTileRows) * width + v * W);  // the next tile
-          pivot[v] += load(from + r * width + v * W);
-        }
+        for (int v = 0; v < N; ++v) pivot[v] += load(from + r * width + v * W);
       }
       for (int v = 0; v < N; ++v) pivot[v] /= static_cast<float>(n);
       for (int64_t r = 0; r < n; ++r) {
@@ -95,6 +105,15 @@ static void add_rows(float* origin, double* first, double* second, const T* x, i
       }
     });
   }
+}
+
+template <class T>
+static void write_row(T* y, const T* x, const float* mean, const float* scale, const float* bias,
+                      int64_t size, bool streamed) {
+  sweep(size, [&](int, int64_t j, auto lanes) BODY {
+    V d = load(x + j, lanes) - load(mean + j, lanes);
+    write(y + j, d * load(scale + j, lanes) + load(bias + j, lanes), lanes, streamed);
+  });
 }
 
 template <class T>
@@ -159,21 +178,15 @@ static void columns_forward(const Forward& f, Pool& pool) {
       }
     }
   };
-  auto write = [&](int64_t slot, int64_t e, int64_t chunk) {
+  auto write_chunk = [&](int64_t slot, int64_t e, int64_t chunk) {
     const float* mean = origin(slot, m.chunks);
     const float *scale = mean + width, *bias = scale + width;
-    auto write_row = [&](int64_t at, int64_t size) BODY {
-      sweep(size, [&](int, int64_t j, auto lanes) BODY {
-        V d = load(x + at + j, lanes) - load(mean + j, lanes);
-        store(y + at + j, d * load(scale + j, lanes) + load(bias + j, lanes), lanes);
-      });
-    };
-    const int64_t start = e * b.example();
-    for (int64_t r = m.begin(chunk); r < m.begin(chunk + 1); ++r) write_row(start + r * width, width);
-    if (chunk + 1 < m.chunks) return;
-    for (int64_t r = m.rows * m.fold; r < b.s; ++r) write_row(start + r * features, features);
+    const int64_t elements = b.n * b.example();
+    m.each_row(e, chunk, [&](int64_t at, int64_t size) {
+      write_row(y + at, x + at, mean, scale, bias, size, streams(y + at, elements));
+    });
   };
-  m.each_example(pool, tasks, measure, finish_example, write);
+  m.each_example(pool, tasks, measure, finish_example, write_chunk);
 }
 
 }  // namespace JAXNORM_LEVEL

@@ -22,8 +22,6 @@ static void add_gradients(double* own, double* along, const float* mean, const f
       }
       for (int64_t row = 0; row < n; ++row) {
         for (int v = 0; v < N; ++v) {
-          __builtin_prefetch(dy + at + (row + kTileRows) * width + v * W);  // the next tile
-          __builtin_prefetch(x + at + (row + kTileRows) * width + v * W);
           V d = load(dy + at + row * width + v * W);
           V h = (load(x + at + row * width + v * W) - m[v]) * r[v];
           sum_d[v] += d;
@@ -37,6 +35,20 @@ static void add_gradients(double* own, double* along, const float* mean, const f
       }
     });
   }
+}
+
+// dx = dy * scale + h * along + own, where h = (x - mean) * rstd; `factors` holds, for `width`
+// columns each, mean, rstd, scale, along, own.
+template <class T>
+static void write_gradient(T* dx, const T* x, const T* dy, const float* factors, int64_t width,
+                           int64_t size, bool streamed) {
+  const float *mean = factors, *rstd = mean + width, *scale = rstd + width;
+  const float *along = scale + width, *own = along + width;
+  sweep(size, [&](int, int64_t j, auto lanes) BODY {
+    V h = (load(x + j, lanes) - load(mean + j, lanes)) * load(rstd + j, lanes);
+    V centred = load(along + j, lanes) * h + load(own + j, lanes);
+    write(dx + j, load(dy + j, lanes) * load(scale + j, lanes) + centred, lanes, streamed);
+  });
 }
 
 template <class T>
@@ -110,22 +122,14 @@ static void columns_backward(const Backward& f, Pool& pool) {
       }
     }
   };
-  auto write = [&](int64_t slot, int64_t e, int64_t chunk) {
-    const float *mean = floats + slot * 5 * width, *rstd = mean + width;
-    const float *scale = rstd + width, *along = scale + width, *own = along + width;
-    auto write_row = [&](int64_t at, int64_t size) BODY {
-      sweep(size, [&](int, int64_t j, auto lanes) BODY {
-        V h = (load(x + at + j, lanes) - load(mean + j, lanes)) * load(rstd + j, lanes);
-        V centred = load(along + j, lanes) * h + load(own + j, lanes);
-        store(dx + at + j, load(dy + at + j, lanes) * load(scale + j, lanes) + centred, lanes);
-      });
-    };
-    const int64_t start = e * b.example();
-    for (int64_t r = m.begin(chunk); r < m.begin(chunk + 1); ++r) write_row(start + r * width, width);
-    if (chunk + 1 < m.chunks) return;
-    for (int64_t r = m.rows * m.fold; r < b.s; ++r) write_row(start + r * features, features);
+  auto write_chunk = [&](int64_t slot, int64_t e, int64_t chunk) {
+    const float* factors = floats + slot * 5 * width;
+    const int64_t elements = b.n * b.example();
+    m.each_row(e, chunk, [&](int64_t at, int64_t size) {
+      write_gradient(dx + at, x + at, dy + at, factors, width, size, streams(dx + at, elements));
+    });
   };
-  m.each_example(pool, tasks, measure, finish_example, write);
+  m.each_example(pool, tasks, measure, finish_example, write_chunk);
   if (!f.dscale) return;
   for (int64_t i = 0; i < features; ++i) {
     double dscale = 0, dbias = 0;

@@ -1,7 +1,7 @@
 // All kernels, compiled once for each level of the machine.
 #include "columns.h"
 #include "columns_backward.h"
-#include "rows.h"
+#include "rows_backward.h"
 
 namespace jaxnorm {
 namespace JAXNORM_LEVEL {

@@ -64,13 +64,14 @@ static inline void normalize_rows(const Forward& f, int64_t row) {
   for (int r = 0; r < R; ++r, x += k, y += k) {
     const V mean = all(moments[r].mean), rstd = all(moments[r].rstd);
     const V rest = all(-moments[r].rest * moments[r].rstd);
+    const bool streamed = streams(y, f.block.groups() * k);
     sweep(k, [&](int, int64_t i, auto lanes) BODY {
       __builtin_prefetch(x + R * k + i);  // the next rows, while these are computed
       V h = load(x + i, lanes);
       h = kCentred ? (h - mean) * rstd + rest : h * rstd;
       if (kScale) h *= load(scale + i, lanes);
       if (kBias) h += load(bias + i, lanes);
-      store(y + i, h, lanes);
+      write(y + i, h, lanes, streamed);
     });
   }
 }
@@ -89,124 +90,6 @@ static void rows_forward(const Forward& f, Pool& pool) {
         normalize_rows<1, kCentred, kScale, kBias, T>(f, row);
         row += 1;
       }
-    }
-  });
-}
-
-// What one task adds up for scale and bias: floats for a few rows, then doubles.
-struct Columns {
-  float *few_scale, *few_bias;
-  double *scale, *bias;
-  int64_t features;
-
-  void flush() {
-    for (int64_t i = 0; i < features; ++i) {
-      scale[i] += few_scale[i];
-      bias[i] += few_bias[i];
-      few_scale[i] = few_bias[i] = 0;
-    }
-  }
-};
-
-// R rows that have one scale.
-template <int R, bool kCentred, bool kScale, bool kColumns, class T>
-static inline void row_gradients(const Backward& f, int64_t row, const Columns& columns) {
-  const int64_t k = f.block.k, feature = row % f.block.g * k;
-  const T* x = static_cast<const T*>(f.x) + row * k;
-  const T* dy = static_cast<const T*>(f.dy) + row * k;
-  T* dx = static_cast<T*>(f.dx) + row * k;
-  V mean[R], rstd[R], rest[R];
-  for (int r = 0; r < R; ++r) {
-    rstd[r] = all(f.rstd[row + r]);
-    mean[r] = all(kCentred ? f.mean[row + r] : 0);
-    rest[r] = all(kCentred ? -f.rest[row + r] * f.rstd[row + r] : 0);
-  }
-  auto standardized = [&](int r, int64_t i, auto lanes) BODY {
-    V h = load(x + r * k + i, lanes);
-    return kCentred ? (h - mean[r]) * rstd[r] + rest[r] : h * rstd[r];
-  };
-  auto scaled = [&](V g, int64_t i, auto lanes) BODY {
-    return kScale ? g * load(f.scale + feature + i, lanes) : g;
-  };
-  double own[R] = {}, along[R] = {};  // the sums of g and of g * h
-  for (int64_t start = 0; start < k; start += kRowTile) {
-    V sum_g[R] = {}, sum_gh[R] = {};
-    auto body = [&](int64_t i, auto lanes) BODY {
-      V dscale = {}, dbias = {};
-      for (int r = 0; r < R; ++r) {
-        V d = keep(load(dy + r * k + i, lanes), lanes), h = standardized(r, i, lanes);
-        V g = scaled(d, i, lanes);
-        if (kCentred) sum_g[r] += g;
-        sum_gh[r] += g * h;
-        dscale += d * h;
-        dbias += d;
-      }
-      if (kColumns) {
-        float *to_scale = columns.few_scale + feature + i, *to_bias = columns.few_bias + feature + i;
-        store(to_scale, load(to_scale, lanes) + dscale, lanes);
-        store(to_bias, load(to_bias, lanes) + dbias, lanes);
-      }
-    };
-    sweep(smaller(kRowTile, k - start),
-          [&](int, int64_t i, auto lanes) BODY { body(start + i, lanes); });
-    for (int r = 0; r < R; ++r) {
-      own[r] += sum(sum_g[r]);
-      along[r] += sum(sum_gh[r]);
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    const V a = all(-own[r] / k), b = all(-along[r] / k);
-    sweep(k, [&](int, int64_t i, auto lanes) BODY {
-      __builtin_prefetch(x + (r + R) * k + i);
-      __builtin_prefetch(dy + (r + R) * k + i);
-      V g = scaled(load(dy + r * k + i, lanes), i, lanes);
-      if (kCentred) g += a;
-      store(dx + r * k + i, (g + b * standardized(r, i, lanes)) * rstd[r], lanes);
-    });
-  }
-}
-
-template <bool kCentred, bool kScale, bool kColumns, class T>
-static void rows_backward(const Backward& f, Pool& pool) {
-  constexpr int64_t kFew = 64;  // rows whose columns are added in float32
-  const Block block = f.block;
-  const int64_t rows = block.groups(), features = block.features();
-  const int64_t tasks = tasks_for(rows * block.k, kColumns ? larger(1, block.n / kFew) : rows);
-  const int64_t each = kColumns ? features : 0;
-  Scratch<float> few(2 * tasks * each);
-  Scratch<double> all(2 * tasks * each);
-  parallel(pool, tasks, [&](int64_t task) {
-    const int64_t at = 2 * task * each;
-    Columns columns = {few + at, few + (at + each), all + at, all + (at + each), each};
-    const int64_t end = rows * (task + 1) / tasks;
-    int64_t row = rows * task / tasks, unflushed = 0;
-    while (row < end) {
-      const int count = block.g == 1 && row + 2 <= end ? 2 : 1;
-      if (count == 2) {
-        row_gradients<2, kCentred, kScale, kColumns, T>(f, row, columns);
-      } else {
-        row_gradients<1, kCentred, kScale, kColumns, T>(f, row, columns);
-      }
-      row += count;
-      unflushed += count;
-      if (kColumns && unflushed >= kFew * block.g) {
-        columns.flush();
-        unflushed = 0;
-      }
-    }
-    if (kColumns) columns.flush();
-  });
-  if (!kColumns) return;
-  parallel(pool, tasks_for(tasks * features, features), [&](int64_t part) {
-    const int64_t parts = tasks_for(tasks * features, features);
-    for (int64_t i = features * part / parts; i < features * (part + 1) / parts; ++i) {
-      double scale = 0, bias = 0;
-      for (int64_t task = 0; task < tasks; ++task) {
-        scale += all[2 * task * each + i];
-        bias += all[(2 * task + 1) * each + i];
-      }
-      f.dscale[i] = static_cast<float>(scale);
-      f.dbias[i] = static_cast<float>(bias);
     }
   });
 }

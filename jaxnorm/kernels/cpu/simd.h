@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -76,6 +76,12 @@ static inline void store(bfloat16* p, V v, Whole = {}) {
   std::memcpy(p, &halves, sizeof halves);
 }
 
+#if defined(__AVX2__)
+static inline void stream(float* p, V v) { _mm256_stream_ps(p, v); }
+#elif defined(__SSE2__)
+static inline void stream(float* p, V v) { _mm_stream_ps(p, v); }
+#endif
+
 template <class T>
 static inline V load(const T* p, Tail tail) {
   return load(p + tail.lanes - W);
@@ -141,6 +147,38 @@ static inline float get(const T* p) {
   return load(p, Short{1})[0];
 }
 
+// Results of this size and more go to memory past the caches: they would push out what is there,
+// and the lines that they fill would be read first. Both cost more than reading them back.
+constexpr int64_t kStreamBytes = 4 << 20;
+
+[[maybe_unused]] static inline bool streams(const float* row, int64_t elements) {
+#if defined(__SSE2__)
+  return reinterpret_cast<uintptr_t>(row) % sizeof(V) == 0 && elements * 4 >= kStreamBytes;
+#else
+  return false;
+#endif
+}
+
+// Not measured to be faster.
+static inline bool streams(const bfloat16*, int64_t) { return false; }
+
+template <class T, class Lanes>
+static inline void write(T* p, V v, Lanes lanes, bool streamed) {
+#if defined(__SSE2__)
+  if constexpr (__is_same(T, float) && __is_same(Lanes, Whole)) {
+    if (streamed) return stream(p, v);
+  }
+#endif
+  store(p, v, lanes);
+}
+
+// What was written past the caches is there for other threads only after this.
+static inline void end_of_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // body(u, i, lanes) for each vector of n elements from i on; u < 4 tells apart what may run at
 // the same time.
 template <class Body>
@@ -161,7 +199,11 @@ static inline BODY void sweep(int64_t n, Body body) {
 template <class Task>
 static void parallel(Pool& pool, int64_t tasks, const Task& task) {
   pool.run(
-      tasks, [](const void* context, int64_t i) { (*static_cast<const Task*>(context))(i); },
+      tasks,
+      [](const void* context, int64_t i) {
+        (*static_cast<const Task*>(context))(i);
+        end_of_stream();
+      },
       &task);
 }
 
