@@ -92,13 +92,11 @@ def _pullback(norm: JaxNorm, x: jax.Array, params: Params) -> Any:
 
 
 def _both(norm: JaxNorm) -> Callable[..., Any]:
-    """Without y, which nobody asks for: a backend may leave out what only y needs."""
-
     def both(x, params, state, dy):
-        _, pullback, state = jax.vjp(
+        y, pullback, state = jax.vjp(
             lambda x, params: norm.apply(x, params, state), x, params, has_aux=True
         )
-        return _named(*pullback(dy)), state
+        return {"y": y} | _named(*pullback(dy)), state
 
     return both
 

@@ -37,6 +37,12 @@ class Peer(NamedTuple):
 
 PEERS = (
     Peer("jaxnorm", "jaxnorm", partial(jax_call, jax_norms.jaxnorm_norm), "jaxnorm"),
+    Peer(
+        "jaxnorm (xla)",
+        "jaxnorm",
+        partial(jax_call, partial(jax_norms.jaxnorm_norm, implementation="xla")),
+        "jaxnorm",
+    ),
     Peer("flax.linen", "flax.linen", partial(jax_call, jax_norms.linen_norm), "flax"),
     Peer("flax.nnx", "flax.nnx", partial(jax_call, jax_norms.nnx_norm), "flax"),
     Peer("haiku", "haiku", partial(jax_call, jax_norms.haiku_norm), "dm-haiku"),

@@ -52,17 +52,17 @@ def torch_call(case: Case, *, compiled: bool = False) -> Call:
         results = torch.autograd.grad(y, list(learned.values()), dy, **options)
         return {f"d{name}": a for name, a in zip(learned, results, strict=True)}
 
-    def context() -> dict[str, Tensor]:
-        z = function(x, params)
-        return {"z": z} | gradients(z)
+    def both() -> dict[str, Tensor]:
+        y = function(x, params)
+        return {"z" if case.mode == "context" else "y": y} | gradients(y)
 
     start = time.perf_counter()
     kept = function(x, params) if case.mode == "backward" else None
     run = {
         "forward": lambda: {"y": function(x, params)},
         "backward": lambda: gradients(kept, retain_graph=True),
-        "both": lambda: gradients(function(x, params)),
-        "context": context,
+        "both": both,
+        "context": both,
     }[case.mode]
     call = Call(
         run,
