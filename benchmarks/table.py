@@ -7,8 +7,9 @@ from benchmarks.summary import COPY, OURS, peer_medians, sentences
 LEGEND = """\
 Times are medians. Beside each time stands the largest error against float64, in units in the last
 place of the dtype for the largest right element: of y forward, else the worst gradient. *both* is
-the forward and the backward pass in one program, with y and all gradients for results; *context* those of matmul, bias, add, norm, matmul. *copy* reads and writes, together,
-the least bytes that the case must move. The fastest of each row is bold."""
+the forward and the backward pass in one program, with y and all gradients for results; *context*
+those of matmul, bias, add, norm, matmul. *copy* reads and writes, together, the least bytes that
+the case must move. The fastest of each row is bold."""
 DETAILS = """\
 Half of the measurements lie between the quartiles. Bytes per second are the least bytes of the case
 over the median. Scratch is what the program allocates beside arguments and results. Compile time

@@ -9,8 +9,9 @@
 namespace jaxnorm {
 namespace JAXNORM_LEVEL {
 
-constexpr int64_t kTileRows = 64;     // that stay in the first cache, and are added in float32
-constexpr int64_t kChunkRows = 256;   // at least, for what a chunk keeps to be small beside it
+constexpr int64_t kTileRows = 64;    // that stay in the first cache, and are added in float32:
+constexpr int64_t kRunRows = 16;     // first so many, then their sums
+constexpr int64_t kChunkRows = 256;  // at least, for what a chunk keeps to be small beside it
 
 struct Matrix {
   Block block;
@@ -89,12 +90,16 @@ static void add_rows(float* origin, double* first, double* second, const T* x, i
         for (int v = 0; v < N; ++v) pivot[v] += load(from + r * width + v * W);
       }
       for (int v = 0; v < N; ++v) pivot[v] /= static_cast<float>(n);
-      for (int64_t r = 0; r < n; ++r) {
-        for (int v = 0; v < N; ++v) {
-          V d = load(from + r * width + v * W) - pivot[v];
-          d1[v] += d;
-          d2[v] += d * d;
+      for (int64_t run = 0; run < n; run += kRunRows) {
+        V run1[N] = {}, run2[N] = {};
+        for (int64_t r = run; r < smaller(n, run + kRunRows); ++r) {
+          for (int v = 0; v < N; ++v) {
+            V d = load(from + r * width + v * W) - pivot[v];
+            run1[v] += d;
+            run2[v] += d * d;
+          }
         }
+        for (int v = 0; v < N; ++v) d1[v] += run1[v], d2[v] += run2[v];
       }
       for (int v = 0; v < N; ++v) {
         const int64_t at = j + v * W;

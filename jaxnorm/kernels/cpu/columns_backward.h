@@ -20,13 +20,17 @@ static void add_gradients(double* own, double* along, const float* mean, const f
         m[v] = load(mean + j + v * W);
         r[v] = load(rstd + j + v * W);
       }
-      for (int64_t row = 0; row < n; ++row) {
-        for (int v = 0; v < N; ++v) {
-          V d = load(dy + at + row * width + v * W);
-          V h = (load(x + at + row * width + v * W) - m[v]) * r[v];
-          sum_d[v] += d;
-          sum_dh[v] += d * h;
+      for (int64_t run = 0; run < n; run += kRunRows) {
+        V run_d[N] = {}, run_dh[N] = {};
+        for (int64_t row = run; row < smaller(n, run + kRunRows); ++row) {
+          for (int v = 0; v < N; ++v) {
+            V d = load(dy + at + row * width + v * W);
+            V h = (load(x + at + row * width + v * W) - m[v]) * r[v];
+            run_d[v] += d;
+            run_dh[v] += d * h;
+          }
         }
+        for (int v = 0; v < N; ++v) sum_d[v] += run_d[v], sum_dh[v] += run_dh[v];
       }
       for (int v = 0; v < N; ++v) {
         const int64_t column = j + v * W;

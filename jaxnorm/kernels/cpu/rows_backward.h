@@ -6,7 +6,7 @@
 namespace jaxnorm {
 namespace JAXNORM_LEVEL {
 
-constexpr int64_t kFewRows = 64;    // whose columns are added in float32
+constexpr int64_t kFewRows = 16;    // whose columns are added in float32
 constexpr int64_t kTaskRows = 256;  // at least, for what a task keeps to be small beside them
 
 // What is added up for scale and bias: in floats for a few rows, then in doubles.
@@ -15,10 +15,21 @@ struct Columns {
   double *scale, *bias;
 
   void flush(int64_t features) const {
-    for (int64_t i = 0; i < features; ++i) {
-      scale[i] += few_scale[i];
-      bias[i] += few_bias[i];
-      few_scale[i] = few_bias[i] = 0;
+    sweep(features, [&](int, int64_t i, auto lanes) BODY {
+      flush(scale + i, few_scale + i, lanes);
+      flush(bias + i, few_bias + i, lanes);
+    });
+  }
+
+  static BODY void flush(double* all, float* few, Whole) {
+    store(all, load(all) + wide(load(few)));
+    store(few, V{});
+  }
+  template <class Lanes>
+  static BODY void flush(double* all, float* few, Lanes lanes) {
+    for (int64_t i = 0; i < lanes.lanes; ++i) {
+      all[i] += few[i];
+      few[i] = 0;
     }
   }
 };
