@@ -55,5 +55,10 @@ def instance_norm(
     """
     x = check_input(x)
     return normalize(
-        x, instance_layout(x.shape, feature_axis), params, epsilon=epsilon, where=where
+        x,
+        instance_layout(x.shape, feature_axis),
+        params,
+        epsilon=epsilon,
+        where=where,
+        implementation=implementation,
     )[0]

@@ -49,5 +49,11 @@ def rms_norm(
     """
     x = check_input(x)
     return normalize(
-        x, layer_layout(x.shape, axis), params, epsilon=epsilon, where=where, centred=False
+        x,
+        layer_layout(x.shape, axis),
+        params,
+        epsilon=epsilon,
+        where=where,
+        centred=False,
+        implementation=implementation,
     )[0]
