@@ -12,6 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+from jaxnorm.kernels import cpu
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -26,6 +28,29 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(params=["xla", "kernel-baseline", "kernel-avx2"])
+def implementation(request):
+    """Each that a function can be told to use; the kernel as compiled for each machine."""
+    name, _, level = request.param.partition("-")
+    if not level:
+        yield name
+        return
+    if cpu.missing():
+        pytest.skip(f"there is no kernel: {cpu.missing()}")
+    before = cpu.level()
+    if not cpu.use_level(level):
+        pytest.skip(f"the library has no kernel for {level}, or this machine can't run it")
+    yield name
+    cpu.use_level(before)
+
+
+@pytest.fixture
+def kernel():
+    """Skips a test where there is no kernel."""
+    if cpu.missing():
+        pytest.skip(f"there is no kernel: {cpu.missing()}")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ Every function takes (x, scale, bias, where) and keyword options, and returns y.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,9 @@ import jaxnorm as jn
 from jaxnorm.core.moments import promote
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Norm:
-    """One norm with the options that it is tested with."""
+    """One norm with the options that it is tested with; hashed by identity, so static in a jit."""
 
     name: str
     function: Callable
@@ -29,6 +30,13 @@ class Norm:
     def __call__(self, x, scale=None, bias=None, where=None, **options):
         params = jn.NormParams(scale, bias)
         return self.function(x, params, where=where, **(self.options | options))
+
+    def with_groups(self, shape):
+        """The same with as many groups as divide the features of a shape."""
+        if not self.groups:
+            return self
+        count = next(n for n in (32, 8, 7, 5, 2, 1) if shape[-1] % n == 0)
+        return self if count == self.groups else _with_groups(self, count)
 
     def features(self, shape):
         """The shape of scale and bias."""
@@ -65,6 +73,11 @@ class Norm:
             if param is not None:
                 y = combine(y, param.reshape((1,) * (x.ndim - param.ndim) + param.shape))
         return y
+
+
+@functools.cache
+def _with_groups(norm, count):
+    return dataclasses.replace(norm, options={"num_groups": count}, groups=count)
 
 
 def _batch(x, params, *, where=None, **options):

@@ -17,7 +17,7 @@ SHAPE = (8, 3, 4)
 
 def scalar(y):
     """A loss that weighs every element differently, so that no gradient vanishes by symmetry."""
-    return jnp.sum(jnp.sin(y) * jnp.linspace(-1, 2, y.size).reshape(y.shape))
+    return jnp.sum(jnp.sin(y) * jnp.linspace(-1, 2, y.size, dtype=y.dtype).reshape(y.shape))
 
 
 def value(f, args):

@@ -108,7 +108,7 @@ def _measure(how, x, where, group):
     count = _count(how, where)
     mean = rest = None
     if how.centred:
-        mean = _average(how, x, where, count)
+        mean = rounded(_average(how, x, where, count))
         rest = _average(how, x - mean, where, count)
     scale = _scale(how)
     e = centre(x, mean, rest) * scale.astype(x.dtype)
@@ -173,7 +173,7 @@ def merge(add: Callable, parts: tuple) -> tuple[Any, Any, jax.Array, jax.Array]:
     mean = jnp.where(count > 0, mean, 0)
     total, sum_of_means = add((count, count.astype(mean.dtype) * mean))
     n = jnp.maximum(total, 1)
-    mean_of_all = sum_of_means / n.astype(mean.dtype)
+    mean_of_all = rounded(sum_of_means / n.astype(mean.dtype))
     delta = (mean - mean_of_all) + rest
     share = count / n
     # The share goes into the square, so that this overflows no sooner than measuring the whole.
@@ -181,6 +181,18 @@ def merge(add: Callable, parts: tuple) -> tuple[Any, Any, jax.Array, jax.Array]:
     powers = share * var + square(root * delta)
     rest_of_all, power = add((share.astype(delta.dtype) * delta, powers))
     return mean_of_all, rest_of_all, jnp.maximum(power - square(rest_of_all), 0), total
+
+
+def rounded(mean: jax.Array) -> jax.Array:
+    """The mean to one bit less, so that everybody takes off the same.
+
+    Without it LLVM contracts x - total * (1 / n) in some of a program's loops to one operation,
+    which takes off the mean before it is rounded: then the rest does not belong to it.
+    """
+    if jnp.iscomplexobj(mean):
+        return lax.complex(rounded(jnp.real(mean)), rounded(jnp.imag(mean)))
+    kind = jnp.finfo(mean.dtype)
+    return lax.reduce_precision(mean, kind.nexp, kind.nmant - 1)
 
 
 def centre(x: jax.Array, mean: jax.Array | None, rest: jax.Array | None) -> jax.Array:

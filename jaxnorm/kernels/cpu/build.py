@@ -60,7 +60,10 @@ def find_compiler() -> list[str] | None:
 
 
 def _run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise RuntimeError(f"{command[0]} could not be run: {error.strerror}") from error
     if result.returncode:
         lines = result.stderr.splitlines() or ["it said nothing"]
         reason = next((line for line in lines if "error" in line), lines[0])

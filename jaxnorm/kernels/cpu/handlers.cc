@@ -104,7 +104,11 @@ ffi::Error check(const ffi::AnyBuffer& x, const Block& block, int64_t maps) {
   if (maps < 1 || block.n < 1 || block.s < 1 || block.g < 1 || block.k < 1) {
     return wrong("a block with an empty axis");
   }
-  if (static_cast<int64_t>(x.element_count()) != maps * block.n * block.example()) {
+  int64_t size = maps;
+  for (int64_t axis : {block.n, block.s, block.g, block.k}) {
+    if (__builtin_mul_overflow(size, axis, &size)) return wrong("a block that is too large");
+  }
+  if (static_cast<int64_t>(x.element_count()) != size) {
     return wrong("an array that is not its block");
   }
   if (x.element_type() != ffi::F32 && x.element_type() != ffi::BF16) {

@@ -1,0 +1,104 @@
+"""Building the kernel, and doing without it."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxnorm as jn
+from jaxnorm.kernels import VARIABLE, cpu
+from jaxnorm.kernels.cpu import build
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Whether there is a kernel is found out anew, before and after the test."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+    def forget():
+        cpu.missing.cache_clear()
+        cpu._library.cache_clear()
+
+    forget()
+    yield
+    monkeypatch.undo()
+    forget()
+
+
+def assert_formulas_run(why, rng):
+    assert jn.implementations()["cpu"].startswith(f"xla: {why}")
+    x = rng.standard_normal((4, 12), np.float32)
+    np.testing.assert_array_equal(jn.layer_norm(x), jn.layer_norm(x, implementation="xla"))
+    text = jax.jit(lambda x: jn.rms_norm(x)).lower(jnp.asarray(x)).compile().as_text()
+    assert "jaxnorm_" not in text
+    with pytest.raises(ValueError, match=why):
+        jn.layer_norm(x, implementation="kernel")
+
+
+@pytest.mark.usefixtures("fresh")
+def test_without_a_library_the_formulas_run(monkeypatch, tmp_path, rng):
+    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "none.so")
+    monkeypatch.setattr(cpu, "WHY_NOT_BUILT", tmp_path / "none.txt")
+    assert_formulas_run("it has not been built", rng)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_reason_that_the_install_left_is_told(monkeypatch, tmp_path, rng):
+    reason = tmp_path / "why.txt"
+    reason.write_text("there was no C++ compiler when jaxnorm was installed")
+    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "none.so")
+    monkeypatch.setattr(cpu, "WHY_NOT_BUILT", reason)
+    assert_formulas_run("there was no C", rng)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_damaged_library_is_left_alone(monkeypatch, tmp_path, rng):
+    damaged = tmp_path / "damaged.so"
+    damaged.write_bytes(b"no library")
+    monkeypatch.setattr(cpu, "LIBRARY", damaged)
+    assert_formulas_run("its library can't be loaded", rng)
+
+
+@pytest.mark.usefixtures("kernel", "fresh")
+def test_a_library_for_a_newer_xla_is_left_alone(monkeypatch, rng):
+    monkeypatch.setattr(cpu, "_api_version", lambda: 0)
+    assert_formulas_run("it was built for a newer jaxlib", rng)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("/nonexistent/c++", "could not be run: No such file"),
+        ("false", "false failed to compile it"),
+    ],
+)
+def test_a_build_that_fails_leaves_what_was_there(monkeypatch, tmp_path, compiler, reason):
+    monkeypatch.setenv("CXX", compiler)
+    library = tmp_path / "norms.so"
+    library.write_bytes(b"old")
+    with pytest.raises(RuntimeError, match=reason):
+        build.build(library)
+    assert library.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [library]
+
+
+def test_without_a_compiler_the_build_says_so(monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"there was no C\+\+ compiler"):
+        build.build(tmp_path / "norms.so")
+
+
+def test_the_command_ends_with_a_sentence(monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "jaxnorm.kernels.cpu.build"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("The kernel is not built: false failed")

@@ -1,0 +1,136 @@
+"""Every transformation of a norm that a kernel computes, against the plain formula in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from norms import NORMS, norm_id
+from test_derivatives import (
+    SHAPE,
+    arguments,
+    checkpoint,
+    cond,
+    forward_over_reverse,
+    grad,
+    grad_of_vmap,
+    hessian,
+    reverse_over_forward,
+    reverse_over_reverse,
+    scalar,
+    scan,
+    vmap_of_grad,
+)
+
+import jaxnorm as jn
+
+pytestmark = pytest.mark.usefixtures("x64", "kernel")
+EACH_NORM = pytest.mark.parametrize("norm", NORMS, ids=norm_id)
+
+
+def nested_vmap(f, args):
+    def per_example(x):
+        return jax.grad(lambda *args: scalar(f(*args)), (0, 1, 2))(x, *args[1:])
+
+    x = args[0]
+    return jax.vmap(jax.vmap(per_example))(
+        jnp.stack([jnp.stack([x, 2 * x]), jnp.stack([-x, x + 1])])
+    )
+
+
+def per_example_gradients(f, args):
+    x, scale, bias = args
+    xs = jnp.stack([x, 2 * x + 1, -x])
+    one = jax.grad(lambda params, x: scalar(f(x, *params)))
+    return jax.vmap(one, (None, 0))((scale, bias), xs), jax.vmap(one, (None, -1), 1)(
+        (scale, bias), jnp.moveaxis(xs, 0, -1)
+    )
+
+
+def vmap_over_scale(f, args):
+    x, scale, bias = args
+    scales = jnp.stack([scale, 2 * scale])
+    batched = lambda x, scales, bias: jax.vmap(f, (None, 0, None))(x, scales, bias)
+    return grad(batched, (x, scales, bias))
+
+
+def gradients_of_some(f, args):
+    x, scale, bias = args
+    return (
+        jax.grad(lambda x: scalar(f(x, scale, bias)))(x),
+        jax.grad(lambda p: scalar(f(x, *p)))((scale, bias)),
+        jax.grad(lambda p: scalar(f(x, p, None)))(scale),
+        jax.grad(lambda x: scalar(f(x, None, None)))(x),
+    )
+
+
+def hessian_vector_product(f, args):
+    gradient = jax.grad(lambda *args: scalar(f(*args)), (0, 1, 2))
+    _, pullback = jax.vjp(lambda *args: gradient(*args), *args)
+    return jax.jvp(gradient, args, args)[1], pullback(args)
+
+
+def check(norm, transformation, rng):
+    args = tuple(a.astype(jnp.float32) for a in arguments(norm, rng))
+    wide = tuple(a.astype(jnp.float64) for a in args)
+
+    def run(f, args):
+        # Epsilon is large enough for groups of one element to have derivatives near one.
+        f = functools.partial(f, epsilon=0.01)
+        return jax.jit(lambda *args: transformation(f, args))(*args)
+
+    ours = run(functools.partial(norm, implementation="kernel"), args)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(run(norm.plain, wide)), strict=True):
+        assert a.dtype == jnp.float32
+        # Rounding of some hundred float32 operations, relative to the largest element.
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize(
+    "transformation",
+    [reverse_over_reverse, per_example_gradients, gradients_of_some],
+    ids=lambda t: t.__name__,
+)
+@EACH_NORM
+def test_agrees_with_the_plain_formula(norm, transformation, rng):
+    check(norm, transformation, rng)
+
+
+@pytest.mark.parametrize(
+    "transformation",
+    [
+        forward_over_reverse,
+        reverse_over_forward,
+        hessian,
+        hessian_vector_product,
+        vmap_of_grad,
+        grad_of_vmap,
+        vmap_over_scale,
+        nested_vmap,
+        scan,
+        cond,
+        checkpoint,
+    ],
+    ids=lambda t: t.__name__,
+)
+@pytest.mark.parametrize("norm", [NORMS[0], NORMS[1]], ids=["columns", "rows"])
+def test_other_transformations_agree_too(norm, transformation, rng):
+    check(norm, transformation, rng)
+
+
+def test_a_batch_norm_s_state_has_gradients(rng):
+    x = jnp.asarray(rng.standard_normal(SHAPE, np.float32))
+    state = jn.init_batch_norm_state(SHAPE[-1])
+
+    def loss(x, implementation):
+        y, new = jn.batch_norm(x, state, implementation=implementation)
+        return scalar(y) + jnp.sum(new.mean * new.var**2)
+
+    for derivative in (jax.grad, lambda f: jax.grad(lambda x: jnp.sum(jax.grad(f)(x) ** 2))):
+        ours, formula = (
+            jax.jit(derivative(functools.partial(loss, implementation=implementation)))(x)
+            for implementation in ("kernel", "xla")
+        )
+        # Rounding of some hundred float32 operations, in each of the two.
+        np.testing.assert_allclose(ours, formula, rtol=0, atol=2e-5 * np.abs(formula).max())
