@@ -52,7 +52,8 @@ static inline void normalize_rows(const Forward& f, int64_t row) {
   const int64_t k = f.block.k, feature = f.block.g == 1 ? 0 : row % f.block.g * k;
   const T* x = static_cast<const T*>(f.x) + row * k;
   T* y = static_cast<T*>(f.y) + row * k;
-  const float *scale = f.scale + feature, *bias = f.bias + feature;
+  const float* scale = kScale ? f.scale + feature : nullptr;
+  const float* bias = kBias ? f.bias + feature : nullptr;
   Moment moments[R];
   row_moments<R, kCentred>(moments, x, k, f.epsilon);
   for (int r = 0; r < R; ++r) {

@@ -47,7 +47,7 @@ struct Rows {
     x = static_cast<const T*>(f.x) + row * k;
     dy = static_cast<const T*>(f.dy) + row * k;
     dx = static_cast<T*>(f.dx) + row * k;
-    scale = f.scale + feature;
+    scale = kScale ? f.scale + feature : nullptr;
     elements = f.block.groups() * k;
     for (int r = 0; r < R; ++r) {
       rstd[r] = all(f.rstd[row + r]);
