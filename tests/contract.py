@@ -55,7 +55,12 @@ def compute(norm, implementation, epsilon, example):
     f = functools.partial(norm, implementation=implementation, epsilon=epsilon)
     primals, tangents = tuple(example[:3]), tuple(example[3:6])
     y, pullback = jax.vjp(f, *primals)
-    return Results(y, *pullback(example.dy), jax.jvp(f, primals, tangents)[1])
+    return Results._make((y, *pullback(example.dy), jax.jvp(f, primals, tangents)[1]))
+
+
+def program(f, *args) -> str:
+    """The text of the compiled program."""
+    return jax.jit(f).lower(*args).compile().as_text() or ""
 
 
 def example_of(norm, shape, dtype=jnp.float32, param_dtype=jnp.float32, *, mean=1.0, std=1.0):
@@ -65,8 +70,9 @@ def example_of(norm, shape, dtype=jnp.float32, param_dtype=jnp.float32, *, mean=
     draw = lambda shape: rng.standard_normal(shape, np.float32)
     x = (mean + std * draw(shape)).astype(dtype)
     scale, bias = (1 + draw(features)).astype(param_dtype), draw(features).astype(param_dtype)
-    tx, tparams = (std * draw(shape)).astype(dtype), draw((2, *features)).astype(param_dtype)
-    return Example(x, scale, bias, tx, *tparams, draw(shape).astype(dtype))
+    tx, dy = ((factor * draw(shape)).astype(dtype) for factor in (std, 1))
+    tscale, tbias = (draw(features).astype(param_dtype) for _ in range(2))
+    return Example(x, scale, bias, tx, tscale, tbias, dy)
 
 
 def truth(norm, example, epsilon):
@@ -75,7 +81,7 @@ def truth(norm, example, epsilon):
     That is what rounding is relative to: where a group has one element, its gradient is zero, the
     difference of two equal numbers. A sum's is what it would be if signs were random.
     """
-    a = Example(*map(oracle.wide, example))
+    a = Example._make(map(oracle.wide, example))
     axes = norm.shared(a.x.ndim)
     along = tuple(range(a.x.ndim - a.scale.ndim))  # that the parameters don't span
     split, how = norm.split, {"centred": norm.centred}
@@ -104,7 +110,7 @@ def truth(norm, example, epsilon):
         steep(a.tx) * a.scale,
     )
     sizes = [max(np.abs(r).max(), np.abs(s).max()) for r, s in zip(results, scales, strict=True)]
-    return results, Results(*sizes)
+    return results, Results._make(sizes)
 
 
 def assert_kept(norm, example, results, epsilon, *, formula):

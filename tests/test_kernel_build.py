@@ -3,10 +3,9 @@
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract import program
 
 import jaxnorm as jn
 from jaxnorm.kernels import VARIABLE, cpu
@@ -32,8 +31,7 @@ def assert_formulas_run(why, rng):
     assert jn.implementations()["cpu"].startswith(f"xla: {why}")
     x = rng.standard_normal((4, 12), np.float32)
     np.testing.assert_array_equal(jn.layer_norm(x), jn.layer_norm(x, implementation="xla"))
-    text = jax.jit(lambda x: jn.rms_norm(x)).lower(jnp.asarray(x)).compile().as_text()
-    assert "jaxnorm_" not in text
+    assert "jaxnorm_" not in program(lambda x: jn.rms_norm(x), x)
     with pytest.raises(ValueError, match=why):
         jn.layer_norm(x, implementation="kernel")
 
