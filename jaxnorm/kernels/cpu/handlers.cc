@@ -79,13 +79,6 @@ class XlaPool final : public Pool {
   ffi::ThreadPool& threads_;
 };
 
-class Serial final : public Pool {
- public:
-  void run(int64_t tasks, void (*task)(const void*, int64_t), const void* context) override {
-    for (int64_t i = 0; i < tasks; ++i) task(context, i);
-  }
-};
-
 ffi::Error wrong(const std::string& what) {
   return ffi::Error::InvalidArgument("jaxnorm's kernel was given " + what);
 }
@@ -130,8 +123,6 @@ ffi::Error guarded(Run run) {
     return ffi::Error::Internal(std::string("jaxnorm's kernel: ") + error.what());
   }
 }
-
-constexpr int64_t kSmall = 1 << 15;
 
 using Float32 = ffi::Buffer<ffi::F32>;
 
@@ -201,7 +192,6 @@ ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy
       level.backward(element_of(x), call, pool);
     };
     XlaPool pool(threads);
-    Serial serial;
     for (int64_t map = 0; map < maps; ++map) run(map, pool);
   });
 }

@@ -76,7 +76,8 @@ struct Rows {
         const int64_t i = start + offset;
         V dscale = {}, dbias = {};
         for (int r = 0; r < R; ++r) {
-          V d = keep(load(dy + r * k + i, lanes), lanes), h = standardized(r, i, lanes);
+          V d = keep(load(dy + r * k + i, lanes), lanes);
+          V h = keep(standardized(r, i, lanes), lanes);
           V g = scaled(d, i, lanes);
           if (kCentred) sum_g[r] += g;
           sum_gh[r] += g * h;
@@ -115,7 +116,7 @@ struct Rows {
         write(dx + r * k + i, (g + b * h) * rstd[r], lanes, streamed);
         if (kColumns) {
           d = keep(d, lanes);
-          add_columns(*columns, offset, d * h, d, lanes);
+          add_columns(*columns, offset, d * keep(h, lanes), d, lanes);
         }
       });
     }
