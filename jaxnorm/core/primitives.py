@@ -185,8 +185,6 @@ class Operation:
             setting = setting._replace(maps=setting.maps + 1)
             results = self.primitive.bind(*leaves, tree=tree, setting=setting)
         else:
-            if self.kernel and setting.required:
-                kernels.refuse("vmap maps the parameters, or not all of the others")
             results = jax.vmap(self.on_leaves(tree, setting), dims)(*leaves)
         return results, [0] * len(results)
 

@@ -174,25 +174,24 @@ ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy
     }
   }
   return guarded([&] {
-    const int64_t bytes = x.size_bytes() / maps;
-    const Level& level = *level_in_use.load();
-    auto run = [&](int64_t map, Pool& pool) {
-      auto* columns = data_or_null(*dscale);
+    const int64_t bytes = x.size_bytes() / maps, groups = block.groups();
+    auto* columns = data_or_null(*dscale);
+    XlaPool pool(threads);
+    for (int64_t map = 0; map < maps; ++map) {
+      const int64_t feature = map * block.features();
       Backward call = {block,
                        centred,
                        static_cast<const char*>(x.untyped_data()) + map * bytes,
                        static_cast<const char*>(dy.untyped_data()) + map * bytes,
                        data_or_null(scale),
-                       mean.typed_data() + map * block.groups(),
-                       rest.typed_data() + map * block.groups(),
-                       rstd.typed_data() + map * block.groups(),
+                       mean.typed_data() + map * groups,
+                       rest.typed_data() + map * groups,
+                       rstd.typed_data() + map * groups,
                        static_cast<char*>(dx->untyped_data()) + map * bytes,
-                       columns ? columns + map * block.features() : nullptr,
-                       columns ? dbias->typed_data() + map * block.features() : nullptr};
-      level.backward(element_of(x), call, pool);
-    };
-    XlaPool pool(threads);
-    for (int64_t map = 0; map < maps; ++map) run(map, pool);
+                       columns ? columns + feature : nullptr,
+                       columns ? dbias->typed_data() + feature : nullptr};
+      level_in_use.load()->backward(element_of(x), call, pool);
+    }
   });
 }
 
