@@ -6,6 +6,9 @@ Who computes a norm is chosen by `implementation`, an argument of the functions:
     "kernel"    the platform's kernel; an error where there is none, or where it declines
     None        what the environment variable JAXNORM_IMPLEMENTATION says; unset, the kernel where
                 it can, else the formulas
+
+What JAX derives from a norm is not refused: forward mode, second derivatives, and vmap over the
+parameters are computed by the formulas, whatever computes the norm.
 """
 
 import os
