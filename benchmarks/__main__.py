@@ -188,11 +188,11 @@ def write(report: dict[str, Any], folder: Path) -> None:
     elif importlib.util.find_spec("matplotlib") is None:
         say("No figures: matplotlib is not installed; pip install matplotlib, then --replot.")
     else:
-        from benchmarks.figures import draw_ratios, draw_roofline
+        from benchmarks import figures
 
-        for name, draw in (("ratios.png", draw_ratios), ("roofline.png", draw_roofline)):
-            if draw(report, folder / name):
-                written.append(name)
+        for name in ("gains", "ratios", "roofline"):
+            if getattr(figures, f"draw_{name}")(report, folder / f"{name}.png"):
+                written.append(f"{name}.png")
     say(f"Written to {folder}: {', '.join(written)}")
 
 

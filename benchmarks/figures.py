@@ -56,6 +56,40 @@ def draw_ratios(report: dict[str, Any], path: Path) -> bool:
     return _save(figure, _headline(report), path)
 
 
+def draw_gains(report: dict[str, Any], path: Path) -> bool:
+    """For each norm how many times as fast jaxnorm is, in the geometric mean over its cases.
+
+    Returns whether there was anything to draw.
+    """
+    from matplotlib.figure import Figure
+
+    norms = list(dict.fromkeys(result["norm"] for result in report["results"]))
+    peers = {"Flax": "flax.linen", "PyTorch": "torch", "the fastest peer of each case": None}
+    colors = {"Flax": LOOKS["flax.linen"][0], "PyTorch": LOOKS["torch"][0]}
+    figure = Figure(figsize=(8, 0.9 + 0.55 * len(norms)), dpi=130)
+    axes = figure.subplots()
+    drawn = False
+    for place, (label, peer) in enumerate(peers.items()):
+        for row, norm in enumerate(norms):
+            value = speedup([r for r in report["results"] if r["norm"] == norm], peer)
+            if value is None:
+                continue
+            drawn = True
+            color, y = colors.get(label, FASTEST[0]), row + 0.26 * (place - 1)
+            axes.barh(y, value, 0.24, color=color, label=None if row else label)
+            axes.annotate(f" {value:.1f}", (value, y), va="center", size=8)
+    if not drawn:
+        return False
+    axes.axvline(1, color="#777777", lw=1)
+    axes.set_yticks(range(len(norms)), [f"{norm} norm" for norm in norms])
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel("times as fast, geometric mean over its cases")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(title="jaxnorm beside", frameon=False, loc="lower right", fontsize=8)
+    return _save(figure, _device(report), path)
+
+
 def draw_roofline(report: dict[str, Any], path: Path) -> bool:
     """Bytes per second, counting those that must be moved, against a copy of as many.
 
@@ -135,10 +169,14 @@ def _row(result: dict[str, Any]) -> str:
 
 
 def _headline(report: dict[str, Any]) -> str:
-    machine = report["machine"]
-    device = machine["cpu"] if machine["backend"] == "cpu" else machine["device"]
-    lines = [f"Left of 1, jaxnorm is faster ({device}, {machine['cores']} cores)"]
+    lines = [f"Left of 1, jaxnorm is faster ({_device(report)})"]
     named = (("the fastest peer", None), ("Flax", "flax.linen"))
     values = [(whom, speedup(report["results"], peer)) for whom, peer in named]
     means = [f"{1 / value:.2f} times that of {whom}" for whom, value in values if value]
     return "\n".join([*lines, f"Geometric mean: jaxnorm's time is {', '.join(means)}"])
+
+
+def _device(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    on_cpu = machine["backend"] == "cpu"
+    return f"{machine['cpu']}, {machine['cores']} cores" if on_cpu else machine["device"]

@@ -1,5 +1,6 @@
 """The results in Markdown."""
 
+import math
 from typing import Any
 
 from benchmarks.summary import COPY, OURS, peer_medians, sentences
@@ -10,6 +11,9 @@ place of the dtype for the largest right element: of y forward, else the worst g
 the forward and the backward pass in one program, with y and all gradients for results; *context*
 those of matmul, bias, add, norm, matmul. *copy* reads and writes, together, the least bytes that
 the case must move. The fastest of each row is bold."""
+SCRATCH = """\
+What XLA plans for the forward and the backward pass in one program beside arguments and results,
+in percent of x. What kernels allocate by themselves is not in it."""
 DETAILS = """\
 Half of the measurements lie between the quartiles. Bytes per second are the least bytes of the case
 over the median. Scratch is what the program allocates beside arguments and results. Compile time
@@ -23,6 +27,7 @@ def markdown(report: dict[str, Any]) -> str:
     parts = ["# Benchmark", machine(report["machine"]), "\n".join(_list(report["summary"]))]
     if results:
         parts += ["## Times and errors", LEGEND, overview(results)]
+        parts += ["## Scratch memory", SCRATCH, scratch(results)]
         parts += ["## Details", DETAILS, details(results)]
     if report["imports"]:
         parts += ["## Import time", imports(report["imports"])]
@@ -58,6 +63,20 @@ def overview(results: list[dict[str, Any]]) -> str:
             cells.append("" if measured is None else _time_and_error(measured, fastest))
         rows.append([result["case"], "x".join(map(str, result["shape"])), *cells])
     return _table(["case", "shape", *names], rows)
+
+
+def scratch(results: list[dict[str, Any]]) -> str:
+    """A row for each case of both passes, a column for each peer that tells."""
+    both = [result for result in results if result["mode"] == "both"]
+    known = lambda m: m["scratch_bytes"] is not None
+    names = dict.fromkeys(name for r in both for name, m in r["peers"].items() if known(m))
+    rows = []
+    for result in both:
+        size = math.prod(result["shape"]) * {"float32": 4, "bfloat16": 2}[result["dtype"]]
+        found = (result["peers"].get(name) for name in names if name != COPY)
+        cells = [f"{100 * m['scratch_bytes'] / size:.1f} %" if m else "" for m in found]
+        rows.append([result["case"].removesuffix("/both"), f"{size:,}", *cells])
+    return _table(["case", "bytes of x", *(name for name in names if name != COPY)], rows)
 
 
 def details(results: list[dict[str, Any]]) -> str:
