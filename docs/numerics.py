@@ -227,9 +227,10 @@ Flax measures the variance as the mean of the squares less the square of the mea
 soon as the mean is much larger than the spread. PyTorch subtracts the mean first, but after
 rounding it to one float32, which for rows around 1e4 is off by up to 5e-4. jaxnorm centres twice:
 what rounding the mean left out is measured and taken off too. It also scales before it squares, so
-that 1e18 does not overflow, and its derivative has no power of the standard deviation in it that
-could. In float32 that holds for numbers up to about 1e19 and, with epsilon 0, down to about 1e-18;
-the squares of others leave the range of float32, and the result is zero.
+that 1e18 does not overflow (the CPU kernel, which made the columns above, does such numbers again
+in float64), and its derivative has no power of the standard deviation in it that could. In float32
+that holds for numbers up to about 1e19 and, with epsilon 0, down to about 1e-15; the squares of
+others leave the range of float32, and the result is zero.
 
 What is left on the longest columns is the rounding of the sum over 2^18 terms that a gradient of
 scale is, the same in every library. Errors of what should be zero, as the gradient of scale of
