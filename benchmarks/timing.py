@@ -1,4 +1,9 @@
-"""Turn and turn about: all calls of a case are timed together, each round in another order."""
+"""Turn and turn about: all calls of a case are timed together, each round in another order.
+
+A turn begins with a rest, in which the threads of whoever was before go to sleep: PyTorch's stay
+awake for some milliseconds, on the cores that the next one needs. Then the call is made until its
+own threads are awake, and timed.
+"""
 
 import dataclasses
 import math
@@ -9,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-BATCH_SECONDS = 1e-3  # a clock read takes 0.1 us, so that shorter calls are timed several at once
+BATCH_SECONDS = 4e-3  # calls that are shorter are timed several at once
+REST_SECONDS = 0.01
+WAKE_SECONDS = 3e-3
 WARM_UP_SECONDS = 0.02
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 2000
 
@@ -72,6 +79,8 @@ def take_turns(
             break
         rng.shuffle(order)
         for name in order:
+            time.sleep(REST_SECONDS)
+            calls[name].seconds(math.ceil(times[name] * WAKE_SECONDS / BATCH_SECONDS))
             measured[name].append(calls[name].seconds(times[name]))
     return measured
 

@@ -1,6 +1,6 @@
 // Statistics of columns: groups that stand side by side in memory.
 //
-// An example is a matrix of s rows and g * k columns. Where those don't fill vectors, `fold` rows
+// An example is a matrix of s rows and g * k columns. Where those don't fill one vector, `fold` rows
 // are taken as one longer row, and its columns merged at the end; rows left over go one by one.
 #pragma once
 
@@ -18,7 +18,7 @@ struct Matrix {
   int64_t fold = 1, width, rows, chunks;
 
   explicit Matrix(const Block& b) : block(b) {
-    while (fold * b.features() % W) fold *= 2;
+    while (b.features() < W && fold * b.features() % W) fold *= 2;
     width = fold * b.features();
     rows = b.s / fold;
     chunks = tasks_for(b.example(), larger(1, rows / kChunkRows));
@@ -34,6 +34,12 @@ struct Matrix {
     for (int64_t r = rows * fold; r < block.s; ++r) body(start + r * features, features);
   }
 
+  // Where an example is one chunk. A slot for each holds some bytes per column, so they have rows
+  // enough for those to be few beside them.
+  int64_t tasks() const {
+    const int64_t enough = larger(4, block.n * block.s / (2 * kChunkRows));
+    return tasks_for(block.n * block.example(), smaller(block.n, enough));
+  }
   int64_t slots(int64_t tasks) const { return chunks == 1 ? tasks : block.n; }
 
   // Measures each example, finishes its statistics, and writes its result. What is kept between
@@ -67,12 +73,13 @@ struct Count {
   static constexpr int value = N;
 };
 
-// body(j, count) for strips of columns: first of M vectors, then of one.
+// body(j, count, lanes) for strips of columns: first of M vectors, then of one.
 template <int M, class Body>
 static inline BODY void strips(int64_t width, Body body) {
   int64_t j = 0;
-  for (; j + M * W <= width; j += M * W) body(j, Count<M>());
-  for (; j < width; j += W) body(j, Count<1>());
+  for (; j + M * W <= width; j += M * W) body(j, Count<M>(), Whole());
+  for (; j + W <= width; j += W) body(j, Count<1>(), Whole());
+  if (j < width) body(j, Count<1>(), Tail{width - j});
 }
 
 // Adds rows to the sums of each column: two doubles and the origin for each.
@@ -82,19 +89,19 @@ static void add_rows(float* origin, double* first, double* second, const T* x, i
   for (int64_t start = 0; start < rows; start += kTileRows) {
     const int64_t n = smaller(kTileRows, rows - start);
     const double rows_of_tile = n;
-    strips<4>(width, [&](int64_t j, auto count) BODY {
+    strips<4>(width, [&](int64_t j, auto count, auto lanes) BODY {
       constexpr int N = decltype(count)::value;
       const T* from = x + start * width + j;
       V pivot[N] = {}, d1[N] = {}, d2[N] = {};
       for (int64_t r = 0; r < n; ++r) {
-        for (int v = 0; v < N; ++v) pivot[v] += load(from + r * width + v * W);
+        for (int v = 0; v < N; ++v) pivot[v] += load(from + r * width + v * W, lanes);
       }
       for (int v = 0; v < N; ++v) pivot[v] /= static_cast<float>(n);
       for (int64_t run = 0; run < n; run += kRunRows) {
         V run1[N] = {}, run2[N] = {};
         for (int64_t r = run; r < smaller(n, run + kRunRows); ++r) {
           for (int v = 0; v < N; ++v) {
-            V d = load(from + r * width + v * W) - pivot[v];
+            V d = load(from + r * width + v * W, lanes) - pivot[v];
             run1[v] += d;
             run2[v] += d * d;
           }
@@ -103,10 +110,10 @@ static void add_rows(float* origin, double* first, double* second, const T* x, i
       }
       for (int v = 0; v < N; ++v) {
         const int64_t at = j + v * W;
-        if (start == 0) store(origin + at, pivot[v]);
-        const D shift = wide(pivot[v]) - wide(load(origin + at)), d = wide(d1[v]);
-        store(first + at, load(first + at) + d + rows_of_tile * shift);
-        store(second + at, load(second + at) + wide(d2[v]) + shift * (2 * d + rows_of_tile * shift));
+        if (start == 0) store(origin + at, pivot[v], lanes);
+        const D shift = wide(pivot[v]) - wide(load(origin + at, lanes)), d = wide(d1[v]);
+        add(first + at, d + rows_of_tile * shift, lanes);
+        add(second + at, wide(d2[v]) + shift * (2 * d + rows_of_tile * shift), lanes);
       }
     });
   }
@@ -127,7 +134,7 @@ static void columns_forward(const Forward& f, Pool& pool) {
   const Matrix m(b);
   const T* x = static_cast<const T*>(f.x);
   T* y = static_cast<T*>(f.y);
-  const int64_t tasks = tasks_for(b.n * b.example(), b.n), slots = m.slots(tasks);
+  const int64_t tasks = m.tasks(), slots = m.slots(tasks);
   const int64_t width = m.width, features = b.features();
   Scratch<float> floats(slots * (m.chunks + 3) * width);
   Scratch<double> doubles(slots * m.chunks * 2 * width);

@@ -12,20 +12,20 @@ static void add_gradients(double* own, double* along, const float* mean, const f
                           const T* x, const T* dy, int64_t width, int64_t rows) {
   for (int64_t start = 0; start < rows; start += kTileRows) {
     const int64_t n = smaller(kTileRows, rows - start);
-    strips<2>(width, [&](int64_t j, auto count) BODY {
+    strips<2>(width, [&](int64_t j, auto count, auto lanes) BODY {
       constexpr int N = decltype(count)::value;
       const int64_t at = start * width + j;
       V m[N], r[N], sum_d[N] = {}, sum_dh[N] = {};
       for (int v = 0; v < N; ++v) {
-        m[v] = load(mean + j + v * W);
-        r[v] = load(rstd + j + v * W);
+        m[v] = load(mean + j + v * W, lanes);
+        r[v] = load(rstd + j + v * W, lanes);
       }
       for (int64_t run = 0; run < n; run += kRunRows) {
         V run_d[N] = {}, run_dh[N] = {};
         for (int64_t row = run; row < smaller(n, run + kRunRows); ++row) {
           for (int v = 0; v < N; ++v) {
-            V d = load(dy + at + row * width + v * W);
-            V h = (load(x + at + row * width + v * W) - m[v]) * r[v];
+            V d = load(dy + at + row * width + v * W, lanes);
+            V h = (load(x + at + row * width + v * W, lanes) - m[v]) * r[v];
             run_d[v] += d;
             run_dh[v] += d * h;
           }
@@ -34,8 +34,8 @@ static void add_gradients(double* own, double* along, const float* mean, const f
       }
       for (int v = 0; v < N; ++v) {
         const int64_t column = j + v * W;
-        store(own + column, load(own + column) + wide(sum_d[v]));
-        store(along + column, load(along + column) + wide(sum_dh[v]));
+        add(own + column, wide(sum_d[v]), lanes);
+        add(along + column, wide(sum_dh[v]), lanes);
       }
     });
   }
@@ -61,7 +61,7 @@ static void columns_backward(const Backward& f, Pool& pool) {
   const Matrix m(b);
   const T *x = static_cast<const T*>(f.x), *dy = static_cast<const T*>(f.dy);
   T* dx = static_cast<T*>(f.dx);
-  const int64_t tasks = tasks_for(b.n * b.example(), b.n), slots = m.slots(tasks);
+  const int64_t tasks = m.tasks(), slots = m.slots(tasks);
   const int64_t width = m.width, features = b.features();
   // For each slot: mean, rstd, and the factors of dx; the sums of each chunk; those of features.
   Scratch<float> floats(slots * 5 * width);

@@ -1,15 +1,11 @@
 // The door: XLA's FFI calls come in here, are checked, and go to the best level of the machine.
 #include <atomic>
-#include <condition_variable>
 #include <cstring>
 #include <exception>
-#include <functional>
-#include <memory>
-#include <mutex>
-#include <numeric>
 #include <string>
 
 #include "norms.h"
+#include "team.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -39,45 +35,6 @@ const Level* best_level() {
 }
 
 std::atomic<const Level*> level_in_use{best_level()};
-
-// XLA's own threads, and the one that calls. That one takes tasks like the others, so that all are
-// done even where no other is free, and waits only for those that have been taken.
-class XlaPool final : public Pool {
- public:
-  explicit XlaPool(ffi::ThreadPool& threads) : threads_(threads) {}
-
-  void run(int64_t tasks, void (*task)(const void*, int64_t), const void* context) override {
-    int64_t helpers = std::min<int64_t>(threads_.num_threads(), tasks) - 1;
-    if (helpers < 1) {
-      for (int64_t i = 0; i < tasks; ++i) task(context, i);
-      return;
-    }
-    auto work = std::make_shared<Work>();
-    work->tasks = tasks;
-    auto take = [work, task, context] {
-      int64_t done = 0;
-      for (int64_t i; (i = work->next.fetch_add(1)) < work->tasks; ++done) task(context, i);
-      if (done > 0 && work->done.fetch_add(done) + done == work->tasks) {
-        std::lock_guard<std::mutex> lock(work->mutex);
-        work->all_done.notify_one();
-      }
-    };
-    for (int64_t i = 0; i < helpers; ++i) threads_.Schedule(std::function<void()>(take));
-    take();
-    std::unique_lock<std::mutex> lock(work->mutex);
-    work->all_done.wait(lock, [&] { return work->done.load() == work->tasks; });
-  }
-
- private:
-  struct Work {
-    int64_t tasks;
-    std::atomic<int64_t> next{0}, done{0};
-    std::mutex mutex;
-    std::condition_variable all_done;
-  };
-
-  ffi::ThreadPool& threads_;
-};
 
 ffi::Error wrong(const std::string& what) {
   return ffi::Error::InvalidArgument("jaxnorm's kernel was given " + what);
@@ -147,8 +104,8 @@ ffi::Error forward(ffi::ThreadPool threads, ffi::AnyBuffer x, Float32 scale, Flo
     Forward call = {block, epsilon, centred, x.untyped_data(), data_or_null(scale),
                     data_or_null(bias), y->untyped_data(),
                     {mean->typed_data(), rest->typed_data(), var->typed_data(), rstd->typed_data()}};
-    XlaPool pool(threads);
-    level_in_use.load()->forward(element_of(x), call, pool);
+    Team team(threads);
+    level_in_use.load()->forward(element_of(x), call, team);
   });
 }
 
@@ -176,7 +133,7 @@ ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy
   return guarded([&] {
     const int64_t bytes = x.size_bytes() / maps, groups = block.groups();
     auto* columns = data_or_null(*dscale);
-    XlaPool pool(threads);
+    Team team(threads);
     for (int64_t map = 0; map < maps; ++map) {
       const int64_t feature = map * block.features();
       Backward call = {block,
@@ -190,7 +147,7 @@ ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy
                        static_cast<char*>(dx->untyped_data()) + map * bytes,
                        columns ? columns + feature : nullptr,
                        columns ? dbias->typed_data() + feature : nullptr};
-      level_in_use.load()->backward(element_of(x), call, pool);
+      level_in_use.load()->backward(element_of(x), call, team);
     }
   });
 }

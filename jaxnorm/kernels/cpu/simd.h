@@ -133,6 +133,13 @@ static inline D load(const double* p) {
 
 static inline void store(double* p, D d) { std::memcpy(p, &d, sizeof d); }
 
+static inline void add(double* p, D d, Whole) { store(p, load(p) + d); }
+
+// The lanes that were there before have been added before.
+static inline void add(double* p, D d, Tail tail) {
+  for (int i = W - static_cast<int>(tail.lanes); i < W; ++i) p[i + tail.lanes - W] += d[i];
+}
+
 static inline double sum(V v) {
   double part[W];
   store(part, wide(v));
@@ -228,7 +235,7 @@ static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // Into how many tasks to divide: a matter of shape alone, so that sums are added in one order on
 // every machine. `most` keeps what each task needs for itself small.
 static inline int64_t tasks_for(int64_t elements, int64_t most) {
-  constexpr int64_t kElements = 1 << 15;
+  constexpr int64_t kElements = 1 << 16;
   return larger(1, smaller(smaller(elements / kElements, 64), most));
 }
 
