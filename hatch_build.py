@@ -8,6 +8,7 @@ kernel out.
 import importlib.util
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +28,28 @@ class Kernel(BuildHookInterface):
         return [oldest] if _cpu().find_compiler() else []
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile, and put the result into the wheel."""
-        cpu, reason = _cpu(), FOLDER / "_not_built.txt"
-        for path in (cpu.LIBRARY, reason):
-            path.unlink(missing_ok=True)
+        """Compile, and put the result into the wheel; an editable one finds it in the tree."""
+        folder = FOLDER if version == "editable" else Path(tempfile.mkdtemp())
+        library, reason = folder / "_norms.so", folder / "_not_built.txt"
         wish = os.environ.get("JAXNORM_BUILD_KERNEL")
         try:
             if wish == "0":
-                raise RuntimeError("JAXNORM_BUILD_KERNEL was 0 when jaxnorm was installed")
-            cpu.build()
+                raise RuntimeError("JAXNORM_BUILD_KERNEL=0 left it out")
+            _cpu().build(library)
+            reason.unlink(missing_ok=True)
         except (RuntimeError, OSError, ImportError) as error:
             if wish == "1":
                 raise
-            reason.write_text(str(error))
+            library.unlink(missing_ok=True)
+            reason.write_text(f"when jaxnorm was installed, {error}")
             self.app.display_warning(f"jaxnorm is installed without its CPU kernel: {error}")
         else:
             platforms = (tag.platform for tag in sys_tags() if "linux_" not in tag.platform[1:])
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-{next(platforms)}"
-        paths = (cpu.LIBRARY, reason)
-        build_data["artifacts"] += [str(p.relative_to(FOLDER.parents[2])) for p in paths]
+        for path in (library, reason):
+            if path.exists() and folder != FOLDER:
+                build_data["force_include"][str(path)] = f"jaxnorm/kernels/cpu/{path.name}"
 
 
 def _cpu() -> Any:

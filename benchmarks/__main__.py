@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"--seconds must be more than 0, got {options.seconds:g}; try --seconds 0.1."
                 )
             cases, peers = choose_cases(options), choose_peers(options)
+            make_folder(options.out)
             report = run(options, cases, peers)
         write(report, options.out)
     except UserError as error:
@@ -173,13 +174,32 @@ def read(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"--replot must find {path}, got no such file; measure first, or set --out."
         )
-    return json.loads(path.read_text())
+    try:
+        report = json.loads(path.read_text())
+        summarize(report["results"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"--replot must find what a run has left in {path}, got something else; measure again."
+        ) from None
+    return report
+
+
+def make_folder(folder: Path) -> None:
+    """Before anything is measured, so that no run is lost."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--out must be a folder that can be written to, got {folder} ({error.strerror}); "
+            "choose another."
+        ) from None
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
     """results.json, table.md and the figures."""
     report["summary"] = summarize(report["results"])
-    folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / "results.json", json.dumps(report, indent=1))
     _replace(folder / "table.md", markdown(report))
     written = ["results.json", "table.md"]

@@ -20,6 +20,7 @@ KEEP_PAGES = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
     "MALLOC_TOP_PAD_": str(2**28),
+    "MALLOC_ARENA_MAX": "1",  # one heap for all threads: others give pages back
 }
 
 

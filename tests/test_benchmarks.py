@@ -275,6 +275,7 @@ def test_ctrl_c_leaves_what_was_measured(run, monkeypatch, capsys):
         (["--peers", "jaxnorm,numpy"], "--peers must be some of jaxnorm"),
         (["--seconds", "0"], "--seconds must be more than 0, got 0"),
         (["--replot"], "--replot must find"),
+        (["--out", "/dev/null/folder"], "--out must be a folder that can be written to"),
     ],
 )
 def test_errors_are_one_sentence(run, arguments, message, capsys):

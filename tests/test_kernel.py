@@ -18,6 +18,7 @@ from jaxnorm import kernels
 pytestmark = pytest.mark.usefixtures("kernel")
 EACH_NORM = pytest.mark.parametrize("norm", NORMS, ids=norm_id)
 X = jnp.ones((4, 3, 6))
+WIDE = jnp.zeros((1, 2, 20000))
 layer_norm = functools.partial(jn.layer_norm, implementation="kernel")
 
 
@@ -36,9 +37,10 @@ def calls(f, *args):
         (lambda: jn.instance_norm(X, feature_axis=1, implementation="kernel"), "last axes"),
         (lambda: jn.rms_norm(X, axis=(0, 1), implementation="kernel"), "last ax"),
         (lambda: layer_norm(X[:0]), "no elements"),
+        (lambda: jn.instance_norm(WIDE, implementation="kernel"), "so many features"),
         (lambda: export.export(jax.jit(layer_norm))(X), "exported"),
     ],
-    ids=["mask", "float16", "complex", "first-axis", "channels-first", "rms", "empty", "export"],
+    ids="mask float16 complex first-axis channels-first rms empty wide export".split(),
 )
 def test_what_no_kernel_takes_is_an_error_where_one_is_asked_for(f, reason):
     with pytest.raises(ValueError, match=f"(?s)implementation='kernel' must.*{reason}"):

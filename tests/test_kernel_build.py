@@ -46,10 +46,10 @@ def test_without_a_library_the_formulas_run(monkeypatch, tmp_path, rng):
 @pytest.mark.usefixtures("fresh")
 def test_the_reason_that_the_install_left_is_told(monkeypatch, tmp_path, rng):
     reason = tmp_path / "why.txt"
-    reason.write_text("there was no C++ compiler when jaxnorm was installed")
+    reason.write_text("when jaxnorm was installed, no C++ compiler was found")
     monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "none.so")
     monkeypatch.setattr(cpu, "WHY_NOT_BUILT", reason)
-    assert_formulas_run("there was no C", rng)
+    assert_formulas_run("when jaxnorm was installed, no C", rng)
 
 
 @pytest.mark.usefixtures("fresh")
@@ -64,6 +64,13 @@ def test_a_damaged_library_is_left_alone(monkeypatch, tmp_path, rng):
 def test_a_library_for_a_newer_xla_is_left_alone(monkeypatch, rng):
     monkeypatch.setattr(cpu, "_api_version", lambda: 0)
     assert_formulas_run("it was built for a newer jaxlib", rng)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_variable_asks_for_what_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "none.so")
+    monkeypatch.setenv(VARIABLE, "kernel")
+    assert jn.implementations()["cpu"].startswith(f"none: {VARIABLE} asks for the kernel, but")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +93,7 @@ def test_a_build_that_fails_leaves_what_was_there(monkeypatch, tmp_path, compile
 def test_without_a_compiler_the_build_says_so(monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match=r"there was no C\+\+ compiler"):
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler was found"):
         build.build(tmp_path / "norms.so")
 
 

@@ -140,7 +140,6 @@ def _measured_jvp(how, primals, tangents):
 
 
 def _tangents(how, x, where, group, stats, tx):
-
     # checkpoint: the backward pass keeps x, in its own dtype, and computes h again.
     @jax.checkpoint
     def averages(tx, x, where, stats):

@@ -15,6 +15,7 @@ from jaxnorm.core.moments import Moments, promote
 from jaxnorm.core.normalize import check_feature_array, normalize, normalize_with
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.moments import check_moments
+from jaxnorm.kernels import check_implementation
 
 
 class BatchNormState(NamedTuple):
@@ -136,6 +137,7 @@ def batch_norm(
             f"train must be a Python bool, got {type(train).__name__}; mark it as static in "
             "jax.jit, or bind it with functools.partial."
         )
+    check_implementation(implementation)
     layout = batch_layout(x.shape, feature_axis, virtual_batch_size if train else None)
     state = _check_state(state, layout, x.dtype)
     if not train:

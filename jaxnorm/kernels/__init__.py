@@ -31,13 +31,13 @@ def implementations() -> dict[str, str]:
       >>> sorted(jn.implementations())
       ['cpu', 'gpu', 'tpu']
     """
-    wanted = _chosen(None)
+    wanted, missing = check_implementation(None), cpu.missing()
     if wanted == "xla":
-        here = f"xla: {VARIABLE}=xla"
-    elif cpu.missing():
-        here = f"xla: {cpu.missing()}"
+        here = f"xla: {VARIABLE} says so"
+    elif missing and wanted == "kernel":
+        here = f"none: {VARIABLE} asks for the kernel, but {missing}"
     else:
-        here = f"kernel: {cpu.level()}"
+        here = f"xla: {missing}" if missing else f"kernel: {cpu.level()}"
     return {"cpu": here, "gpu": "xla: there is no kernel", "tpu": "xla: there is no kernel"}
 
 
@@ -49,13 +49,30 @@ def choose(
     Raises:
       ValueError: it is not one of those, or a kernel is asked for and none takes these.
     """
-    wanted = _chosen(implementation)
+    wanted = check_implementation(implementation)
     if wanted == "xla":
         return wanted
     reason = cpu.missing() or cpu.declines(how, dtype, x, where)
     if reason and wanted == "kernel":
         refuse(reason)
     return "xla" if reason else wanted
+
+
+def check_implementation(implementation: str | None) -> str | None:
+    """What the argument says, or else the variable.
+
+    Raises:
+      ValueError: it is not one of the choices.
+    """
+    source = "implementation"
+    if implementation is None:
+        implementation, source = os.environ.get(VARIABLE) or None, VARIABLE
+    if implementation not in (None, *CHOICES):
+        raise ValueError(
+            f"{source} must be 'xla', 'kernel' or not be given, got {implementation!r}; "
+            "see jaxnorm.implementations() for what there is."
+        )
+    return implementation
 
 
 def why_not_in(ctx: mlir.LoweringRuleContext) -> str | None:
@@ -66,7 +83,8 @@ def why_not_in(ctx: mlir.LoweringRuleContext) -> str | None:
     axes: Any = module.axis_context
     # Under jit there are devices; in shard_map a mesh, of which each device may run its own.
     manual = getattr(axes, "manual_axes", frozenset())
-    split = manual != frozenset(axes.mesh.axis_names) if manual else axes.num_devices > 1
+    devices = getattr(axes, "num_devices", 1)
+    split = manual != frozenset(axes.mesh.axis_names) if manual else devices > 1
     if split:
         return (
             "XLA would gather what is sharded over devices to call it; map over the devices with "
@@ -78,18 +96,10 @@ def why_not_in(ctx: mlir.LoweringRuleContext) -> str | None:
 def refuse(reason: str) -> NoReturn:
     """Raise that the kernel that was asked for can't run."""
     raise ValueError(
-        f"implementation='kernel' must be given what a kernel takes, but {reason}; pass "
-        f"implementation=None to let the formulas run there."
+        f"implementation='kernel' (or {VARIABLE}) must be given what a kernel takes, but {reason}; "
+        "pass implementation='xla' there."
     )
 
 
-def _chosen(implementation: str | None) -> str | None:
-    source = "implementation"
-    if implementation is None:
-        implementation, source = os.environ.get(VARIABLE) or None, VARIABLE
-    if implementation not in (None, *CHOICES):
-        raise ValueError(
-            f"{source} must be 'xla', 'kernel' or not be given, got {implementation!r}; "
-            "see jaxnorm.implementations() for what there is."
-        )
-    return implementation
+# Once and early, so that programs that were compiled and stored before find it.
+cpu.missing()

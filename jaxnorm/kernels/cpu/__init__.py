@@ -76,7 +76,10 @@ def declines(how: Any, dtype: Any, x: jax.Array, where: Any) -> str | None:
     if where is not None:
         return "it takes no mask"
     if x.dtype not in (jnp.float32, jnp.bfloat16) or dtype != x.dtype:
-        return f"it takes float32 or bfloat16 and returns the same, not {x.dtype} for {dtype}"
+        return (
+            "it takes float32 or bfloat16, for x and the result alike, and x is of "
+            f"{x.dtype}, the result of {dtype}"
+        )
     block = how.layout.block
     if block is None:
         return (
@@ -85,6 +88,8 @@ def declines(how: Any, dtype: Any, x: jax.Array, where: Any) -> str | None:
         )
     if not how.centred and block[1] > 1:
         return "it takes rms norm over the last axes only"
+    if block[1] > 1 and block[1] < 256 and block[2] * block[3] > 2**14:
+        return "its sums of so many features would be large beside so few positions"
     if not math.prod(block):
         return "x has no elements"
     return None

@@ -28,7 +28,7 @@ def build(library: Path = LIBRARY, flags: Sequence[str] = ()) -> None:
     """
     compiler = find_compiler()
     if not compiler:
-        raise RuntimeError("there was no C++ compiler when jaxnorm was installed")
+        raise RuntimeError("no C++ compiler was found")
     import jaxlib  # for XLA's headers
 
     flags = [*FLAGS, *flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
@@ -42,18 +42,24 @@ def build(library: Path = LIBRARY, flags: Sequence[str] = ()) -> None:
         sources["avx2"] = ["level.cc", "-DJAXNORM_LEVEL=avx2", "-DJAXNORM_NAME=kAvx2"]
         sources["avx2"] += ["-march=x86-64-v3"]
         sources["handlers"] += ["-DJAXNORM_AVX2"]
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         objects = []
         for name, (source, *options) in sources.items():
             objects.append(f"{folder}/{name}.o")
             _run([*compiler, *flags, *options, "-c", str(HERE / source), "-o", objects[-1]])
         _run([*compiler, *flags, "-shared", *objects, "-o", f"{folder}/norms.so"])
-        Path(folder, "norms.so").replace(library)
+        # Copied beside it first: moving it there is then one step.
+        unfinished = library.with_name(f"{library.name}.{os.getpid()}.tmp")
+        try:
+            shutil.copy(f"{folder}/norms.so", unfinished)
+            unfinished.replace(library)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 def find_compiler() -> list[str] | None:
     """The command of the C++ compiler."""
-    if os.environ.get("CXX"):
+    if shlex.split(os.environ.get("CXX", "")):
         return shlex.split(os.environ["CXX"])
     found = (shutil.which(name) for name in ("c++", "g++", "clang++"))
     return next(([path] for path in found if path), None)
@@ -73,6 +79,8 @@ def _run(command: list[str]) -> None:
 if __name__ == "__main__":
     try:
         build()
-    except RuntimeError as error:
-        raise SystemExit(f"The kernel is not built: {error}") from None
+    except (RuntimeError, OSError, ImportError) as error:
+        raise SystemExit(f"The kernel is not built: {error}.") from None
+    except KeyboardInterrupt:
+        raise SystemExit("Interrupted: the kernel is as it was.") from None
     print(f"Built {LIBRARY}")
