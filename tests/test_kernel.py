@@ -40,7 +40,17 @@ def calls(f, *args):
         (lambda: jn.instance_norm(WIDE, implementation="kernel"), "so many features"),
         (lambda: export.export(jax.jit(layer_norm))(X), "exported"),
     ],
-    ids="mask float16 complex first-axis channels-first rms empty wide export".split(),
+    ids=[
+        "mask",
+        "float16",
+        "complex",
+        "first-axis",
+        "channels-first",
+        "rms",
+        "empty",
+        "wide",
+        "export",
+    ],
 )
 def test_what_no_kernel_takes_is_an_error_where_one_is_asked_for(f, reason):
     with pytest.raises(ValueError, match=f"(?s)implementation='kernel' must.*{reason}"):
