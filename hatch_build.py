@@ -35,7 +35,8 @@ class Kernel(BuildHookInterface):
         try:
             if wish == "0":
                 raise RuntimeError("JAXNORM_BUILD_KERNEL=0 left it out")
-            _cpu().build(library)
+            if not _is_newer(library):  # pip asks twice, first for the metadata
+                _cpu().build(library)
             reason.unlink(missing_ok=True)
         except (RuntimeError, OSError, ImportError) as error:
             if wish == "1":
@@ -50,6 +51,13 @@ class Kernel(BuildHookInterface):
         for path in (library, reason):
             if path.exists() and folder != FOLDER:
                 build_data["force_include"][str(path)] = f"jaxnorm/kernels/cpu/{path.name}"
+
+
+def _is_newer(library: Path) -> bool:
+    """Whether the library has been built after its sources."""
+    sources = [path for path in FOLDER.iterdir() if path.suffix in (".cc", ".h", ".py")]
+    changed = max(path.stat().st_mtime for path in sources)
+    return library.exists() and library.stat().st_mtime > changed
 
 
 def _cpu() -> Any:
