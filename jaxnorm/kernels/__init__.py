@@ -33,7 +33,7 @@ def implementations() -> dict[str, str]:
     """
     wanted, missing = check_implementation(None), cpu.missing()
     if wanted == "xla":
-        here = f"xla: {VARIABLE} says so"
+        here = f"xla: {VARIABLE}=xla"
     elif missing and wanted == "kernel":
         here = f"none: {VARIABLE} asks for the kernel, but {missing}"
     else:
