@@ -88,8 +88,6 @@ def declines(how: Any, dtype: Any, x: jax.Array, where: Any) -> str | None:
         )
     if not how.centred and block[1] > 1:
         return "it takes rms norm over the last axes only"
-    if block[1] > 1 and block[1] < 256 and block[2] * block[3] > 2**14:
-        return "its sums of so many features would be large beside so few positions"
     if not math.prod(block):
         return "x has no elements"
     return None
