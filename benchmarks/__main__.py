@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from benchmarks.cases import Case, all_cases, quick_cases
 from benchmarks.machine import describe, import_seconds, restart_keeping_pages
 from benchmarks.measure import measure
@@ -109,6 +111,8 @@ def choose_peers(options: argparse.Namespace) -> list[Peer]:
 def run(options: argparse.Namespace, cases: list[Case], peers: list[Peer]) -> dict[str, Any]:
     """Measure until all is done, or until Ctrl-C."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch is on that GPU too
+    # Every call is waited for: a thread of its own for the program would only take time to wake.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     budget = options.seconds or (0.4 if options.quick else 1.5)
     report: dict[str, Any] = {
         "machine": describe(),

@@ -33,7 +33,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
         "tiny": (4, 8, 8, 16),
     },
     "layer": ROWS,
-    "rms": {name: ROWS[name] for name in ("bert-large", "llama-7b", "mlp", "long", "tiny")},
+    "rms": ROWS,
     "group": {
         "diffusion-unet": (2, 64, 64, 320),
         "diffusion-unet-32": (2, 32, 32, 640),

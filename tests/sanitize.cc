@@ -64,14 +64,15 @@ bool run(const Level& level, Element element, const Block& b, bool centred, bool
   fill(scale.data, b.features(), Element::kFloat32, 3);
   fill(bias.data, b.features(), Element::kFloat32, 4);
   float* const factors = scaled ? scale.data : nullptr;
+  float *const means = centred ? mean.data : nullptr, *const rests = centred ? rest.data : nullptr;
   Threads pool;
   level.forward(element,
                 {b, 1e-6, centred, x.data, factors, biased ? bias.data : nullptr, y.data,
-                 {mean.data, rest.data, var.data, rstd.data}},
+                 {means, rests, var.data, rstd.data}},
                 pool);
   level.backward(element,
-                 {b, centred, x.data, dy.data, factors, mean.data, rest.data, rstd.data, dx.data,
-                  columns ? dscale.data : nullptr, columns ? dbias.data : nullptr},
+                 {b, centred, x.data, dy.data, factors, means, rests, rstd.data, dx.data,
+                  columns ? dscale.data : nullptr, columns && biased ? dbias.data : nullptr},
                  pool);
   double total = 0;
   for (const auto* part : {&dscale, &dbias, &mean, &rest, &var, &rstd}) {
@@ -81,10 +82,10 @@ bool run(const Level& level, Element element, const Block& b, bool centred, bool
 }
 
 const Block kBlocks[] = {
-    // rows: layer, rms; with groups; longer than a tile; several tasks
+    // rows: layer, rms; with groups; longer than a tile; several tasks; by feature
     {1, 1, 1, 1}, {3, 1, 1, 2}, {5, 1, 1, 7}, {2, 1, 1, 8}, {3, 1, 1, 33}, {4, 1, 1, 1000},
     {3, 1, 2, 5}, {7, 1, 5, 1}, {2, 1, 3, 9}, {3, 1, 1, 2049}, {1, 1, 1, 6147}, {300, 1, 1, 257},
-    {129, 1, 3, 171}, {4100, 1, 1, 17}, {9, 1, 1, 2048 * 3 + 1},
+    {129, 1, 3, 171}, {4100, 1, 1, 17}, {9, 1, 1, 2048 * 3 + 1}, {20, 1, 1, 8201},
     // columns: batch, group, instance; fewer rows than are folded; rows left over; chunks
     {1, 2, 1, 1}, {1, 7, 1, 1}, {2, 3, 1, 1}, {3, 7, 3, 1}, {2, 5, 1, 7}, {2, 9, 7, 1},
     {1, 64, 8, 1}, {2, 65, 2, 4}, {3, 6, 5, 2}, {1, 1000, 7, 1}, {70, 40, 3, 7}, {1, 66000, 1, 1},

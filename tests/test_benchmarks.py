@@ -32,7 +32,7 @@ def lenient():
 def test_cases_are_well_formed():
     every = cases.all_cases()
     names = [case.name for case in every]
-    assert len(names) == len(set(names)) > 100
+    assert len(names) == len(set(names)) > 150
     assert {case.problem.norm for case in every} == set(SHAPES)
     assert {case.problem.norm for case in every if case.mode == "context"} == set(SHAPES)
     assert set(cases.quick_cases()) <= set(every)

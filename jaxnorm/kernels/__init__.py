@@ -96,8 +96,8 @@ def why_not_in(ctx: mlir.LoweringRuleContext) -> str | None:
 def refuse(reason: str) -> NoReturn:
     """Raise that the kernel that was asked for can't run."""
     raise ValueError(
-        f"implementation='kernel' (or {VARIABLE}) must be given what a kernel takes, but {reason}; "
-        "pass implementation='xla' there."
+        f"implementation='kernel' must be given what a kernel takes, but {reason}; pass "
+        f"implementation='xla' there, or unset {VARIABLE} if it was that."
     )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 LIBRARY = Path(__file__).with_name("_norms.so")
 WHY_NOT_BUILT = Path(__file__).with_name("_not_built.txt")
+_NOTHING = jax.ShapeDtypeStruct((0,), jnp.float32)  # a result that is not wanted
 
 
 @functools.cache
@@ -101,8 +102,10 @@ def value(setting: Any, x: jax.Array, params: Any) -> list[jax.Array]:
     layout = how.layout
     sizes = tuple(1 if axis in layout.shared else size for axis, size in enumerate(layout.view))
     statistic = jax.ShapeDtypeStruct((*maps, *sizes), jnp.float32)
+    mean = statistic if how.centred else _NOTHING
     y, mean, rest, var, rstd = jax.ffi.ffi_call(
-        "jaxnorm_forward", [jax.ShapeDtypeStruct(x.shape, x.dtype)] + [statistic] * 4
+        "jaxnorm_forward",
+        [jax.ShapeDtypeStruct(x.shape, x.dtype), mean, mean, statistic, statistic],
     )(
         x,
         _features(params.scale),
@@ -121,10 +124,11 @@ def cotangent(
     how, maps = setting.how, x.shape[: setting.maps]
     n, s, g, k = how.layout.block
     *means, _, rstd = parts
-    mean, rest = means or (rstd, rstd)  # not read
-    features = jax.ShapeDtypeStruct((*maps, g * k) if setting.of_params else (0,), jnp.float32)
-    dx, dscale, dbias = jax.ffi.ffi_call(
-        "jaxnorm_backward", [jax.ShapeDtypeStruct(x.shape, x.dtype), features, features]
+    mean, rest = means or [_features(None)] * 2
+    features = jax.ShapeDtypeStruct((*maps, g * k), jnp.float32)
+    wanted = [features if setting.of_params and p is not None else _NOTHING for p in params]
+    dx, *dparams = jax.ffi.ffi_call(
+        "jaxnorm_backward", [jax.ShapeDtypeStruct(x.shape, x.dtype), *wanted]
     )(
         x,
         dy,
@@ -137,8 +141,8 @@ def cotangent(
     )
     if not setting.of_params:
         return [dx]
-    pairs = [(dscale, params.scale), (dbias, params.bias)]
-    return [dx, *(d.reshape(*maps, *p.shape).astype(p.dtype) for d, p in pairs if p is not None)]
+    pairs = [(d, p) for d, p in zip(dparams, params, strict=True) if p is not None]
+    return [dx, *(d.reshape(*maps, *p.shape).astype(p.dtype) for d, p in pairs)]
 
 
 def _features(param: jax.Array | None) -> jax.Array:

@@ -42,9 +42,9 @@ struct Matrix {
   }
   int64_t slots(int64_t tasks) const { return chunks == 1 ? tasks : block.n; }
 
-  // Measures each example, finishes its statistics, and writes its result. What is kept between
-  // the three is in a slot: an example that is small stays in the cache and in one thread, and
-  // passes the slot on to the next; large ones are divided into chunks of rows.
+  // Measures each example, finishes the statistics of its groups, and writes its result. What is
+  // kept between the three is in a slot: an example that is small stays in the cache and in one
+  // thread, and passes the slot on to the next; large ones are divided into chunks of rows.
   template <class Measure, class Finish, class Write>
   void each_example(Pool& pool, int64_t tasks, Measure measure, Finish finish, Write write) const {
     const int64_t n = block.n, parts = chunks;
@@ -52,13 +52,16 @@ struct Matrix {
       parallel(pool, tasks, [&](int64_t slot) {
         for (int64_t e = n * slot / tasks; e < n * (slot + 1) / tasks; ++e) {
           measure(slot, e, 0);
-          finish(slot, e);
+          finish(slot, e, 0, block.g);
           write(slot, e, 0);
         }
       });
     } else {
       parallel(pool, n * parts, [&](int64_t i) { measure(i / parts, i / parts, i % parts); });
-      parallel(pool, n, [&](int64_t e) { finish(e, e); });
+      parallel(pool, n * parts, [&](int64_t i) {
+        const int64_t part = i % parts;
+        finish(i / parts, i / parts, block.g * part / parts, block.g * (part + 1) / parts);
+      });
       // The last first: what was read last may still be in the cache.
       parallel(pool, n * parts, [&](int64_t i) {
         const int64_t last = n * parts - 1 - i;
@@ -170,10 +173,10 @@ static void columns_forward(const Forward& f, Pool& pool) {
       return static_cast<double>(get(from + i / b.k * features + i % b.k));
     });
   };
-  auto finish_example = [&](int64_t slot, int64_t e) {
+  auto finish_groups = [&](int64_t slot, int64_t e, int64_t begin, int64_t end) {
     float* mean = origin(slot, m.chunks);
     float *scale = mean + width, *bias = scale + width;
-    for (int64_t g = 0; g < b.g; ++g) {
+    for (int64_t g = begin; g < end; ++g) {
       const int64_t row = e * b.g + g;
       Moment moment = finish(group_sums(slot, e, g * b.k), f.epsilon, true);
       f.stats.mean[row] = moment.mean;
@@ -198,7 +201,7 @@ static void columns_forward(const Forward& f, Pool& pool) {
       write_row(y + at, x + at, mean, scale, bias, size, streams(y + at, elements));
     });
   };
-  m.each_example(pool, tasks, measure, finish_example, write_chunk);
+  m.each_example(pool, tasks, measure, finish_groups, write_chunk);
 }
 
 }  // namespace JAXNORM_LEVEL

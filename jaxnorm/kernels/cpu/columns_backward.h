@@ -87,9 +87,9 @@ static void columns_backward(const Backward& f, Pool& pool) {
     add_gradients(own, own + width, mean, rstd, x + at, dy + at, width,
                   m.begin(chunk + 1) - m.begin(chunk));
   };
-  auto finish_example = [&](int64_t slot, int64_t e) {
+  auto finish_groups = [&](int64_t slot, int64_t e, int64_t begin, int64_t end) {
     float *scale = floats + (slot * 5 + 2) * width, *along = scale + width, *own = along + width;
-    for (int64_t g = 0; g < b.g; ++g) {
+    for (int64_t g = begin; g < end; ++g) {
       const double mean = f.mean[e * b.g + g], rest = f.rest[e * b.g + g];
       const double rstd = f.rstd[e * b.g + g];
       double group_own = 0, group_along = 0;
@@ -133,16 +133,15 @@ static void columns_backward(const Backward& f, Pool& pool) {
       write_gradient(dx + at, x + at, dy + at, factors, width, size, streams(dx + at, elements));
     });
   };
-  m.each_example(pool, tasks, measure, finish_example, write_chunk);
-  if (!f.dscale) return;
+  m.each_example(pool, tasks, measure, finish_groups, write_chunk);
+  if (!f.dscale && !f.dbias) return;
   for (int64_t i = 0; i < features; ++i) {
     double dscale = 0, dbias = 0;
     for (int64_t slot = 0; slot < slots; ++slot) {
       dscale += totals[slot * 2 * features + i];
       dbias += totals[(slot * 2 + 1) * features + i];
     }
-    f.dscale[i] = static_cast<float>(dscale);
-    f.dbias[i] = static_cast<float>(dbias);
+    put(f, i, dscale, dbias);
   }
 }
 

@@ -40,9 +40,13 @@ ffi::Error wrong(const std::string& what) {
   return ffi::Error::InvalidArgument("jaxnorm's kernel was given " + what);
 }
 
-// Empty, or of a known number of elements.
+bool holds(const ffi::Buffer<ffi::F32>& buffer, int64_t size) {
+  return static_cast<int64_t>(buffer.element_count()) == size;
+}
+
+// What is not there, or not wanted, is empty.
 bool fits(const ffi::Buffer<ffi::F32>& buffer, int64_t size) {
-  return buffer.element_count() == 0 || static_cast<int64_t>(buffer.element_count()) == size;
+  return holds(buffer, 0) || holds(buffer, size);
 }
 
 template <class Buffer>
@@ -89,10 +93,10 @@ ffi::Error forward(ffi::ThreadPool threads, ffi::AnyBuffer x, Float32 scale, Flo
                    int64_t n, int64_t s, int64_t g, int64_t k, double epsilon, bool centred) {
   const Block block = {n, s, g, k};
   if (ffi::Error error = check(x, block, 1); error.failure()) return error;
-  for (auto* result : {&mean, &rest, &var, &rstd}) {
-    if (static_cast<int64_t>((*result)->element_count()) != block.groups()) {
-      return wrong("statistics of another size");
-    }
+  const int64_t means = centred ? block.groups() : 0;
+  if (!holds(*mean, means) || !holds(*rest, means) || !holds(*var, block.groups()) ||
+      !holds(*rstd, block.groups())) {
+    return wrong("statistics of another size");
   }
   if (!fits(scale, block.features()) || !fits(bias, block.features())) {
     return wrong("a scale or bias of another size");
@@ -116,13 +120,12 @@ ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy
                     int64_t n, int64_t s, int64_t g, int64_t k, bool centred) {
   const Block block = {n, s, g, k};
   if (ffi::Error error = check(x, block, maps); error.failure()) return error;
-  for (const Float32& statistic : {mean, rest, rstd}) {
-    if (static_cast<int64_t>(statistic.element_count()) != maps * block.groups()) {
-      return wrong("statistics of another size");
-    }
+  const int64_t groups = block.groups(), means = centred ? maps * groups : 0;
+  if (!holds(mean, means) || !holds(rest, means) || !holds(rstd, maps * groups)) {
+    return wrong("statistics of another size");
   }
   if (!fits(scale, block.features()) || !fits(*dscale, maps * block.features()) ||
-      dscale->element_count() != dbias->element_count()) {
+      !fits(*dbias, maps * block.features())) {
     return wrong("a scale or bias of another size");
   }
   for (const ffi::AnyBuffer& like : {dy, *dx}) {
@@ -131,8 +134,8 @@ ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy
     }
   }
   return guarded([&] {
-    const int64_t bytes = x.size_bytes() / maps, groups = block.groups();
-    auto* columns = data_or_null(*dscale);
+    const int64_t bytes = x.size_bytes() / maps;
+    float *to_scale = data_or_null(*dscale), *to_bias = data_or_null(*dbias);
     Team team(threads);
     for (int64_t map = 0; map < maps; ++map) {
       const int64_t feature = map * block.features();
@@ -145,8 +148,8 @@ ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy
                        rest.typed_data() + map * groups,
                        rstd.typed_data() + map * groups,
                        static_cast<char*>(dx->untyped_data()) + map * bytes,
-                       columns ? columns + feature : nullptr,
-                       columns ? dbias->typed_data() + feature : nullptr};
+                       to_scale ? to_scale + feature : nullptr,
+                       to_bias ? to_bias + feature : nullptr};
       level_in_use.load()->backward(element_of(x), call, team);
     }
   });

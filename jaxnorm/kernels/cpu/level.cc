@@ -19,9 +19,10 @@ static void forward(const Forward& f, Pool& pool) {
 
 template <bool kCentred, class T>
 static void backward(const Backward& f, Pool& pool) {
-  if (f.scale && f.dscale) return rows_backward<kCentred, true, true, T>(f, pool);
+  const bool columns = f.dscale || f.dbias;
+  if (f.scale && columns) return rows_backward<kCentred, true, true, T>(f, pool);
   if (f.scale) return rows_backward<kCentred, true, false, T>(f, pool);
-  if (f.dscale) return rows_backward<kCentred, false, true, T>(f, pool);
+  if (columns) return rows_backward<kCentred, false, true, T>(f, pool);
   rows_backward<kCentred, false, false, T>(f, pool);
 }
 

@@ -17,7 +17,8 @@ struct Block {
   int64_t groups() const { return n * g; }
 };
 
-// Of shape (n, g) each. mean + rest is the mean to twice the precision.
+// Of shape (n, g) each. mean + rest is the mean to twice the precision; unless centred, they are
+// neither read nor written.
 struct Statistics {
   float *mean, *rest, *var, *rstd;
 };

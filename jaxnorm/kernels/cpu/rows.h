@@ -57,8 +57,8 @@ static inline void normalize_rows(const Forward& f, int64_t row) {
   Moment moments[R];
   row_moments<R, kCentred>(moments, x, k, f.epsilon);
   for (int r = 0; r < R; ++r) {
-    f.stats.mean[row + r] = moments[r].mean;
-    f.stats.rest[row + r] = moments[r].rest;
+    if (kCentred) f.stats.mean[row + r] = moments[r].mean;
+    if (kCentred) f.stats.rest[row + r] = moments[r].rest;
     f.stats.var[row + r] = moments[r].var;
     f.stats.rstd[row + r] = moments[r].rstd;
   }

@@ -8,6 +8,7 @@ namespace JAXNORM_LEVEL {
 
 constexpr int64_t kFewRows = 16;    // whose columns are added in float32
 constexpr int64_t kTaskRows = 256;  // at least, for what a task keeps to be small beside them
+constexpr int64_t kFewTasks = 4;    // fewer by row are too few for a machine's threads
 
 // What is added up for scale and bias: in floats for a few rows, then in doubles.
 struct Columns {
@@ -169,8 +170,7 @@ static void backward_by_row(const Backward& f, Pool& pool) {
         scale += all[2 * task * each + i];
         bias += all[(2 * task + 1) * each + i];
       }
-      f.dscale[i] = static_cast<float>(scale);
-      f.dbias[i] = static_cast<float>(bias);
+      put(f, i, scale, bias);
     }
   });
 }
@@ -207,10 +207,7 @@ static void backward_by_feature(const Backward& f, Pool& pool) {
         if (row % kFewRows == kFewRows - 1) columns.flush(kStrip);
       }
       columns.flush(kStrip);
-      for (int64_t i = begin; i < end; ++i) {
-        f.dscale[i] = static_cast<float>(all[0][i - begin]);
-        f.dbias[i] = static_cast<float>(all[1][i - begin]);
-      }
+      for (int64_t i = begin; i < end; ++i) put(f, i, all[0][i - begin], all[1][i - begin]);
     }
   });
 }
@@ -219,7 +216,7 @@ template <bool kCentred, bool kScale, bool kColumns, class T>
 static void rows_backward(const Backward& f, Pool& pool) {
   const int64_t elements = f.block.n * f.block.example();
   if constexpr (kColumns) {
-    const bool few = f.block.n / kTaskRows < smaller(16, tasks_for(elements, elements));
+    const bool few = f.block.n / kTaskRows < smaller(kFewTasks, tasks_for(elements, elements));
     if (few && f.block.g == 1 && elements >= 1 << 16) {
       return backward_by_feature<kCentred, kScale, T>(f, pool);
     }

@@ -229,6 +229,12 @@ class Scratch {
   T* data_;
 };
 
+// The gradients of one feature's scale and bias, where they are wanted.
+static inline void put(const Backward& f, int64_t feature, double dscale, double dbias) {
+  if (f.dscale) f.dscale[feature] = static_cast<float>(dscale);
+  if (f.dbias) f.dbias[feature] = static_cast<float>(dbias);
+}
+
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
