@@ -60,6 +60,21 @@ def test_constants(norm, implementation):
             check(norm, implementation, example_of(norm, shape, mean=value, std=0), 1e-6)
 
 
+@KERNELS
+@EACH_NORM
+def test_values_that_drift(norm, implementation, rng):
+    """Each tile is centred by the mean of those before, which may be far from its own."""
+    positions = np.arange(2**14)
+    drifts = [1e4 * (positions < 70), 1e3 * (positions // 64 % 2), 1e4 * positions / positions.size]
+    for drift in drifts:
+        rows = norm.name in ("layer", "rms")
+        x = rng.standard_normal((2, 2, drift.size) if rows else (1, drift.size, 4), np.float32)
+        x += (drift if rows else drift[:, None]).astype(np.float32)
+        here = norm.with_groups(x.shape)
+        y = jax.jit(functools.partial(here, implementation=implementation))(x)
+        assert oracle.units(y, here.truth(x, **here.options)) <= 3
+
+
 def pattern(a):
     """Which elements are numbers, NaN, inf, -inf."""
     return np.where(np.isfinite(a), 0.0, a)
@@ -82,6 +97,20 @@ def test_nan_and_infinity_are_where_the_formula_has_them(norm, implementation):
             finite = np.isfinite(formula)
             # Twice what either may be off by, for elements of up to about ten.
             np.testing.assert_allclose(ours[finite], formula[finite], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("param", ["scale", "bias"])
+@KERNELS
+@EACH_NORM
+def test_a_nan_of_all_ones_stays_one_in_bfloat16(norm, implementation, param):
+    """Rounded up as if it were a number, it would be zero."""
+    example = example_of(norm, (3, 40, 16), jnp.bfloat16)
+    getattr(example, param).reshape(-1)[:2].view(np.int32)[:] = -1, 2**31 - 1
+    results = compute(norm, implementation, 1e-6, example)
+    expected = compute(norm, "xla", 1e-6, example)
+    assert np.isnan(results.y).any()
+    for ours, formula in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(np.isnan(ours), np.isnan(formula))
 
 
 @pytest.mark.parametrize("params", [(True, False), (False, True), (False, False)], ids=str)

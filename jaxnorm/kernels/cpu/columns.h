@@ -91,15 +91,19 @@ static void add_rows(float* origin, double* first, double* second, const T* x, i
                      int64_t rows) {
   for (int64_t start = 0; start < rows; start += kTileRows) {
     const int64_t n = smaller(kTileRows, rows - start);
-    const double rows_of_tile = n;
+    const double rows_of_tile = n, before = start;
     strips<4>(width, [&](int64_t j, auto count, auto lanes) BODY {
       constexpr int N = decltype(count)::value;
       const T* from = x + start * width + j;
       V pivot[N] = {}, d1[N] = {}, d2[N] = {};
-      for (int64_t r = 0; r < n; ++r) {
+      for (int64_t r = 0; start == 0 && r < n; ++r) {
         for (int v = 0; v < N; ++v) pivot[v] += load(from + r * width + v * W, lanes);
       }
-      for (int v = 0; v < N; ++v) pivot[v] /= static_cast<float>(n);
+      for (int v = 0; v < N; ++v) {
+        const int64_t at = j + v * W;
+        pivot[v] = start == 0 ? pivot[v] / static_cast<float>(n)
+                              : narrow(wide(load(origin + at, lanes)) + load(first + at, lanes) / before);
+      }
       for (int64_t run = 0; run < n; run += kRunRows) {
         V run1[N] = {}, run2[N] = {};
         for (int64_t r = run; r < smaller(n, run + kRunRows); ++r) {
@@ -187,8 +191,8 @@ static void columns_forward(const Forward& f, Pool& pool) {
         const float factor = f.scale ? f.scale[i] : 1;
         for (int64_t j = i; j < width; j += features) {
           mean[j] = moment.mean;
-          scale[j] = moment.rstd * factor;
-          bias[j] = (f.bias ? f.bias[i] : 0) - moment.rest * scale[j];
+          scale[j] = plain(moment.rstd * factor);
+          bias[j] = plain((f.bias ? f.bias[i] : 0) - moment.rest * scale[j]);
         }
       }
     }

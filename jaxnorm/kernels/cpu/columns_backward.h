@@ -119,9 +119,9 @@ static void columns_backward(const Backward& f, Pool& pool) {
       for (int64_t i = g * b.k; i < (g + 1) * b.k; ++i) {
         const float of_d = rstd * (f.scale ? f.scale[i] : 1);
         for (int64_t j = i; j < width; j += features) {
-          scale[j] = of_d;
-          along[j] = of_h;
-          own[j] = of_one;
+          scale[j] = plain(of_d);
+          along[j] = plain(of_h);
+          own[j] = plain(of_one);
         }
       }
     }

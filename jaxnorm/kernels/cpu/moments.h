@@ -1,8 +1,10 @@
 // Mean and variance, centred twice (docs/numerics.md).
 //
-// Elements are taken in tiles that stay in the first cache. In each tile they are read twice:
-// for its rounded mean m, and for the sums of d = x - m and of d * d, which lose nothing to a
-// large mean. Tiles are put together in float64, as distances from the first tile's mean.
+// Elements are taken in tiles that stay in the first cache. Of each are taken the sums of d = x - m
+// and of d * d, which lose nothing to a large mean: m is the mean of the tiles before, rounded. (So
+// the squares of what tiles are apart are at most twice those of which the variance consists.) The
+// first tile is read twice, once for its own mean. Tiles are put together in float64, as distances
+// from that.
 #pragma once
 
 #include "simd.h"
@@ -21,6 +23,8 @@ struct Sums {
     first += d + n * shift;
     second += d_squared + shift * (2 * d + n * shift);
   }
+
+  float mean() const { return static_cast<float>(origin + first / count); }
 
   void add(const Sums& other) {
     if (other.count > 0) add(other.count, other.origin, other.first, other.second);

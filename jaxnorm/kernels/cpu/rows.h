@@ -36,7 +36,9 @@ static inline void row_moments(Moment* moments, const T* x, int64_t k, double ep
   for (int64_t start = 0; start < k; start += kRowTile) {
     const int64_t size = smaller(kRowTile, k - start);
     float pivots[R] = {};
-    for (int r = 0; kCentred && r < R; ++r) pivots[r] = row_mean(x + r * k + start, size);
+    for (int r = 0; kCentred && r < R; ++r) {
+      pivots[r] = start == 0 ? row_mean(x + r * k, size) : sums[r].mean();
+    }
     for (int r = 0; r < R; ++r) add_row<kCentred>(sums[r], x + r * k + start, size, pivots[r]);
   }
   for (int r = 0; r < R; ++r) {
@@ -72,7 +74,7 @@ static inline void normalize_rows(const Forward& f, int64_t row) {
       h = kCentred ? (h - mean) * rstd + rest : h * rstd;
       if (kScale) h *= load(scale + i, lanes);
       if (kBias) h += load(bias + i, lanes);
-      write(y + i, h, lanes, streamed);
+      write(y + i, plain<T>(h), lanes, streamed);
     });
   }
 }

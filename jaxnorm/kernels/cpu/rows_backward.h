@@ -114,7 +114,7 @@ struct Rows {
         __builtin_prefetch(dy + (r + R) * k + i);
         V d = load(dy + r * k + i, lanes), h = standardized(r, i, lanes), g = scaled(d, i, lanes);
         if (kCentred) g += a;
-        write(dx + r * k + i, (g + b * h) * rstd[r], lanes, streamed);
+        write(dx + r * k + i, plain<T>((g + b * h) * rstd[r]), lanes, streamed);
         if (kColumns) {
           d = keep(d, lanes);
           add_columns(*columns, offset, d * keep(h, lanes), d, lanes);

@@ -68,12 +68,20 @@ static inline V load(const bfloat16* p, Whole = {}) {
 
 static inline void store(float* p, V v, Whole = {}) { std::memcpy(p, &v, sizeof v); }
 
+// Of numbers and plain NaNs: rounding up would carry one of all ones over into a zero.
 static inline void store(bfloat16* p, V v, Whole = {}) {
   Bits bits = (Bits)v;
-  Bits half = 0x7fff + ((bits >> 16) & 1);  // ties to even
-  // A NaN is a result of arithmetic, so a quiet one: cutting off its end leaves a NaN.
-  Halves halves = narrow((bits + (half & (Bits)(v == v))) >> 16);
+  Halves halves = narrow((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // ties to even
   std::memcpy(p, &halves, sizeof halves);
+}
+
+// A NaN made plain, if T needs that. Those of bfloat16 are; that of a scale or bias, which goes
+// through arithmetic as it is, need not be.
+static inline float plain(float a) { return a == a ? a : __builtin_nanf(""); }
+template <class T>
+static inline V plain(V v) {
+  if constexpr (__is_same(T, float)) return v;
+  return v == v ? v : V{} + __builtin_nanf("");
 }
 
 #if defined(__AVX2__)
@@ -125,11 +133,16 @@ static inline V all(float a) { return V{} + a; }
 
 static inline D wide(V v) { return __builtin_convertvector(v, D); }
 
+static inline V narrow(D d) { return __builtin_convertvector(d, V); }
+
 static inline D load(const double* p) {
   D d;
   std::memcpy(&d, p, sizeof d);
   return d;
 }
+
+static inline D load(const double* p, Whole) { return load(p); }
+static inline D load(const double* p, Tail tail) { return load(p + tail.lanes - W); }
 
 static inline void store(double* p, D d) { std::memcpy(p, &d, sizeof d); }
 
