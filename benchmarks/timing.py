@@ -17,7 +17,7 @@ import numpy as np
 BATCH_SECONDS = 4e-3  # calls that are shorter are timed several at once
 WAKE_SECONDS = 0.02
 WARM_UP_SECONDS = 0.02
-FEWEST_ROUNDS, MOST_ROUNDS = 5, 2000
+FEWEST_ROUNDS, MOST_ROUNDS = 11, 2000
 
 
 @dataclasses.dataclass
