@@ -50,8 +50,8 @@ bool fits(const ffi::Buffer<ffi::F32>& buffer, int64_t size) {
 }
 
 template <class Buffer>
-auto* data_or_null(Buffer& buffer) {
-  return buffer.element_count() ? buffer.typed_data() : nullptr;
+auto* data_or_null(Buffer& buffer, int64_t offset = 0) {
+  return buffer.element_count() ? buffer.typed_data() + offset : nullptr;
 }
 
 ffi::Error check(const ffi::AnyBuffer& x, const Block& block, int64_t maps) {
@@ -107,7 +107,7 @@ ffi::Error forward(ffi::ThreadPool threads, ffi::AnyBuffer x, Float32 scale, Flo
   return guarded([&] {
     Forward call = {block, epsilon, centred, x.untyped_data(), data_or_null(scale),
                     data_or_null(bias), y->untyped_data(),
-                    {mean->typed_data(), rest->typed_data(), var->typed_data(), rstd->typed_data()}};
+                    {data_or_null(*mean), data_or_null(*rest), var->typed_data(), rstd->typed_data()}};
     Team team(threads);
     level_in_use.load()->forward(element_of(x), call, team);
   });
@@ -135,7 +135,6 @@ ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy
   }
   return guarded([&] {
     const int64_t bytes = x.size_bytes() / maps;
-    float *to_scale = data_or_null(*dscale), *to_bias = data_or_null(*dbias);
     Team team(threads);
     for (int64_t map = 0; map < maps; ++map) {
       const int64_t feature = map * block.features();
@@ -144,12 +143,12 @@ ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy
                        static_cast<const char*>(x.untyped_data()) + map * bytes,
                        static_cast<const char*>(dy.untyped_data()) + map * bytes,
                        data_or_null(scale),
-                       mean.typed_data() + map * groups,
-                       rest.typed_data() + map * groups,
-                       rstd.typed_data() + map * groups,
+                       data_or_null(mean, map * groups),
+                       data_or_null(rest, map * groups),
+                       data_or_null(rstd, map * groups),
                        static_cast<char*>(dx->untyped_data()) + map * bytes,
-                       to_scale ? to_scale + feature : nullptr,
-                       to_bias ? to_bias + feature : nullptr};
+                       data_or_null(*dscale, feature),
+                       data_or_null(*dbias, feature)};
       level_in_use.load()->backward(element_of(x), call, team);
     }
   });
