@@ -29,7 +29,8 @@ class Kernel(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile, and put the result into the wheel; an editable one finds it in the tree."""
-        folder = FOLDER if version == "editable" else Path(tempfile.mkdtemp())
+        self.temporary = tempfile.TemporaryDirectory()  # until the wheel is written
+        folder = FOLDER if version == "editable" else Path(self.temporary.name)
         library, reason = folder / "_norms.so", folder / "_not_built.txt"
         wish = os.environ.get("JAXNORM_BUILD_KERNEL")
         try:

@@ -14,7 +14,7 @@ from benchmarks.truth import largest_error
 
 
 def measure(
-    case: Case, peers: Sequence[Peer], seconds: float, rng: random.Random
+    case: Case, peers: Sequence[Peer], seconds: float, rounds: int, rng: random.Random
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """The case's entry in results.json, and one for each peer that could not run it."""
     calls, errors, not_run = {}, {}, []
@@ -29,7 +29,7 @@ def measure(
     copy = copy_call(case)
     if copy is not None:
         calls[COPY] = copy
-    measured = take_turns(calls, seconds, rng)
+    measured = take_turns(calls, seconds, rng, rounds)
     result = {
         "case": case.name,
         "norm": case.problem.norm,

@@ -17,7 +17,7 @@ import numpy as np
 BATCH_SECONDS = 4e-3  # calls that are shorter are timed several at once
 WAKE_SECONDS = 0.02
 WARM_UP_SECONDS = 0.02
-FEWEST_ROUNDS, MOST_ROUNDS = 11, 2000
+MOST_ROUNDS = 2000
 
 
 @dataclasses.dataclass
@@ -67,14 +67,14 @@ class Call:
 
 
 def take_turns(
-    calls: dict[str, Call], seconds: float, rng: random.Random
+    calls: dict[str, Call], seconds: float, rng: random.Random, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of one call of each, once per round, until the time is up."""
+    """Seconds of one call of each, once per round, that often and until the time is up."""
     times = {name: call.calibrated() for name, call in calls.items()}
     measured = {name: [] for name in calls}
     order, end = list(calls), time.perf_counter() + seconds
     for turn in range(MOST_ROUNDS):
-        if turn >= FEWEST_ROUNDS and time.perf_counter() > end:
+        if turn >= rounds and time.perf_counter() > end:
             break
         rng.shuffle(order)
         for name in order:

@@ -131,7 +131,7 @@ def test_turns_are_taken_by_all_in_changing_order():
         name: Call(lambda name=name: order.append(name), lambda _: None, lambda _: {})
         for name in "abc"
     }
-    measured = take_turns(calls, 0.01, random.Random(0))
+    measured = take_turns(calls, 0.01, random.Random(0), rounds=5)
     assert len({len(seconds) for seconds in measured.values()}) == 1
     assert min(min(seconds) for seconds in measured.values()) > 0
     firsts = [name for name, before in zip(order[1:], order, strict=False) if name != before]

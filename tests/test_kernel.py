@@ -38,16 +38,7 @@ def calls(f, *args):
         (lambda: layer_norm(X[:0]), "no elements"),
         (lambda: export.export(jax.jit(layer_norm))(X), "exported"),
     ],
-    ids=[
-        "mask",
-        "float16",
-        "complex",
-        "first-axis",
-        "channels-first",
-        "rms",
-        "empty",
-        "export",
-    ],
+    ids=["mask", "float16", "complex", "first-axis", "channels-first", "rms", "empty", "export"],
 )
 def test_what_no_kernel_takes_is_an_error_where_one_is_asked_for(f, reason):
     with pytest.raises(ValueError, match=f"(?s)implementation='kernel' must.*{reason}"):
