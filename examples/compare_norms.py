@@ -13,7 +13,6 @@ batch sizes 2 to 64 and 97 % at 256; of the other norms 96 to 98 % and 89 to 91 
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,9 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import leave
 from comparison import (
     CURVE_POINTS,
-    LOOKS,
     Run,
     Study,
     conclude,
@@ -36,7 +35,9 @@ from comparison import (
     tabulate,
     write_runs,
 )
-from image_datasets import NAMES, Dataset, Labelled, UserError, load_dataset
+from figures import LOOKS
+from image_datasets import NAMES, Dataset, Labelled, load_dataset
+from storage import UserError
 from tqdm import tqdm
 
 import jaxnorm.linen as jn
@@ -306,9 +307,4 @@ def compare(args: argparse.Namespace, path: Path) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    if status == 130:  # interrupted as it compiles, JAX may crash when the interpreter shuts down
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    leave(main())

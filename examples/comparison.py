@@ -1,37 +1,18 @@
 """The runs of a comparison of norms, and what they show: kept, ranked, told and drawn."""
 
 import csv
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from image_datasets import UserError
+from figures import LOOKS
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from scipy.stats import t
+from storage import UserError, replacing
 
 CURVE_POINTS = 40  # of the training loss that is kept: means over equal parts of a run
-
-
-class Look(NamedTuple):
-    """How a norm is named and drawn."""
-
-    name: str
-    color: str  # of the palette of Okabe and Ito, made for all kinds of colour vision
-    marker: str
-
-
-LOOKS = {
-    "none": Look("no norm", "#000000", "X"),
-    "batch": Look("batch norm", "#D55E00", "o"),
-    "layer": Look("layer norm", "#0072B2", "s"),
-    "group": Look("group norm", "#009E73", "^"),
-    "instance": Look("instance norm", "#CC79A7", "D"),
-    "rms": Look("rms norm", "#E69F00", "v"),
-}
 
 
 class Run(NamedTuple):
@@ -57,14 +38,6 @@ class Run(NamedTuple):
     def curve(self) -> np.ndarray:
         """Return the training loss along the run."""
         return np.array([float(loss) for loss in self.losses.split()])
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a file to write, which then takes the place of path: the old or the new, never half."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    yield unfinished
-    os.replace(unfinished, path)
 
 
 def write_runs(path: Path, runs: Iterable[Run]) -> None:

@@ -29,11 +29,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
-from image_datasets import NAMES, Labelled, UserError, load_dataset
+from common import at_least
+from image_datasets import NAMES, Labelled, draw_batch, load_dataset
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from processes import run_on_this_host
+from storage import Checkpoints, UserError, why
 from tqdm import tqdm
 
 import jaxnorm
@@ -116,65 +117,6 @@ def on_all_devices(mesh: Mesh, batch: Labelled, size: int) -> tuple[jax.Array, .
     )
 
 
-def batch_of_step(data: Labelled, step: int, size: int, seed: int) -> Labelled:
-    """The batch of a step: every epoch in an order of its own, its last batch perhaps smaller."""
-    epoch, position = divmod(step, -(-len(data.labels) // size))
-    order = np.random.default_rng((seed, epoch)).permutation(len(data.labels))
-    chosen = order[position * size : (position + 1) * size]
-    return Labelled(data.images[chosen], data.labels[chosen])
-
-
-class Checkpoints:
-    """Checkpoints in a folder, with the settings that the same weights depend on."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any]):
-        """Read the folder, or make it."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out must be a folder, but can't be made one: {error}") from error
-        self.folder, self.settings = folder, settings
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
-
-    def restore(self, state: State) -> tuple[State, int]:
-        """The last state that was saved and its step, or the one given and 0."""
-        step = self.manager.latest_step()
-        if step is None:
-            return state, 0
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        try:
-            settings = ocp.args.Composite(settings=ocp.args.JsonRestore())
-            self.check(self.manager.restore(step, args=settings)["settings"])
-            wanted = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-            return self.manager.restore(step, args=wanted)["state"], step
-        except UserError:
-            raise
-        except Exception as error:  # orbax has many, and some that are no more than that
-            raise UserError(
-                f"{self.folder / str(step)} must be a whole checkpoint of this program, and can't "
-                "be read: remove it to go on from the one before, or choose another --out "
-                f"({why(error)})"
-            ) from error
-
-    def check(self, saved: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another model, or of the same in another training."""
-        for name in self.settings | saved:
-            ours, theirs = self.settings.get(name), saved.get(name)
-            if ours != theirs:
-                raise UserError(
-                    f"{self.folder} must hold checkpoints of this training, but they are of one "
-                    f"whose {name} is {theirs}, not {ours}: choose another --out"
-                )
-
-    def save(self, step: int, state: State) -> None:
-        """Save: a folder under another name is written, and then renamed."""
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(self.settings)
-        )
-        self.manager.save(step, args=args)
-
-
 def train(args: argparse.Namespace) -> None:
     """Train from the last checkpoint on, then test."""
     dataset = load_dataset(args.dataset, args.data_dir)
@@ -196,7 +138,7 @@ def train(args: argparse.Namespace) -> None:
     for step in tqdm(range(start, args.steps), "steps", disable=hidden):
         if args.launcher and os.getppid() != args.launcher:
             raise UserError(f"the process that started this one has ended, before step {step}")
-        batch = batch_of_step(dataset.train, step, args.batch_size, args.seed)
+        batch = draw_batch(dataset.train, args.batch_size, args.seed, step, drop_last=False)
         state, loss = train_step(state, *on_all_devices(mesh, batch, args.batch_size))
         if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
             if not np.isfinite(loss):
@@ -206,11 +148,6 @@ def train(args: argparse.Namespace) -> None:
     say(f"{100 * int(right) / len(dataset.test.labels):.1f} % of the test images right")
     digest = hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(state)))
     say(f"after {max(start, args.steps)} steps; state {digest.hexdigest()[:16]}")
-
-
-def why(error: Exception) -> str:
-    """The end of an error's first line, where what JAX and orbax wrap in it stands."""
-    return (str(error).splitlines() or [type(error).__name__])[0][-200:]
 
 
 def say(text: str) -> None:
@@ -228,11 +165,11 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dataset", choices=NAMES, default="digits")
     parser.add_argument("--data-dir", type=Path, help="folder of the published files")
-    positive = functools.partial(at_least, 1)
+    positive = at_least(1)
     parser.add_argument("--steps", type=positive, default=300, help="default: %(default)s")
     parser.add_argument("--batch-size", type=positive, default=100, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=0.1, help="default: %(default)s")
-    parser.add_argument("--seed", type=functools.partial(at_least, 0), default=0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--out", type=Path, default=Path("data_parallel"), help="folder")
     parser.add_argument(
         "--checkpoint-every", type=positive, default=50, help="steps; default: %(default)s"
@@ -253,13 +190,6 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.coordinator and args.process_id not in range(args.processes or 0):
         parser.error("--process-id must be at least 0 and less than --processes")
     return args
-
-
-def at_least(least: int, text: str) -> int:
-    """An integer of the command line."""
-    if not (text.isascii() and text.isdigit() and int(text) >= least):
-        raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text}")
-    return int(text)
 
 
 def meet(args: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from storage import UserError
 
 NAMES = ("digits", "mnist", "fashion-mnist", "cifar10")
 IDX_WANTED = (
@@ -33,12 +34,11 @@ CIFAR_RECORDS = 10_000  # in each file
 IDX_MAGIC = {"images": 2051, "labels": 2049}  # unsigned bytes in three dimensions, and in one
 
 
-class UserError(Exception):
-    """What the user can put right; the text is one sentence that says how."""
-
-
 class Labelled(NamedTuple):
-    """Images, float32 in 0..1 of shape (count, height, width, channels), and their classes."""
+    """Images, float32 in 0..1 of shape (count, height, width, channels), and their classes.
+
+    Or what an example makes of them: rows of pixels, other targets.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -60,6 +60,22 @@ def load_dataset(name: str, folder: Path | None = None) -> Dataset:
     if name == "cifar10":
         return Dataset(read_cifar(folder, CIFAR_TRAIN), read_cifar(folder, CIFAR_TEST))
     raise UserError(f"the data set must be one of {', '.join(NAMES)}, not {name!r}")
+
+
+def draw_batch(
+    data: Labelled, size: int, seed: int, step: int, *, drop_last: bool = True
+) -> Labelled:
+    """The batch of a step, which depends on nothing else: epochs, each in an order of its own.
+
+    The last batch of an epoch, where `size` does not divide the images, is smaller or left out.
+    """
+    count = len(data.labels)
+    if drop_last and size > count:
+        raise UserError(f"--batch-size must be at most {count}, the images to learn, got {size}")
+    epoch, position = divmod(step, count // size if drop_last else -(-count // size))
+    order = np.random.default_rng((seed, epoch)).permutation(count)
+    chosen = order[position * size : (position + 1) * size]
+    return Labelled(data.images[chosen], data.labels[chosen])
 
 
 def load_split_digits() -> Dataset:

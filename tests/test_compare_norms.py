@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 
-for package in ("sklearn", "optax", "matplotlib", "tqdm"):
+for package in ("sklearn", "optax", "orbax.checkpoint", "matplotlib", "tqdm"):
     pytest.importorskip(package, reason=f"the example needs {package}")
 
 import compare_norms  # noqa: E402 (needs what was just asked for)
@@ -26,11 +26,12 @@ def study():
     return compare_norms
 
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 TINY = ["--norms", "none,batch", "--batch-sizes", "4,16", "--seeds", "2", "--steps", "3"]
 
 
 @pytest.fixture(scope="module")
-def finished(study, tmp_path_factory):
+def finished(study, tmp_path_factory, compiled_once):
     """Return the folder of a tiny study."""
     out = tmp_path_factory.mktemp("finished")
     assert study.main([*TINY, "--out", str(out)]) == 0

@@ -18,9 +18,10 @@ pytest.importorskip("orbax.checkpoint", reason="orbax is in the extra 'examples'
 
 import data_parallel
 import orbax.checkpoint as ocp
-from data_parallel import batch_of_step, main
-from image_datasets import Labelled
+from data_parallel import main
+from image_datasets import Labelled, draw_batch
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 STEPS = 50
 
 
@@ -132,7 +133,9 @@ def test_it_learns(tmp_path, capsys):
 def test_every_epoch_has_each_image_once():
     data = Labelled(np.zeros((7, 1)), np.arange(7))
     epochs = [
-        np.concatenate([batch_of_step(data, 3 * epoch + i, 3, 0).labels for i in range(3)])
+        np.concatenate(
+            [draw_batch(data, 3, 0, 3 * epoch + i, drop_last=False).labels for i in range(3)]
+        )
         for epoch in range(2)
     ]
     assert [sorted(epoch) for epoch in epochs] == [list(range(7))] * 2

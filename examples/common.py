@@ -1,0 +1,211 @@
+"""What the examples share: the command line, the loop of training with its checkpoints, the looks.
+
+An example is a script of one page that reads from top to bottom: its model and one step of its
+training are there. A step is a pure function, `step(state, *batch) -> state, metrics`, and a batch
+depends on the number of its step alone; so what `train` saves is all that going on takes.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from storage import Checkpoints, UserError, read_metrics, replacing, write_metrics
+from tqdm import tqdm
+
+
+class DivergedError(UserError):
+    """A loss that is not finite; `history` has the metrics of the steps before."""
+
+    def __init__(self, text: str, history: list[dict[str, float]]):
+        """Keep what was measured before."""
+        super().__init__(text)
+        self.history = history
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an integer of the command line."""
+
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and int(text) >= least):
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text}")
+        return int(text)
+
+    return read
+
+
+def positive(text: str) -> float:
+    """The type of a number of the command line."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return number
+
+
+def numbers(text: str) -> list[float]:
+    """The type of a list of numbers with commas between them."""
+    return sorted({positive(number) for number in text.split(",")})
+
+
+def one_of(names: Collection[str]) -> Callable[[str], list[str]]:
+    """The type of a list of names with commas between them."""
+
+    def read(text: str) -> list[str]:
+        given = list(dict.fromkeys(text.replace(" ", "").split(",")))
+        for name in given:
+            if name not in names:
+                allowed = ",".join(names)
+                raise argparse.ArgumentTypeError(f"must be some of {allowed}, got {name!r}")
+        return given
+
+    return read
+
+
+def make_parser(
+    example: str, doc: str | None, norms: Collection[str], **defaults: Any
+) -> argparse.ArgumentParser:
+    """A command line with what all examples take; `defaults` are of steps, seeds and batch_size."""
+    parser = argparse.ArgumentParser(
+        f"{example}.py",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--norms", type=one_of(norms), default=list(norms), help=f"some of {','.join(norms)}")
+    add("--steps", type=at_least(1), help="default: %(default)s")
+    add("--seeds", type=at_least(1), help="how many; default: %(default)s")
+    add("--batch-size", type=at_least(2), help="default: %(default)s")
+    add("--quick", action="store_true", help="less of everything: about a minute")
+    folder = Path("runs") / example
+    add("--out", type=Path, default=folder, help="folder of all results; default: %(default)s")
+    add("--resume", action="store_true", help="go on with the runs in --out")
+    add("--checkpoint-every", type=at_least(1), default=100, help="steps; default: %(default)s")
+    parser.set_defaults(example=example, **defaults)
+    return parser
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    quick: Mapping[str, Any],
+    study: Callable[[argparse.Namespace], None],
+) -> int:
+    """Read the command line and do the study; return the exit status, errors being a sentence.
+
+    With --quick the defaults are those of `quick`.
+    """
+    args = parser.parse_args(argv)
+    if args.quick:
+        parser.set_defaults(**quick)
+        args = parser.parse_args(argv)
+    try:
+        claim(args.out, args.resume)
+        study(args)
+    except (UserError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        text = "interrupted; the same command with --resume goes on from the last checkpoint"
+        print(f"{parser.prog}: {text}", file=sys.stderr)
+        return 130
+    print(f"Figures, metrics and checkpoints: {args.out}")
+    return 0
+
+
+def leave(status: int) -> NoReturn:
+    """Exit; interrupted as it compiles, JAX may crash when the interpreter shuts down."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status == 130:
+        os._exit(status)
+    sys.exit(status)
+
+
+def claim(out: Path, resume: bool) -> None:
+    """Make the folder of the results, and refuse one where they would overwrite others."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out must be a folder, but {out} is a file: choose another")
+    if resume and not out.exists():
+        raise UserError(
+            f"--resume goes on with what is in --out, but {out} is not there: leave it out to "
+            "start anew"
+        )
+    if not resume and out.exists() and any(out.iterdir()):
+        raise UserError(
+            f"--out must be empty or new, but {out} is not: add --resume to go on with the runs "
+            "that are there, or choose another"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+
+
+# What may differ when a run goes on: it does not change what the run computes.
+FREE = ("norms", "seeds", "quick", "out", "resume", "checkpoint_every")
+FREE += ("tasks", "learning_rates", "gains", "write")
+
+
+def train(
+    args: argparse.Namespace,
+    name: str,
+    state: Any,
+    step: Callable[..., tuple[Any, Mapping[str, jax.Array]]],
+    batch: Callable[[int], tuple],
+    *,
+    steps: int | None = None,
+) -> tuple[Any, list[dict[str, float]]]:
+    """Train from the last checkpoint of the run `name` on; return the state and all metrics.
+
+    Its folder in --out gets metrics.jsonl, a line for each step, and the checkpoints.
+    """
+    total = steps or args.steps
+    folder = args.out / name
+    settings = {"example": args.example, "run": name}
+    settings |= {key: value for key, value in vars(args).items() if key not in FREE}
+    settings = json.loads(json.dumps(settings, default=str))
+    checkpoints = Checkpoints(folder / "checkpoints", settings)
+    state, start = checkpoints.restore(state)
+    history = read_metrics(folder / "metrics.jsonl", start)
+    # The bar is for terminals; elsewhere each run gets a line.
+    bar = tqdm(total=total, initial=start, desc=name, unit="step", disable=None)
+    if bar.disable:
+        print(f"{name}: steps {start} to {total}", file=sys.stderr, flush=True)
+    with bar:
+        for number in range(start, total):
+            state, metrics = step(state, *batch(number))
+            metrics = {key: float(value) for key, value in metrics.items()}
+            if not math.isfinite(metrics["loss"]):
+                raise DivergedError(
+                    f"{name}: the loss is {metrics['loss']} at step {number + 1}: try a lower "
+                    "learning rate, or leave this run out",
+                    history,
+                )
+            history.append({"step": number + 1} | metrics)
+            bar.set_postfix(loss=f"{metrics['loss']:.4g}", refresh=False)
+            bar.update()
+            if (number + 1) % args.checkpoint_every == 0 or number + 1 == total:
+                write_metrics(folder / "metrics.jsonl", history)
+                checkpoints.save(number + 1, state)
+    checkpoints.manager.close()
+    return state, history
+
+
+def report(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the scores as a table, and write them to scores.csv."""
+    with replacing(out / "scores.csv") as unfinished, open(unfinished, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    show = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
+    lines = [list(rows[0]), *([show(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)))

@@ -1,0 +1,249 @@
+"""A conditional GAN on digits: batch norm in the generator, layer norm in the discriminator.
+
+    python examples/gan.py
+
+The class gives each image its scale and bias in the generator's batch norms. The discriminator is
+kept smooth by a penalty on its gradient at each image (R1), so its norm may not mix images: layer
+norm does not, and is differentiated twice. All four combinations with no norm are trained. A
+classifier that learned the real digits says how many of the generated ones it takes for their class
+(which one picture for each class would do, too), and one that learned the generated digits how many
+of the real ones it gets right (which that would not).
+
+It takes 3 min on two CPU cores. To be expected: 98 % of generated digits taken for their class, and
+96 to 97 % of the real ones right by learning from generated (of real ones: 98 %). That is with
+batch norm in the generator, and no worse with no norm at all; layer norm in the discriminator
+without batch norm in the generator has 97 and 90 %.
+"""
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from figures import LOOKS, save_figure
+from image_datasets import Labelled, draw_batch, load_dataset
+from matplotlib.figure import Figure
+from sklearn.svm import SVC
+
+import jaxnorm as jn
+
+NORMS = ("batch-layer", "batch-none", "none-layer", "none-none")  # generator, discriminator
+NOISE, CLASSES, PIXELS = 32, 10, 64
+GENERATOR = (NOISE, 128, 128, PIXELS)
+DISCRIMINATOR = (PIXELS, 128, 128)
+PENALTY = 1.0
+ROWS = 8  # of a sheet of digits
+
+
+class Layer(NamedTuple):
+    """A product with weights, and a norm's scale and bias; the generator's are for each class."""
+
+    weights: jax.Array
+    scale: jax.Array
+    bias: jax.Array
+
+
+class State(NamedTuple):
+    """All that training changes."""
+
+    generator: list[Layer]
+    running: list[jn.BatchNormState]
+    discriminator: tuple[list[Layer], jax.Array, jax.Array]  # layers, scores, scores of each class
+    opt_state: Any
+
+
+def make_layers(key: jax.Array, sizes: Sequence[int], classes: int | None = None) -> list[Layer]:
+    """Layers of He's initial weights; scale one and bias zero, for each class if there are any."""
+    keys = jax.random.split(key, len(sizes) - 1)
+    layers = []
+    for each, n, m in zip(keys, sizes, sizes[1:], strict=False):
+        shape = (m,) if classes is None else (classes, m)
+        weights = jax.nn.initializers.he_normal()(each, (n, m))
+        layers.append(Layer(weights, jnp.ones(shape), jnp.zeros(shape)))
+    return layers
+
+
+@partial(jax.jit, static_argnames="optimizer")
+def initialize(seed: int, optimizer: optax.GradientTransformation) -> State:
+    """The first state: the same weights whatever the norms."""
+    first, second = jax.random.split(jax.random.key(seed))
+    generator = make_layers(first, GENERATOR, CLASSES)
+    width = DISCRIMINATOR[-1]
+    discriminator = (
+        make_layers(second, DISCRIMINATOR),
+        jnp.zeros(width),
+        jnp.zeros((CLASSES, width)),
+    )
+    running = [jn.init_batch_norm_state(size) for size in GENERATOR[1:-1]]
+    opt_state = optimizer.init((generator, discriminator))
+    return State(generator, running, discriminator, opt_state)
+
+
+def conditional_norm(norm: str, x, labels, layer: Layer, state, *, train: bool):
+    """Batch norm, or none, with the scale and bias of each image's class.
+
+    Dumoulin, Shlens and Kudlur, "A Learned Representation for Artistic Style", 2017,
+    arXiv:1610.07629, where it is instance norm.
+    """
+
+    def of_one(x, label):  # vmap names the axis of the batch: statistics are shared over it
+        scale, bias = layer.scale[label], layer.bias[label]
+        if norm == "none":
+            return x * scale + bias, state
+        params = jn.NormParams(scale, bias)
+        return jn.batch_norm(x, state, "batch", params=params, train=train, momentum=0.99)
+
+    return jax.vmap(of_one, axis_name="batch", out_axes=(0, None))(x, labels)
+
+
+def generate(norm: str, layers: list[Layer], running: list, noise, labels, *, train: bool):
+    """Pixels in 0..1 of shape (batch, PIXELS), and the new running statistics."""
+    *hidden, last = layers
+    x, moved = noise, []
+    for layer, state in zip(hidden, running, strict=True):
+        x, state = conditional_norm(norm, x @ layer.weights, labels, layer, state, train=train)
+        x = jax.nn.relu(x)
+        moved.append(state)
+    x = x @ last.weights + last.bias[labels]
+    return jax.nn.sigmoid(x), moved
+
+
+def judge(norm: str, discriminator: tuple, x: jax.Array, label: jax.Array) -> jax.Array:
+    """How real one image of a class looks, by the projection of Miyato and Koyama (2018).
+
+    "cGANs with Projection Discriminator", arXiv:1802.05637.
+    """
+    layers, weights, of_class = discriminator
+    for layer in layers:
+        x = x @ layer.weights
+        if norm == "layer":
+            x = jn.layer_norm(x, jn.NormParams(layer.scale, layer.bias))
+        else:
+            x = x * layer.scale + layer.bias
+        x = jax.nn.leaky_relu(x, 0.2)
+    return x @ (weights + of_class[label])
+
+
+@partial(jax.jit, static_argnames=("norms", "optimizer"), donate_argnames="state")
+def train_step(state: State, images, labels, key, *, norms, optimizer):
+    """One step of both: the discriminator on real and generated images, the generator by it."""
+    of_generator, of_discriminator = norms.split("-")
+    judge_one = partial(judge, of_discriminator)
+    noise = jax.random.normal(key, (len(images), NOISE))
+
+    def draw(generator):
+        return generate(of_generator, generator, state.running, noise, labels, train=True)
+
+    def loss_of_discriminator(discriminator):
+        fake, _ = draw(state.generator)
+        scores = jax.vmap(partial(judge_one, discriminator))
+        slopes = jax.vmap(jax.grad(judge_one, argnums=1), (None, 0, 0))(
+            discriminator, images, labels
+        )
+        loss = jax.nn.softplus(-scores(images, labels)) + jax.nn.softplus(scores(fake, labels))
+        # Mescheder, Geiger and Nowozin, "Which Training Methods for GANs do actually Converge?",
+        # 2018, arXiv:1801.04406.
+        return (loss + PENALTY / 2 * jnp.square(slopes).sum(-1)).mean()
+
+    def loss_of_generator(generator):
+        fake, running = draw(generator)
+        scores = jax.vmap(partial(judge_one, state.discriminator))(fake, labels)
+        return jax.nn.softplus(-scores).mean(), running
+
+    compute = jax.value_and_grad(loss_of_generator, has_aux=True)
+    (loss, running), gradient = compute(state.generator)
+    judged, slope = jax.value_and_grad(loss_of_discriminator)(state.discriminator)
+    updates, opt_state = optimizer.update((gradient, slope), state.opt_state)
+    players: Any = optax.apply_updates((state.generator, state.discriminator), updates)
+    metrics = {"loss": loss + judged, "generator": loss, "discriminator": judged}
+    return State(players[0], running, players[1], opt_state), metrics
+
+
+def sample(norms: str, state: State, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Generated images and their classes, each class as often, by the running statistics."""
+    labels = jnp.arange(count) % CLASSES
+    noise = jax.random.normal(jax.random.key(0), (count, NOISE))
+    norm = norms.split("-")[0]
+    images, _ = generate(norm, state.generator, state.running, noise, labels, train=False)
+    return np.asarray(images), np.asarray(labels)
+
+
+def study(args: argparse.Namespace) -> None:
+    """Train all combinations; let classifiers score them, and draw their digits."""
+    train, test = (Labelled(x.reshape(-1, PIXELS), y) for x, y in load_dataset("digits"))
+    expert = SVC().fit(*train)
+    print(f"a classifier that learned real digits gets {expert.score(*test):.3f} of others right")
+    optimizer = optax.adam(args.learning_rate, b1=0.5, b2=0.99)
+    by_class = [test.images[test.labels == label][:ROWS] for label in range(CLASSES)]
+    sheets, rows = {"real": np.stack(by_class, 1).reshape(-1, PIXELS)}, []
+    for norms, seed in product(args.norms, range(args.seeds)):
+
+        def batch(number, seed=seed):
+            key = jax.random.fold_in(jax.random.key(seed), number)
+            return *draw_batch(train, args.batch_size, seed, number), key
+
+        step = partial(train_step, norms=norms, optimizer=optimizer)
+        name = f"{norms}-{seed}"
+        state, _ = common.train(args, name, initialize(seed, optimizer), step, batch)
+        fakes, classes = sample(norms, state, 1000)
+        sheets.setdefault(norms, fakes)
+        learner = SVC().fit(fakes, classes)
+        rows.append(
+            {
+                "generator": norms.split("-")[0],
+                "discriminator": norms.split("-")[1],
+                "seed": seed,
+                "generated_recognized": float(expert.score(fakes, classes)),
+                "real_recognized": float(learner.score(*test)),
+            }
+        )
+    common.report(args.out, rows)
+    draw(args, sheets, rows)
+
+
+def draw(args: argparse.Namespace, sheets: dict[str, np.ndarray], rows: list[dict]) -> None:
+    """Draw sheets of digits, a column for each class: real ones, then each combination's."""
+    figure = Figure((2.6 * len(sheets), 3.4), layout="constrained")
+    for axes, (norms, images) in zip(figure.subplots(1, len(sheets)), sheets.items(), strict=True):
+        grid = np.zeros((ROWS * 9 + 1, CLASSES * 9 + 1))  # a dark line between them
+        for index, image in enumerate(images[: ROWS * CLASSES]):
+            row, column = divmod(index, CLASSES)
+            grid[row * 9 + 1 : row * 9 + 9, column * 9 + 1 : column * 9 + 9] = image.reshape(8, 8)
+        axes.imshow(grid, cmap="gray", vmin=0, vmax=1)
+        axes.set_axis_off()
+        title = "real digits"
+        if norms != "real":
+            generator, discriminator = norms.split("-")
+            mine = [
+                r
+                for r in rows
+                if (r["generator"], r["discriminator"]) == (generator, discriminator)
+            ]
+            first, second = (
+                100 * np.mean([row[key] for row in mine])
+                for key in ("generated_recognized", "real_recognized")
+            )
+            title = f"generator: {LOOKS[generator].name}\n"
+            title += f"discriminator: {LOOKS[discriminator].name}\n"
+            title += f"{first:.1f} % recognized\nas teachers: {second:.1f} %"
+        axes.set_title(title, fontsize=10)
+    save_figure(figure, args.out / "figure.png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the command line and do the study."""
+    parser = common.make_parser("gan", __doc__, NORMS, steps=4000, seeds=2, batch_size=64)
+    parser.set_defaults(checkpoint_every=1000)
+    add = parser.add_argument
+    add("--learning-rate", type=common.positive, default=0.001, help="default: %(default)s")
+    return common.run(parser, argv, {"steps": 500, "seeds": 1}, study)
+
+
+if __name__ == "__main__":
+    common.leave(main())

@@ -1,0 +1,101 @@
+"""What a run keeps: files that are whole or not there, its metrics and its checkpoints."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+
+class UserError(Exception):
+    """What the user can put right; the text is one sentence that says how."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a file to write, which then takes the place of path: the old or the new, never half."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    yield unfinished
+    os.replace(unfinished, path)
+
+
+def write_metrics(path: Path, history: list[dict[str, float]]) -> None:
+    """Write a line of JSON for each step."""
+    with replacing(path) as unfinished:
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in history))
+
+
+def read_metrics(path: Path, steps: int) -> list[dict[str, float]]:
+    """The metrics of the first steps of a run."""
+    if not steps:
+        return []
+    try:
+        history = [json.loads(line) for line in path.read_text().splitlines()[:steps]]
+        if [line["step"] for line in history] != list(range(1, steps + 1)):
+            raise ValueError("steps are missing")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} must have the metrics of the first {steps} steps, but can't be read "
+            f"({error}): remove {path.parent} to do this run anew"
+        ) from error
+    return history
+
+
+class Checkpoints:
+    """Checkpoints in a folder, with the settings that the same weights depend on."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        """Read the folder, or make it."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out must be a folder, but can't be made one: {error}") from error
+        self.folder, self.settings = folder, settings
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def restore(self, state: Any) -> tuple[Any, int]:
+        """The last state that was saved and its step, or the one given and 0."""
+        step = self.manager.latest_step()
+        if step is None:
+            return state, 0
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        try:
+            settings = ocp.args.Composite(settings=ocp.args.JsonRestore())
+            self.check(self.manager.restore(step, args=settings)["settings"])
+            wanted = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+            return self.manager.restore(step, args=wanted)["state"], step
+        except UserError:
+            raise
+        except Exception as error:  # orbax has many, and some that are no more than that
+            raise UserError(
+                f"{self.folder / str(step)} must be a whole checkpoint of this program, and can't "
+                "be read: remove it to go on from the one before, or choose another --out "
+                f"({why(error)})"
+            ) from error
+
+    def check(self, saved: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another model, or of the same in another training."""
+        for name in self.settings | saved:
+            ours, theirs = self.settings.get(name), saved.get(name)
+            if ours != theirs:
+                raise UserError(
+                    f"{self.folder} must hold checkpoints of this training, but they are of one "
+                    f"whose {name} is {theirs}, not {ours}: choose another --out"
+                )
+
+    def save(self, step: int, state: Any) -> None:
+        """Save: a folder under another name is written, and then renamed."""
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(self.settings)
+        )
+        self.manager.save(step, args=args)
+
+
+def why(error: Exception) -> str:
+    """The end of an error's first line, where what JAX and orbax wrap in it stands."""
+    return (str(error).splitlines() or [type(error).__name__])[0][-200:]
