@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-from storage import Checkpoints, UserError, read_metrics, replacing, write_metrics
+import numpy as np
+from storage import Checkpoints, UserError, read_metrics, replacing, why, write_metrics
 from tqdm import tqdm
 
 
@@ -46,8 +47,8 @@ def positive(text: str) -> float:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    if not 0 < np.float32(number) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
     return number
 
 
@@ -71,9 +72,14 @@ def one_of(names: Collection[str]) -> Callable[[str], list[str]]:
 
 
 def make_parser(
-    example: str, doc: str | None, norms: Collection[str], **defaults: Any
+    example: str, doc: str | None, all_norms: Collection[str], **defaults: Any
 ) -> argparse.ArgumentParser:
-    """A command line with what all examples take; `defaults` are of steps, seeds and batch_size."""
+    """A command line with what all examples take.
+
+    Of it `defaults` has steps, seeds, batch_size, and norms where they are not all; `free` names
+    flags that may differ when a run goes on, as they don't change what it computes.
+    """
+    defaults = {"norms": list(all_norms), "checkpoint_every": 100, "free": ()} | defaults
     parser = argparse.ArgumentParser(
         f"{example}.py",
         description=doc,
@@ -81,7 +87,8 @@ def make_parser(
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--norms", type=one_of(norms), default=list(norms), help=f"some of {','.join(norms)}")
+    chosen = ",".join(defaults["norms"])
+    add("--norms", type=one_of(all_norms), help=f"of {','.join(all_norms)}; default: {chosen}")
     add("--steps", type=at_least(1), help="default: %(default)s")
     add("--seeds", type=at_least(1), help="how many; default: %(default)s")
     add("--batch-size", type=at_least(2), help="default: %(default)s")
@@ -89,7 +96,7 @@ def make_parser(
     folder = Path("runs") / example
     add("--out", type=Path, default=folder, help="folder of all results; default: %(default)s")
     add("--resume", action="store_true", help="go on with the runs in --out")
-    add("--checkpoint-every", type=at_least(1), default=100, help="steps; default: %(default)s")
+    add("--checkpoint-every", type=at_least(1), help="steps; default: %(default)s")
     parser.set_defaults(example=example, **defaults)
     return parser
 
@@ -114,8 +121,16 @@ def run(
     except (UserError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        text = "this takes more memory than there is: try a smaller --batch-size"
+        print(f"{parser.prog}: {text} ({why(error)})", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        text = "interrupted; the same command with --resume goes on from the last checkpoint"
+        text = (
+            "interrupted; the same command with --resume goes on from the last checkpoint, if any"
+        )
         print(f"{parser.prog}: {text}", file=sys.stderr)
         return 130
     print(f"Figures, metrics and checkpoints: {args.out}")
@@ -145,12 +160,14 @@ def claim(out: Path, resume: bool) -> None:
             f"--out must be empty or new, but {out} is not: add --resume to go on with the runs "
             "that are there, or choose another"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out must be a folder that can be made, got {out}: {error}") from error
 
 
 # What may differ when a run goes on: it does not change what the run computes.
-FREE = ("norms", "seeds", "quick", "out", "resume", "checkpoint_every")
-FREE += ("tasks", "learning_rates", "gains", "write")
+FREE = ("free", "norms", "seeds", "quick", "out", "resume", "checkpoint_every", "text", "data_dir")
 
 
 def train(
@@ -161,15 +178,17 @@ def train(
     batch: Callable[[int], tuple],
     *,
     steps: int | None = None,
+    **settings: Any,
 ) -> tuple[Any, list[dict[str, float]]]:
     """Train from the last checkpoint of the run `name` on; return the state and all metrics.
 
-    Its folder in --out gets metrics.jsonl, a line for each step, and the checkpoints.
+    Its folder in --out gets metrics.jsonl, a line for each step, and the checkpoints. They are only
+    gone on with where the flags and these `settings` are the same.
     """
     total = steps or args.steps
     folder = args.out / name
-    settings = {"example": args.example, "run": name}
-    settings |= {key: value for key, value in vars(args).items() if key not in FREE}
+    flags = {key: value for key, value in vars(args).items() if key not in (*FREE, *args.free)}
+    settings = {"example": args.example, "run": name} | flags | settings
     settings = json.loads(json.dumps(settings, default=str))
     checkpoints = Checkpoints(folder / "checkpoints", settings)
     state, start = checkpoints.restore(state)
@@ -178,24 +197,33 @@ def train(
     bar = tqdm(total=total, initial=start, desc=name, unit="step", disable=None)
     if bar.disable:
         print(f"{name}: steps {start} to {total}", file=sys.stderr, flush=True)
-    with bar:
+    with bar, checkpoints.manager:
         for number in range(start, total):
             state, metrics = step(state, *batch(number))
-            metrics = {key: float(value) for key, value in metrics.items()}
-            if not math.isfinite(metrics["loss"]):
+            metrics = {"loss": 0.0} | {key: float(value) for key, value in metrics.items()}
+            saving = (number + 1) % args.checkpoint_every == 0 or number + 1 == total
+            wrong = [f"{key} is {x}" for key, x in metrics.items() if not math.isfinite(x)]
+            if not wrong and saving and not is_finite(state):
+                wrong = ["weights are not finite"]
+            if wrong:
+                write_metrics(folder / "metrics.jsonl", history)
                 raise DivergedError(
-                    f"{name}: the loss is {metrics['loss']} at step {number + 1}: try a lower "
-                    "learning rate, or leave this run out",
+                    f"{name}: the {wrong[0]} at step {number + 1}: try a lower learning rate, or "
+                    "leave this run out",
                     history,
                 )
             history.append({"step": number + 1} | metrics)
             bar.set_postfix(loss=f"{metrics['loss']:.4g}", refresh=False)
             bar.update()
-            if (number + 1) % args.checkpoint_every == 0 or number + 1 == total:
+            if saving:
                 write_metrics(folder / "metrics.jsonl", history)
                 checkpoints.save(number + 1, state)
-    checkpoints.manager.close()
     return state, history
+
+
+def is_finite(state: Any) -> bool:
+    """Whether all numbers of a state are."""
+    return all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(state))
 
 
 def report(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:

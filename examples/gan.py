@@ -4,7 +4,8 @@
 
 The class gives each image its scale and bias in the generator's batch norms. The discriminator is
 kept smooth by a penalty on its gradient at each image (R1), so its norm may not mix images: layer
-norm does not, and is differentiated twice. All four combinations with no norm are trained. A
+norm does not (Gulrajani et al., "Improved Training of Wasserstein GANs", 2017, arXiv:1704.00028),
+and is differentiated twice. All four combinations with no norm are trained. A
 classifier that learned the real digits says how many of the generated ones it takes for their class
 (which one picture for each class would do, too), and one that learned the generated digits how many
 of the real ones it gets right (which that would not).
@@ -231,15 +232,16 @@ def draw(args: argparse.Namespace, sheets: dict[str, np.ndarray], rows: list[dic
             )
             title = f"generator: {LOOKS[generator].name}\n"
             title += f"discriminator: {LOOKS[discriminator].name}\n"
-            title += f"{first:.1f} % recognized\nas teachers: {second:.1f} %"
+            title += f"{first:.1f} % recognized; real digits by\na learner of these: {second:.1f} %"
         axes.set_title(title, fontsize=10)
     save_figure(figure, args.out / "figure.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and do the study."""
-    parser = common.make_parser("gan", __doc__, NORMS, steps=4000, seeds=2, batch_size=64)
-    parser.set_defaults(checkpoint_every=1000)
+    parser = common.make_parser(
+        "gan", __doc__, NORMS, steps=4000, seeds=2, batch_size=64, checkpoint_every=1000
+    )
     add = parser.add_argument
     add("--learning-rate", type=common.positive, default=0.001, help="default: %(default)s")
     return common.run(parser, argv, {"steps": 500, "seeds": 1}, study)

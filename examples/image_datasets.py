@@ -5,6 +5,7 @@ what it should be is a `UserError` whose text says so in one sentence.
 """
 
 import gzip
+import lzma
 import math
 import tarfile
 import zlib
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from storage import UserError
+from storage import UserError, why
 
 NAMES = ("digits", "mnist", "fashion-mnist", "cifar10")
 IDX_WANTED = (
@@ -163,9 +164,9 @@ def read_bytes(path: Path, member: str = "") -> bytes:
                 return file.read() if file else b""
         content = path.read_bytes()
         return gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError, KeyError, zlib.error, tarfile.TarError) as error:
+    except (OSError, EOFError, KeyError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
         part = f" (its {member})" if path.name.endswith(".tar.gz") else ""
-        raise UserError(f"{path}{part} cannot be read, get it anew: {error}") from error
+        raise UserError(f"{path}{part} cannot be read, get it anew: {why(error)}") from error
 
 
 def labelled(images: np.ndarray, labels: np.ndarray, source: str) -> Labelled:

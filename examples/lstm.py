@@ -58,7 +58,7 @@ class LSTM(nnx.Module):
         self.input = make(self.symbols, 4 * hidden)
         orthogonal = nnx.initializers.orthogonal()
         self.recurrent = make(hidden, 4 * hidden, kernel_init=orthogonal)
-        start = jnp.zeros(4 * hidden).at[hidden : 2 * hidden].set(1.0)  # forget nothing at first
+        start = jnp.zeros(4 * hidden).at[hidden : 2 * hidden].set(1.0)  # forget little at first
         self.bias = nnx.Param(start)
         self.readout = nnx.Linear(hidden, CLASSES[task], rngs=rngs)
         same = lambda x: x
@@ -145,18 +145,21 @@ def as_sequences(data: Labelled, delay: int) -> Labelled:
     )
 
 
-def load(args: argparse.Namespace, task: str) -> tuple[Callable, tuple[np.ndarray, np.ndarray]]:
-    """What draws the batch of a seed and step, and what to be tested on."""
+def load(
+    args: argparse.Namespace, task: str
+) -> tuple[Callable, tuple[np.ndarray, np.ndarray], int]:
+    """What draws the batch of a seed and step, what to be tested on, and a checksum of the text."""
     if task == "digits":
         train, test = (as_sequences(part, args.delay) for part in load_dataset("digits"))
-        return partial(draw_batch, train, args.batch_size), test
+        return partial(draw_batch, train, args.batch_size), test, 0
     text = load_text(args.text)
 
     def draw_text(seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng((seed, step))
         return pairs(windows(text.train, args.batch_size, LENGTH + 1, rng))
 
-    return draw_text, pairs(windows(text.test, 500, LENGTH + 1, np.random.default_rng(0)))
+    test = pairs(windows(text.test, 500, LENGTH + 1, np.random.default_rng(0)))
+    return draw_text, test, text.digest()
 
 
 def pairs(pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -168,7 +171,7 @@ def study(args: argparse.Namespace) -> None:
     """Train each cell on each task; measure, draw and score."""
     histories, profiles, rows = {}, {}, []
     loaded = {task: load(args, task) for task in args.tasks}
-    for task, (batch_of, test) in loaded.items():
+    for task, (batch_of, test, data) in loaded.items():
         schedule = optax.cosine_decay_schedule(args.learning_rate, args.steps)
         adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
         for norm, seed in product(args.norms, range(args.seeds)):
@@ -179,7 +182,8 @@ def study(args: argparse.Namespace) -> None:
                 gradient_norms(state, *some, gain, graph=graph, task=task) for gain in args.gains
             ]
             step, batch = partial(train_step, graph=graph, task=task), partial(batch_of, seed)
-            state, history = common.train(args, f"{task}-{norm}-{seed}", state, step, batch)
+            name = f"{task}-{norm}-{seed}"
+            state, history = common.train(args, name, state, step, batch, data=data)
             histories.setdefault((task, norm), []).append(history)
             loss, right = evaluate(state, *test, graph=graph, task=task)
             row = {"task": task, "norm": norm, "seed": seed, "accuracy": float(right)}
@@ -204,7 +208,7 @@ def draw(args: argparse.Namespace, histories: dict, profiles: dict) -> None:
             for shade, norms in zip(colors, profiles[task, norm, 0], strict=True):
                 relative = np.asarray(norms) / norms[-1]
                 axes.semilogy(np.arange(len(norms)) - len(norms), relative, color=shade)
-                axes.set(title=f"{task}, {name}", xlabel="step before the last")
+                axes.set(title=f"{task}, {name}", xlabel="step, counted from the end")
             axes.sharey(panels[0])
         unit = "bits per digit" if task == "digits" else "bits per character"
         left.set(title=f"{task}, training loss", xlabel="step of training", ylabel=unit)
@@ -214,7 +218,7 @@ def draw(args: argparse.Namespace, histories: dict, profiles: dict) -> None:
         [Line2D([], [], color=color) for color in colors],
         [f"{gain:g}" for gain in args.gains],
         title="gradient of the last step's loss by the hidden state, before training, "
-        "when recurrent weights are multiplied by",
+        "when recurrent weights are multiplied by (with layer norm: all the same)",
         loc="outside lower center",
         ncols=len(colors),
         frameon=False,
@@ -224,8 +228,16 @@ def draw(args: argparse.Namespace, histories: dict, profiles: dict) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and do the study."""
-    parser = common.make_parser("lstm", __doc__, NORMS, steps=1000, seeds=2, batch_size=32)
-    parser.set_defaults(checkpoint_every=250)
+    parser = common.make_parser(
+        "lstm",
+        __doc__,
+        NORMS,
+        steps=1000,
+        seeds=2,
+        batch_size=32,
+        checkpoint_every=250,
+        free=("tasks", "gains"),
+    )
     add = parser.add_argument
     add("--tasks", type=common.one_of(TASKS), default=list(TASKS), help="default: both")
     add("--text", type=Path, help="a file to learn; default: Python's standard library")

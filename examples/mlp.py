@@ -2,15 +2,16 @@
 
     python examples/mlp.py
 
-Six hidden layers are trained by plain gradient descent at six learning rates, without a norm, with
-batch norm and with layer norm: to classify scikit-learn's handwritten digits, and, a regression, to
-paint their lower half from the upper. Parameters, running statistics and momenta go in and come
-out of `train_step`. A run whose loss is no longer finite stops, and is shown so.
+Six hidden layers are trained by gradient descent with momentum at six learning rates, without a
+norm, with batch norm and with layer norm: to classify scikit-learn's handwritten digits, and, a
+regression, to paint their lower half from the upper. Parameters, running statistics and momenta go
+in and come out of `train_step`. A run whose loss is no longer finite stops, and is shown so.
 
 It takes 1 min 40 s on two CPU cores. To be expected: classes are learned as well by all three (97 %
 of the test images, batch norm 98 %), and to within 5 points of that up to learning rate 0.1 without
 a norm and with layer norm, up to 1 with batch norm. The regression has R² 0.48 without a norm, 0.47
-with batch norm and 0.34 with layer norm, and no norm bears the largest steps.
+with batch norm and 0.34 with layer norm, and the network without a norm learns at rate 3 too, where
+the two norms do not.
 """
 
 import argparse
@@ -146,7 +147,7 @@ def study(args: argparse.Namespace) -> None:
                 batch = partial(draw_batch, train, args.batch_size, seed)
                 state = initialize(seed, sizes, optimizer)
                 try:
-                    name = f"{task}-{norm}-{rate:g}-{seed}"
+                    name = f"{task}-{norm}-{rate}-{seed}"
                     state, history = common.train(args, name, state, step, batch)
                     scores.append(score_of(task, norm, state, test))
                 except common.DivergedError as error:  # that is what this study asks
@@ -218,8 +219,17 @@ def draw(args: argparse.Namespace, histories: dict, rows: list[dict[str, Any]]) 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and do the study."""
-    parser = common.make_parser("mlp", __doc__, NORMS, steps=300, seeds=3, batch_size=64)
-    parser.set_defaults(norms=DEFAULT, checkpoint_every=300)
+    parser = common.make_parser(
+        "mlp",
+        __doc__,
+        NORMS,
+        steps=300,
+        seeds=3,
+        batch_size=64,
+        norms=DEFAULT,
+        checkpoint_every=300,
+        free=("tasks", "learning_rates"),
+    )
     add = parser.add_argument
     add("--tasks", type=common.one_of(TASKS), default=list(TASKS), help="default: both")
     rates = "0.01,0.03,0.1,0.3,1,3"

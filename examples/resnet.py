@@ -55,7 +55,11 @@ class Scale(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Residual blocks, whose last norm starts at zero: each is the identity at first."""
+    """Residual blocks, whose last norm starts at zero: at first only what skips them passes.
+
+    He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", 2015, arXiv:1512.03385;
+    the zero is from Goyal et al., "Accurate, Large Minibatch SGD", 2017, arXiv:1706.02677.
+    """
 
     norm: str
     blocks: int  # of two convolutions, in each stage
@@ -190,7 +194,7 @@ def study(args: argparse.Namespace) -> None:
         batch = partial(draw_batch, on_its_side(train), TUNED, seed)
         for name, frozen in (("frozen", True), ("not_frozen", False)):
             if norm != "batch" and not frozen:  # there is nothing to freeze
-                row["not_frozen"] = row["frozen"]
+                row["not_frozen"] = None
                 continue
             tuned = start(state.params, state.batch_stats, tuner, one)
             step = compile_step(model, tuner, one, frozen=frozen)

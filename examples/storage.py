@@ -37,7 +37,9 @@ def read_metrics(path: Path, steps: int) -> list[dict[str, float]]:
         history = [json.loads(line) for line in path.read_text().splitlines()[:steps]]
         if [line["step"] for line in history] != list(range(1, steps + 1)):
             raise ValueError("steps are missing")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        if any(line.keys() != history[0].keys() for line in history) or "loss" not in history[0]:
+            raise ValueError("a step has not what the others have")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path} must have the metrics of the first {steps} steps, but can't be read "
             f"({error}): remove {path.parent} to do this run anew"
@@ -93,7 +95,10 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(self.settings)
         )
-        self.manager.save(step, args=args)
+        try:
+            self.manager.save(step, args=args)
+        except Exception as error:  # a full disk, and what orbax calls it
+            raise UserError(f"{self.folder} can't be written: {why(error)}") from error
 
 
 def why(error: Exception) -> str:

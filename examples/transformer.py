@@ -5,11 +5,12 @@
 
 It learns the source of Python's own standard library, computing in bfloat16 with parameters in
 float32, and writes some of it at the end. Pre-norm puts the norm in front of attention and
-feed-forward, inside the residual branch, post-norm behind the sum; QK norm normalizes queries and
-keys, and so bounds the logits of attention.
+feed-forward, inside the residual branch, post-norm behind the sum; --qk-norm normalizes queries and
+keys, here by rms norm for each head, so that the logits of attention can't grow with their size.
 
 It takes 7 min 20 s on two CPU cores. To be expected, in bits per character of held-out text: 3.13
-with layer norm in front, 3.12 with rms norm, 3.00 with layer norm behind, 2.90 with no norm.
+with layer norm in front, 3.12 with rms norm, 3.00 with layer norm behind, 2.90 with no norm. At
+--learning-rate 0.01 it is 2.77, 2.79, 4.57 and 2.65.
 """
 
 import argparse
@@ -43,7 +44,8 @@ class Block(nnx.Module):
 
     Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762 (post-norm); Xiong et al.,
     "On Layer Normalization in the Transformer Architecture", 2020, arXiv:2002.04745 (pre-norm);
-    Henry et al., "Query-Key Normalization for Transformers", 2020, arXiv:2010.04245.
+    Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467; Henry et
+    al., "Query-Key Normalization for Transformers", 2020, arXiv:2010.04245 (there by the L2 norm).
     """
 
     def __init__(self, norm: str, qk_norm: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -150,7 +152,9 @@ def study(args: argparse.Namespace) -> None:
             return (windows(text.train, args.batch_size, LENGTH + 1, rng),)
 
         step = partial(train_step, graph=graph)
-        state, history = common.train(args, f"{norm}-{seed}", state, step, batch)
+        state, history = common.train(
+            args, f"{norm}-{seed}", state, step, batch, data=text.digest()
+        )
         histories.setdefault(norm, []).append(history)
         losses = [evaluate(state, part, graph=graph) for part in np.split(test, 8)]
         rows.append({"norm": norm, "seed": seed, "bits": float(np.mean(losses)) / math.log(2)})
@@ -179,7 +183,7 @@ def draw(args: argparse.Namespace, histories: dict, rows: list[dict]) -> None:
         label = f"{place} {look.name}".strip()
         left.plot(steps, np.divide(losses, math.log(2)), label=f"{label}: {bits:.2f}", **style)
         right.semilogy(*curve(histories[norm], "gradient"), **style)
-    left.legend(title="and on held-out text", frameon=False)
+    left.legend(title="bits per character of held-out text", frameon=False)
     left.set(xlabel="step", ylabel="bits per character, training", title="loss")
     right.set(xlabel="step", ylabel="norm of the gradient", title="gradient, before it is clipped")
     save_figure(figure, args.out / "figure.png")
@@ -187,14 +191,22 @@ def draw(args: argparse.Namespace, histories: dict, rows: list[dict]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line and do the study."""
-    parser = common.make_parser("transformer", __doc__, NORMS, steps=500, seeds=1, batch_size=32)
+    parser = common.make_parser(
+        "transformer",
+        __doc__,
+        NORMS,
+        steps=500,
+        seeds=1,
+        batch_size=32,
+        norms=DEFAULT,
+        free=("write",),
+    )
     add = parser.add_argument
     add("--qk-norm", action="store_true", help="normalize queries and keys")
     add("--text", type=Path, help="a file to learn; default: Python's standard library")
     add("--dtype", choices=DTYPES, default="bfloat16", help="to compute in; default: %(default)s")
     add("--learning-rate", type=common.positive, default=0.002, help="default: %(default)s")
     add("--write", type=common.at_least(1), default=500, help="characters; default: %(default)s")
-    parser.set_defaults(norms=DEFAULT)
     return common.run(parser, argv, {"steps": 60, "norms": ["pre-layer", "none"]}, study)
 
 
