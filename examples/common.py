@@ -200,6 +200,7 @@ def train(
     with bar, checkpoints.manager:
         for number in range(start, total):
             state, metrics = step(state, *batch(number))
+            # In the order of their names, as jit returns them, but the loss first.
             metrics = {"loss": 0.0} | {key: float(value) for key, value in metrics.items()}
             saving = (number + 1) % args.checkpoint_every == 0 or number + 1 == total
             wrong = [f"{key} is {x}" for key, x in metrics.items() if not math.isfinite(x)]
@@ -232,7 +233,9 @@ def report(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    show = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
+    show = lambda value: (
+        f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+    )
     lines = [list(rows[0]), *([show(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
