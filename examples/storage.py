@@ -98,6 +98,8 @@ class Checkpoints:
         try:
             self.manager.save(step, args=args)
         except Exception as error:  # a full disk, and what orbax calls it
+            if jax.process_count() > 1:  # or another process that is lost
+                raise
             raise UserError(f"{self.folder} can't be written: {why(error)}") from error
 
 
