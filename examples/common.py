@@ -1,4 +1,4 @@
-"""What the examples share: the command line, the loop of training with its checkpoints, the looks.
+"""What the examples share: the command line, and the loop of training with its checkpoints.
 
 An example is a script of one page that reads from top to bottom: its model and one step of its
 training are there. A step is a pure function, `step(state, *batch) -> state, metrics`, and a batch

@@ -5,10 +5,10 @@
 The class gives each image its scale and bias in the generator's batch norms. The discriminator is
 kept smooth by a penalty on its gradient at each image (R1), so its norm may not mix images: layer
 norm does not (Gulrajani et al., "Improved Training of Wasserstein GANs", 2017, arXiv:1704.00028),
-and is differentiated twice. All four combinations with no norm are trained. A
-classifier that learned the real digits says how many of the generated ones it takes for their class
-(which one picture for each class would do, too), and one that learned the generated digits how many
-of the real ones it gets right (which that would not).
+and is differentiated twice. All four combinations with no norm are trained. A classifier that
+learned the real digits says how many of the generated ones it takes for their class (which one
+picture for each class would do, too), and one that learned the generated digits how many of the
+real ones it gets right (which that would not).
 
 It takes 3 min on two CPU cores. To be expected: 98 % of generated digits taken for their class, and
 96 to 97 % of the real ones right by learning from generated (of real ones: 98 %). That is with
@@ -221,11 +221,7 @@ def draw(args: argparse.Namespace, sheets: dict[str, np.ndarray], rows: list[dic
         title = "real digits"
         if norms != "real":
             generator, discriminator = norms.split("-")
-            mine = [
-                r
-                for r in rows
-                if (r["generator"], r["discriminator"]) == (generator, discriminator)
-            ]
+            mine = [r for r in rows if f"{r['generator']}-{r['discriminator']}" == norms]
             first, second = (
                 100 * np.mean([row[key] for row in mine])
                 for key in ("generated_recognized", "real_recognized")
