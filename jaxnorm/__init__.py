@@ -6,18 +6,14 @@ not import Flax.
 
 from jaxnorm.core.moments import Moments
 from jaxnorm.core.standardize import NormParams, init_params
-from jaxnorm.functional.batch import (
-    BatchNormState,
-    batch_norm,
-    init_batch_norm_state,
-    update_batch_norm_state,
-)
+from jaxnorm.functional.batch import batch_norm
 from jaxnorm.functional.group import group_norm
 from jaxnorm.functional.instance import instance_norm
 from jaxnorm.functional.layer import layer_norm
 from jaxnorm.functional.moments import merge_moments, moments
 from jaxnorm.functional.padding import pad_batch
 from jaxnorm.functional.rms import rms_norm
+from jaxnorm.functional.state import BatchNormState, init_batch_norm_state, update_batch_norm_state
 from jaxnorm.kernels import implementations
 
 __version__ = "0.1.0"

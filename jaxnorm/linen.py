@@ -1,12 +1,12 @@
 """Flax linen modules: drop-ins for the classes of the same names in `flax.linen`.
 
-Each is Flax's own class with another `__call__`: arguments, variables and their initialization are
-Flax's by inheritance, so checkpoints go both ways and `isinstance` holds. The modules own
-variables and do no arithmetic.
+Each inherits from Flax's class and replaces `__call__`. Arguments, variables and initialization are
+Flax's, so checkpoints load in both directions and `isinstance` holds. The modules own variables and
+do no arithmetic.
 
-`use_fast_variance` and `force_float32_reductions` are accepted: statistics are accurate, and in
-float32 or better, whatever they say. The latter still decides the dtype of running statistics.
-A `mask` is the `where` of the functions.
+`use_fast_variance` and `force_float32_reductions` are accepted but ignored: statistics are always
+accurate, and in float32 or better. The latter still decides the dtype of running statistics. A
+`mask` is the `where` of the functions.
 """
 
 from typing import Any
@@ -17,18 +17,11 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype
 
-from jaxnorm.core.devices import HERE, Devices, bound_devices
-from jaxnorm.core.layout import (
-    Layout,
-    batch_layout,
-    count_groups,
-    group_layout,
-    instance_layout,
-    layer_layout,
-)
-from jaxnorm.core.normalize import normalize, normalize_with
+from jaxnorm._modules import checked_call, update_running_statistics
+from jaxnorm.core.axes import count_groups
+from jaxnorm.core.layout import Layout, batch_layout, group_layout, instance_layout, layer_layout
+from jaxnorm.core.normalize import normalize, normalize_and_measure, normalize_with
 from jaxnorm.core.standardize import NormParams
-from jaxnorm.functional.batch import update_running_statistics
 
 __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 
@@ -66,19 +59,25 @@ class BatchNorm(nn.BatchNorm):
         size = None if use_running_average else self.virtual_batch_size
         layout = batch_layout(jnp.shape(x), self.axis, size, "axis")
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        mean = self.variable("batch_stats", "mean", jnp.zeros, layout.affine_shape, stats_dtype)
-        var = self.variable("batch_stats", "var", jnp.ones, layout.affine_shape, stats_dtype)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, layout.feature_shape, stats_dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, layout.feature_shape, stats_dtype)
         if use_running_average:
             x, params, dtype = _prepare(self, x, layout)
             return normalize_with(
-                x, layout, mean.value, var.value, params, epsilon=self.epsilon, dtype=dtype
+                "batch_norm",
+                x,
+                layout,
+                mean.value,
+                var.value,
+                params,
+                epsilon=self.epsilon,
+                dtype=dtype,
             )
-        y, stats = _normalize(self, x, layout, mask)
+        y, moments = normalize_and_measure(*_checked("batch_norm", self, x, layout, mask))
         if not self.is_initializing():
-            measured = stats.moments(layout, _devices(self))
             dtype = self.dtype or jnp.result_type(x)
             mean.value, var.value = update_running_statistics(
-                mean.value, var.value, measured, self.momentum, dtype
+                mean.value, var.value, moments, self.momentum, dtype
             )
         return y
 
@@ -100,7 +99,7 @@ class LayerNorm(nn.LayerNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalize x."""
         layout = layer_layout(jnp.shape(x), self.reduction_axes, self.feature_axes)
-        return _normalize(self, x, layout, mask)[0]
+        return normalize(*_checked("layer_norm", self, x, layout, mask))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -117,7 +116,7 @@ class RMSNorm(nn.RMSNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalize x."""
         layout = layer_layout(jnp.shape(x), self.reduction_axes, self.feature_axes)
-        return _normalize(self, x, layout, mask, centred=False)[0]
+        return normalize(*_checked("rms_norm", self, x, layout, mask, subtract_mean=False))
 
 
 class GroupNorm(nn.GroupNorm):
@@ -138,8 +137,8 @@ class GroupNorm(nn.GroupNorm):
         """Normalize x."""
         shape = jnp.shape(x)
         num_groups = count_groups(shape[-1], self.num_groups, self.group_size)
-        layout = group_layout(shape, num_groups, shared=self.reduction_axes)
-        return _normalize(self, x, layout, mask)[0]
+        layout = group_layout(shape, num_groups, reduction_axes=self.reduction_axes)
+        return normalize(*_checked("group_norm", self, x, layout, mask))
 
 
 class InstanceNorm(nn.InstanceNorm):
@@ -158,26 +157,18 @@ class InstanceNorm(nn.InstanceNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalize x."""
         layout = instance_layout(jnp.shape(x), self.feature_axes, "feature_axes")
-        return _normalize(self, x, layout, mask)[0]
+        return normalize(*_checked("instance_norm", self, x, layout, mask))
 
 
-def _normalize(module: Any, x, layout: Layout, mask, centred: bool = True):
-    x, params, dtype = _prepare(module, x, layout)
-    return normalize(
-        x,
-        layout,
-        params,
-        epsilon=module.epsilon,
-        where=None if mask is None else jnp.asarray(mask, bool),
-        centred=centred,
-        devices=_devices(module),
-        dtype=dtype,
-    )
+def _checked(name: str, module: Any, x, layout: Layout, mask, **options: Any):
+    prepared = _prepare(module, x, layout)
+    bind_names = not module.is_initializing()
+    return checked_call(name, module, layout, prepared, mask, bind_names=bind_names, **options)
 
 
 def _prepare(module: Any, x, layout: Layout) -> tuple[jax.Array, NormParams, Dtype]:
     """Return x made inexact, the parameters, and the result's dtype."""
-    shape, dtype = layout.affine_shape, module.param_dtype
+    shape, dtype = layout.feature_shape, module.param_dtype
     scale = bias = None
     if module.use_scale:
         scale = module.param("scale", module.scale_init, shape, dtype)
@@ -189,9 +180,3 @@ def _prepare(module: Any, x, layout: Layout) -> tuple[jax.Array, NormParams, Dty
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(dtype)
     return x, NormParams(scale, bias), dtype
-
-
-def _devices(module: Any) -> Devices:
-    if module.axis_name is None or module.is_initializing():
-        return HERE
-    return bound_devices(module.axis_name, module.axis_index_groups)

@@ -1,12 +1,12 @@
 """Flax nnx modules: drop-ins for the classes of the same names in `flax.nnx`.
 
-Each is Flax's own class with another `__call__`: arguments, variables and their initialization are
-Flax's by inheritance, so checkpoints go both ways and `isinstance` holds. The modules own
-variables and do no arithmetic.
+Each inherits from Flax's class and replaces `__call__`. Arguments, variables and initialization are
+Flax's, so checkpoints load in both directions and `isinstance` holds. The modules own variables and
+do no arithmetic.
 
-`use_fast_variance` is accepted: statistics are accurate, and in float32 or better, whatever it
-says. `promote_dtype` is called as Flax calls it, but x and the running statistics are not rounded
-before they are used: the result is. A `mask` is the `where` of the functions.
+`use_fast_variance` is accepted but ignored: statistics are always accurate, and in float32 or
+better. `promote_dtype` is called as in Flax, but only the result is rounded to its dtype, not x or
+the running statistics. A `mask` is the `where` of the functions.
 """
 
 import inspect
@@ -21,12 +21,11 @@ from flax.nnx.module import first_from
 from flax.nnx.nn.dtypes import canonicalize_dtype
 from flax.typing import Dtype
 
-from jaxnorm.core.devices import HERE, Devices, bound_devices
+from jaxnorm._modules import checked_call, update_running_statistics
+from jaxnorm.core.arithmetic import promote
 from jaxnorm.core.layout import Layout, batch_layout, group_layout, instance_layout, layer_layout
-from jaxnorm.core.moments import promote
-from jaxnorm.core.normalize import normalize, normalize_with
+from jaxnorm.core.normalize import normalize, normalize_and_measure, normalize_with
 from jaxnorm.core.standardize import NormParams
-from jaxnorm.functional.batch import update_running_statistics
 
 __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 
@@ -84,10 +83,12 @@ class BatchNorm(nnx.BatchNorm):
         mean, var = (_fold(stat[...], layout) for stat in (self.mean, self.var))
         if use_running_average:
             x, params, dtype = _prepare(self, x, layout, mean, var)
-            return normalize_with(x, layout, mean, var, params, epsilon=self.epsilon, dtype=dtype)
-        y, stats = _normalize(self, x, layout, mask, mean, var)
-        measured = stats.moments(layout, _devices(self))
-        updated = update_running_statistics(mean, var, measured, self.momentum, measured.mean.dtype)
+            return normalize_with(
+                "batch_norm", x, layout, mean, var, params, epsilon=self.epsilon, dtype=dtype
+            )
+        call = _checked("batch_norm", self, x, layout, mask, mean, var)
+        y, moments = normalize_and_measure(*call)
+        updated = update_running_statistics(mean, var, moments, self.momentum, moments.mean.dtype)
         for stat, value in zip((self.mean, self.var), updated, strict=True):
             # Where variables are references, none may be left holding what jax.grad traces.
             value = jax.lax.stop_gradient(value.reshape(stat.shape))
@@ -114,7 +115,7 @@ class LayerNorm(nnx.LayerNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalize x."""
         layout = layer_layout(jnp.shape(x), self.reduction_axes, self.feature_axes)
-        return _normalize(self, x, layout, mask)[0]
+        return normalize(*_checked("layer_norm", self, x, layout, mask))
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -130,7 +131,7 @@ class RMSNorm(nnx.RMSNorm):
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Normalize x."""
         layout = layer_layout(jnp.shape(x), self.reduction_axes, self.feature_axes)
-        return _normalize(self, x, layout, mask, centred=False)[0]
+        return normalize(*_checked("rms_norm", self, x, layout, mask, subtract_mean=False))
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -154,8 +155,8 @@ class GroupNorm(nnx.GroupNorm):
                 f"x must have the {features} features that this module was made for, got shape "
                 f"{shape}; make the module for the last axis of x."
             )
-        layout = group_layout(shape, self.num_groups, shared=self.reduction_axes)
-        return _normalize(self, x, layout, mask)[0]
+        layout = group_layout(shape, self.num_groups, reduction_axes=self.reduction_axes)
+        return normalize(*_checked("group_norm", self, x, layout, mask))
 
 
 class InstanceNorm(nnx.InstanceNorm):
@@ -173,21 +174,12 @@ class InstanceNorm(nnx.InstanceNorm):
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
         """Normalize x."""
         layout = instance_layout(jnp.shape(x), self.feature_axes, "feature_axes")
-        return _normalize(self, x, layout, mask)[0]
+        return normalize(*_checked("instance_norm", self, x, layout, mask))
 
 
-def _normalize(module: Any, x, layout: Layout, mask, *running: jax.Array, centred: bool = True):
-    x, params, dtype = _prepare(module, x, layout, *running)
-    return normalize(
-        x,
-        layout,
-        params,
-        epsilon=module.epsilon,
-        where=None if mask is None else jnp.asarray(mask, bool),
-        centred=centred,
-        devices=_devices(module),
-        dtype=dtype,
-    )
+def _checked(name: str, module: Any, x, layout: Layout, mask, *running, **options: Any):
+    prepared = _prepare(module, x, layout, *running)
+    return checked_call(name, module, layout, prepared, mask, **options)
 
 
 def _prepare(
@@ -209,12 +201,6 @@ def _prepare(
 
 def _fold(value: Any, layout: Layout) -> Any:
     """An array of shape (num_features,) as the functions take it: in the shape of its axes."""
-    if value is None or value.size != math.prod(layout.affine_shape):
+    if value is None or value.size != math.prod(layout.feature_shape):
         return value
-    return value.reshape(layout.affine_shape)
-
-
-def _devices(module: Any) -> Devices:
-    if module.axis_name is None:
-        return HERE
-    return bound_devices(module.axis_name, module.axis_index_groups)
+    return value.reshape(layout.feature_shape)

@@ -13,7 +13,7 @@ import oracle
 from jax import lax
 
 import jaxnorm as jn
-from jaxnorm.core.moments import promote
+from jaxnorm.core.arithmetic import promote
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,8 +16,8 @@ from test_derivatives import assert_same, forward_over_reverse, reverse_over_rev
 import jaxnorm as jn
 import jaxnorm.linen
 import jaxnorm.nnx
+from jaxnorm.core.arithmetic import promote
 from jaxnorm.core.devices import LARGEST_TABLE
-from jaxnorm.core.moments import promote
 
 SHAPE = (8, 5, 6)  # devices, examples of each, features
 DATA, SAME = jax.P("data"), jax.P()

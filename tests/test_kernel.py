@@ -151,17 +151,17 @@ def call_forward(y=None, stat=4, scale=6, x=None, **sizes):
     results = [y or struct(*x.shape, dtype=x.dtype), *[struct(stat)] * 4]
     call = jax.ffi.ffi_call("jaxnorm_forward", results)
     ones = jnp.ones(scale)
-    return call(x, ones, ones, **block, epsilon=np.float64(1), centred=True)
+    return call(x, ones, ones, **block, epsilon=np.float64(1), subtract_mean=True)
 
 
 def call_backward(dy=None, dx=None, stat=4, of_scale=6, of_bias=6, **sizes):
     x, stats = jnp.ones((4, 6)), jnp.ones(stat)
-    block = {"maps": 1, "n": 4, "s": 1, "g": 1, "k": 6} | sizes
+    block = {"batch": 1, "n": 4, "s": 1, "g": 1, "k": 6} | sizes
     results = [dx or struct(4, 6), struct(of_scale), struct(of_bias)]
     call = jax.ffi.ffi_call("jaxnorm_backward", results)
     dy = x if dy is None else dy
     numbers = {name: np.int64(size) for name, size in block.items()}
-    return call(x, dy, jnp.ones(6), stats, stats, stats, **numbers, centred=True)
+    return call(x, dy, jnp.ones(6), stats, stats, stats, **numbers, subtract_mean=True)
 
 
 def test_the_door_takes_what_fits():
@@ -183,8 +183,8 @@ def test_the_door_takes_what_fits():
         lambda: call_forward(struct(4, 5)),
         lambda: call_forward(struct(4, 6, dtype=jnp.bfloat16)),
         lambda: call_forward(x=jnp.ones((4, 6), jnp.float16)),
-        lambda: call_backward(maps=2),
-        lambda: call_backward(maps=0),
+        lambda: call_backward(batch=2),
+        lambda: call_backward(batch=0),
         lambda: call_backward(k=12),
         lambda: call_backward(stat=5),
         lambda: call_backward(stat=0),
@@ -205,4 +205,6 @@ def test_the_door_refuses_statistics_of_another_type():
     call = jax.ffi.ffi_call("jaxnorm_forward", [struct(4, 6)] + [struct(4, dtype=jnp.int32)] * 4)
     sizes = {"n": np.int64(4), "s": np.int64(1), "g": np.int64(1), "k": np.int64(6)}
     with pytest.raises(Exception, match=r"[Ww]rong buffer dtype"):
-        jax.block_until_ready(call(x, x[0], x[0], **sizes, epsilon=np.float64(1), centred=True))
+        jax.block_until_ready(
+            call(x, x[0], x[0], **sizes, epsilon=np.float64(1), subtract_mean=True)
+        )

@@ -1,13 +1,13 @@
-"""Named axes: the devices, or the mapped examples, that share statistics.
+"""Named axes: the devices, or the examples of a `vmap`, that share statistics.
 
-Each of them has measured a part. In `shard_map` and `pmap` the parts are gathered into one small
-table, in one collective, and every device merges the table by itself, so that all come to the same
-numbers. The table grows with the number of devices; where it would take longer than a second
-collective, the parts are merged through sums instead, two of them, that cost the same for any
-number. So they are under `vmap`, where nothing is sent.
+Each device measures its own part. In `shard_map` and `pmap` the parts are gathered into one small
+table, in one collective, and every device merges the whole table, so that all get the same numbers.
+The table grows with the number of devices. Where sending it would take longer than a second
+collective, the parts are merged through two sums instead, whose cost does not grow. Under `vmap`
+they are merged through sums too, since nothing is sent there.
 
-Groups of devices gather among themselves if they are of one size. Others, and those of `vmap`,
-which knows no groups, are summed in a table with a row for each group.
+Groups of devices gather among themselves if all groups have one size. Otherwise, and under `vmap`,
+which supports no groups, they are summed in a table with a row for each group.
 """
 
 import functools
@@ -25,19 +25,19 @@ AxisName = Any  # any hashable name, or a tuple of names
 AxisGroups = Sequence[Sequence[int]] | None
 Equation = Callable[[Callable, Any], Any]
 
-# Bytes that take about as long to arrive, 20 to 40 microseconds at 25 to 50 GB/s, as one more
-# collective takes to start.
+# A table of this many bytes takes 20 to 40 microseconds to send at 25 to 50 GB/s, about as long as
+# a second collective takes to start.
 LARGEST_TABLE = 2**20
 
 
 class Devices(NamedTuple):
-    """The devices along named axes, and which of them share statistics; no name: this one alone.
+    """The devices along named axes, and which of them share statistics.
 
     Attributes:
-      names: of the axes.
-      size: how many devices there are along them.
+      names: of the axes; empty for this device alone.
+      size: the number of devices along them.
       groups: the indices along the axes, each in one group; None is one group of all.
-      manual: whether the names are those of `shard_map` or `pmap`.
+      manual: whether `shard_map` or `pmap` binds the names.
     """
 
     names: tuple = ()
@@ -46,21 +46,21 @@ class Devices(NamedTuple):
     manual: bool = False
 
     @property
-    def mapped(self) -> bool:
+    def under_vmap(self) -> bool:
         """Whether `vmap` binds a name.
 
-        JAX gets to the derivative of what is compiled inside of it when it has left the name, so
-        there nothing may be compiled by itself, and no name be asked for in a derivative.
+        JAX differentiates a program that is compiled inside such a `vmap` after the name is gone.
+        So nothing may be compiled separately there, and no derivative may look up the name.
         """
         return bool(self.names) and not self.manual
 
     @property
     def gather(self) -> bool:
-        """Whether JAX can gather among those that share."""
+        """Whether JAX can gather among the devices that share statistics."""
         return self.manual and len({len(group) for group in self.groups or ((),)}) == 1
 
     def group(self) -> jax.Array | None:
-        """The group of this device, where there are groups that can't gather."""
+        """The number of this device's group, if there are groups and they can't gather."""
         if not self.groups or self.gather:
             return None
         group_of = {index: number for number, group in enumerate(self.groups) for index in group}
@@ -68,7 +68,7 @@ class Devices(NamedTuple):
         return table[lax.axis_index(self.names)]
 
     def sum(self, tree: Any, group: jax.Array | None = None) -> Any:
-        """The sums of arrays of one shape over the devices that share, in one collective."""
+        """Sums over the devices that share statistics, of arrays of one shape: one collective."""
         if not self.names:
             return tree
         if not self.groups:
@@ -84,11 +84,11 @@ class Devices(NamedTuple):
         return _packed(sums, lambda a: jnp.array(sizes, a.dtype)[group] * a, tree)
 
     def merge(self, equation: Equation, parts: Any, group: jax.Array | None = None) -> Any:
-        """`equation(add, parts)`, where `add` sums over the devices that share.
+        """`equation(add, parts)`, where `add` sums over the devices that share statistics.
 
-        In one collective, however often the equation adds, where a small table can be gathered.
-        The parts are arrays of one shape, or of NumPy: those are the same on all devices and are
-        not sent. The result is not to be differentiated.
+        Where a small table can be gathered, this takes one collective, however often the equation
+        adds. The parts are JAX arrays of one shape; NumPy arrays are the same on all devices and
+        are not sent. The result must not be differentiated.
         """
         if not self.names:
             return parts
@@ -103,14 +103,14 @@ class Devices(NamedTuple):
         return isinstance(size, int) and size * self.size <= LARGEST_TABLE
 
     def _gathered(self, parts: Any) -> Any:
-        """The parts of all that share, along a new first axis."""
+        """The parts of all devices that share statistics, along a new first axis."""
         size = len(self.groups[0]) if self.groups else self.size
         gather = functools.partial(
             lax.all_gather,
             axis_name=self.names,
             axis=1,
             axis_index_groups=self.groups,
-            # Without groups all devices hold the same rows; this says so to check_vma=True.
+            # Without groups all devices get the same rows; check_vma=True has to know it.
             to="varying" if self.groups else "invarying",
         )
         return _packed(gather, lambda a: np.broadcast_to(a, (size, *a.shape)), parts)
@@ -121,20 +121,20 @@ class Devices(NamedTuple):
         except ValueError:
             if not self.manual:
                 raise
-            # With check_vma=True, a may be the same along some of the names: one at a time.
+            # With check_vma=True, `a` may vary along some of the names only: one name at a time.
             return functools.reduce(lax.psum, self.names, a)
 
 
-HERE = Devices()  # no other device
+LOCAL = Devices()  # this device alone
 
 
 def bound_devices(axis_name: AxisName, axis_index_groups: AxisGroups = None) -> Devices:
-    """The `Devices` of an axis name that something around this call binds.
+    """The `Devices` of an axis name that a map around this call binds.
 
     Raises:
-      TypeError: the name is no name, or the groups are not of integers.
+      TypeError: the name can't be a name, or the groups are not lists of integers.
       ValueError: nothing binds the name, it is given twice, or the groups do not hold each index
-        of it once.
+        along it once.
     """
     if axis_name is None:
         if axis_index_groups is not None:
@@ -142,7 +142,7 @@ def bound_devices(axis_name: AxisName, axis_index_groups: AxisGroups = None) -> 
                 "axis_index_groups must come with the axis_name that it divides, got no axis_name;"
                 " pass both or neither."
             )
-        return HERE
+        return LOCAL
     names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
     for name in names:
         if isinstance(name, int | jax.Array) or not isinstance(name, Hashable):
@@ -180,15 +180,15 @@ def bound_devices(axis_name: AxisName, axis_index_groups: AxisGroups = None) -> 
 
 
 def over_rows(equation: Equation, rows: Any) -> Any:
-    """`equation(add, rows)`, where `add` sums over the first axis, which the result lacks."""
+    """`equation(add, rows)`, where `add` sums over the first axis; the result is without it."""
     add = functools.partial(jax.tree.map, lambda a: jnp.sum(a, 0, keepdims=True))
     return jax.tree.map(lambda a: a[0], equation(add, rows))
 
 
 def _packed(collective: Callable, constant: Callable, tree: Any) -> Any:
-    """One collective of all arrays, which have one shape; `constant` of those of NumPy.
+    """One collective of all JAX arrays, which have one shape; `constant` of NumPy arrays.
 
-    The collective is given them along a new first axis, which it keeps.
+    The collective gets the arrays stacked along a new first axis, and returns them so.
     """
     leaves, structure = jax.tree.flatten(tree)
     parts = [part for a in leaves if not isinstance(a, np.ndarray) for part in _real_parts(a)]

@@ -1,61 +1,70 @@
-"""Which elements share statistics: static, hashable, checked at the door.
+"""Which elements share statistics: static, hashable, checked once for each shape and axes.
 
-A norm differs from its siblings only in its `Layout`. Group norm splits its feature axis into
-(groups, features of a group), ghost batch norm its batch axis into (sub-batches, examples of a
-sub-batch); every other norm views the array as it is. All later code works on that view and on
-statistics that keep the shared axes with size one, so that they broadcast.
+The norms differ only in their `Layout`. Group norm splits its feature axis into (groups, features
+of a group), and ghost batch norm its batch axis into (sub-batches, examples of a sub-batch); every
+other norm views the array as it is. All later code works on that view, and on statistics that keep
+the reduction axes with size one, so that they broadcast.
 """
 
 import dataclasses
+import functools
 import math
-import operator
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-Axes = int | Iterable[int]
+from jaxnorm.core.arithmetic import as_array
+from jaxnorm.core.axes import Axes, canonical_axes, check_divisor, other_axes
+
+F = TypeVar("F", bound=Callable)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where one norm's statistics and affine live in an array of one shape.
+    """The axes of statistics and parameters in an array of one shape.
 
     Attributes:
       shape: the shape of x.
-      view: the same elements with the axis `split` in two; else `shape`.
-      shared: axes of the view over which statistics are shared.
-      affine: axes of the view that scale and bias span.
-      split: the axis of the view whose successor was one with it in `shape`, or None.
+      view: the shape after splitting the axis `split` in two; else `shape`.
+      reduction_axes: axes of the view over which statistics are shared.
+      feature_axes: axes of the view that scale and bias span.
+      split: the first of the two axes of the view that are one axis of `shape`, or None.
     """
 
     shape: tuple[int, ...]
     view: tuple[int, ...]
-    shared: tuple[int, ...]
-    affine: tuple[int, ...]
+    reduction_axes: tuple[int, ...]
+    feature_axes: tuple[int, ...]
     split: int | None = None
 
     @property
     def sub_batches(self) -> bool:
-        """Whether it is the batch that is split, each part with statistics of its own."""
-        return self.split is not None and self.split not in self.affine
+        """Whether the batch axis is split, so that each part has its own statistics."""
+        return self.split is not None and self.split not in self.feature_axes
 
     @property
     def count(self) -> int:
         """How many elements share one mean and variance, where nothing is masked."""
-        return math.prod(self.view[axis] for axis in self.shared)
+        return math.prod(self.view[axis] for axis in self.reduction_axes)
 
     @property
-    def affine_shape(self) -> tuple[int, ...]:
+    def statistics_shape(self) -> tuple[int, ...]:
+        """The shape of the statistics: that of the view, with reduction axes of size one."""
+        axes = self.reduction_axes
+        return tuple(1 if axis in axes else size for axis, size in enumerate(self.view))
+
+    @functools.cached_property
+    def feature_shape(self) -> tuple[int, ...]:
         """The shape of scale and bias: the sizes of their axes of x, in the order of x."""
-        sizes = tuple(self.view[axis] for axis in self.affine)
-        return (math.prod(sizes),) if self.split in self.affine else sizes  # groups: one axis of x
+        sizes = tuple(self.view[axis] for axis in self.feature_axes)
+        # The groups and the features of a group are one axis of x.
+        return (math.prod(sizes),) if self.split in self.feature_axes else sizes
 
-    @property
+    @functools.cached_property
     def block(self) -> tuple[int, int, int, int] | None:
-        """The view in memory as (n, s, g, k), or None if its axes don't stand in that order.
+        """The view in memory as (n, s, g, k), or None if its axes are in another order.
 
         n independent examples, s positions, g groups of k features: statistics are shared over s
         and k, parameters span g and k.
@@ -67,24 +76,23 @@ class Layout:
                 return None  # a symbolic shape, of jax.export
             if size == 1:
                 continue
-            place = (axis in self.shared) + 2 * (axis in self.affine)
+            place = (axis in self.reduction_axes) + 2 * (axis in self.feature_axes)
             if place < last:
                 return None
             last = place
             sizes[place] *= size
         return sizes[0], sizes[1], sizes[2], sizes[3]
 
-    def spread(self, param: jax.Array) -> jax.Array:
-        """A scale, bias or running statistic, shaped to broadcast against the view."""
-        return param.reshape(
-            [size if axis in self.affine else 1 for axis, size in enumerate(self.view)]
-        )
+    def broadcast(self, param: jax.Array) -> jax.Array:
+        """A scale, bias or running statistic, reshaped to broadcast against the view."""
+        axes = self.feature_axes
+        return param.reshape([size if axis in axes else 1 for axis, size in enumerate(self.view)])
 
     def mask(self, where: ArrayLike | None) -> jax.Array | None:
-        """`where`, checked and shaped to broadcast against the view."""
+        """`where`, checked and reshaped to broadcast against the view."""
         if where is None:
             return None
-        where = jnp.asarray(where)
+        where = as_array(where)
         if where.dtype != bool:
             raise TypeError(
                 f"where must be boolean (True counts in the statistics), got dtype {where.dtype}; "
@@ -103,64 +111,100 @@ class Layout:
         return where.reshape(where.shape[:axis] + parts + where.shape[axis + 1 :])
 
 
+def once_per_kind(function: F) -> F:
+    """Remember the results of a function of static arguments, which need not be checked again.
+
+    Arguments that can't be compared are not remembered: lists, and the symbolic sizes of
+    jax.export.
+    """
+    remembered = functools.lru_cache(maxsize=4096, typed=True)(function)
+
+    @functools.wraps(function)
+    def call(shape, *args, **kwargs):
+        if all(type(size) is int for size in shape):
+            try:
+                return remembered(shape, *args, **kwargs)
+            except TypeError:  # an argument is a list, or wrong: then this raises again
+                pass
+        return function(shape, *args, **kwargs)
+
+    return cast(F, call)
+
+
 def make_layout(
     shape: tuple[int, ...],
     *,
-    shared: Axes,
-    affine: Axes,
+    reduction_axes: Axes,
+    feature_axes: Axes,
     split: int | None = None,
     parts: int = 1,
 ) -> Layout:
-    """The layout that shares statistics over the axes `shared` and has parameters along `affine`.
+    """A layout for x of that shape, by the axes of x.
 
-    The axis `split` is shared, but only within each of that many equal `parts`.
+    If `split` is given, that axis is divided into so many equal `parts`, and statistics are shared
+    only within each part.
     """
-    shared = canonical_axes(shared, len(shape))
-    affine = canonical_axes(affine, len(shape))
+    reduction_axes = canonical_axes(reduction_axes, len(shape))
+    feature_axes = canonical_axes(feature_axes, len(shape))
     if split is None:
-        return Layout(shape, shape, shared, affine)
+        return Layout(shape, shape, reduction_axes, feature_axes)
     view = (*shape[:split], parts, shape[split] // parts, *shape[split + 1 :])
-    moved = tuple(axis + (axis > split) for axis in affine)
-    if split in affine:
-        moved = tuple(sorted((*moved, split + 1)))
-    return Layout(shape, view, tuple(axis + (axis >= split) for axis in shared), moved, split)
+    features = tuple(axis + (axis > split) for axis in feature_axes)
+    if split in feature_axes:
+        features = tuple(sorted((*features, split + 1)))
+    reduced = tuple(axis + (axis >= split) for axis in reduction_axes)
+    return Layout(shape, view, reduced, features, split)
 
 
+@once_per_kind
+def moments_layout(shape: tuple[int, ...], axis: Axes) -> Layout:
+    """Statistics over the given axes, and no parameters."""
+    return make_layout(shape, reduction_axes=axis, feature_axes=())
+
+
+@once_per_kind
 def layer_layout(shape: tuple[int, ...], axes: Axes, feature_axes: Axes | None = None) -> Layout:
-    """Statistics shared over the axes, and parameters along those or along `feature_axes`."""
+    """Statistics over the axes, and parameters along those or along `feature_axes`."""
     if feature_axes is None:
-        return make_layout(shape, shared=axes, affine=axes)
-    shared = canonical_axes(axes, len(shape), "reduction_axes")
-    affine = canonical_axes(feature_axes, len(shape), "feature_axes")
-    return make_layout(shape, shared=shared, affine=affine)
+        return make_layout(shape, reduction_axes=axes, feature_axes=axes)
+    reduced = canonical_axes(axes, len(shape), "reduction_axes")
+    features = canonical_axes(feature_axes, len(shape), "feature_axes")
+    return make_layout(shape, reduction_axes=reduced, feature_axes=features)
 
 
+@once_per_kind
 def batch_layout(
     shape: tuple[int, ...],
     feature_axes: Axes,
     virtual_batch_size: int | None = None,
     name: str = "feature_axis",
 ) -> Layout:
-    """Statistics of each feature, shared over all other axes; or within sub-batches of that size.
+    """Statistics of each feature, over all other axes or within sub-batches of that size.
 
     Raises:
       ValueError: the size does not divide the batch, which is the first axis without features.
     """
     features = canonical_axes(feature_axes, len(shape), name)
-    shared = other_axes(features, len(shape))
+    others = other_axes(features, len(shape))
     if virtual_batch_size is None:
-        return make_layout(shape, shared=shared, affine=features)
-    if not shared:
+        return make_layout(shape, reduction_axes=others, feature_axes=features)
+    if not others:
         raise ValueError(
             f"x must have a batch axis that virtual_batch_size divides, got shape {shape} of "
             "features alone; put a batch axis in front of x."
         )
-    batch = shape[shared[0]]
-    size = check_divisor(virtual_batch_size, batch, "virtual_batch_size", "examples")
-    parts = batch // size
-    return make_layout(shape, shared=shared, affine=features, split=shared[0], parts=parts)
+    batch = others[0]
+    size = check_divisor(virtual_batch_size, shape[batch], "virtual_batch_size", "examples")
+    return make_layout(
+        shape,
+        reduction_axes=others,
+        feature_axes=features,
+        split=batch,
+        parts=shape[batch] // size,
+    )
 
 
+@once_per_kind
 def instance_layout(
     shape: tuple[int, ...], feature_axes: Axes, name: str = "feature_axis"
 ) -> Layout:
@@ -171,121 +215,37 @@ def instance_layout(
             f"{name} must leave out the first axis, which holds the examples, got {feature_axes!r} "
             f"for x of shape {shape}; put a batch axis in front of x."
         )
-    return make_layout(shape, shared=other_axes(features, len(shape), start=1), affine=features)
+    positions = other_axes(features, len(shape), start=1)
+    return make_layout(shape, reduction_axes=positions, feature_axes=features)
 
 
+@once_per_kind
 def group_layout(
-    shape: tuple[int, ...], num_groups: int, feature_axis: int = -1, shared: Axes | None = None
+    shape: tuple[int, ...],
+    num_groups: int,
+    feature_axis: int = -1,
+    reduction_axes: Axes | None = None,
 ) -> Layout:
     """Statistics of each group of features, by default of each example by itself.
 
-    An array of features alone is one example.
+    An array that has only a feature axis is one example.
 
     Raises:
       ValueError: the groups do not divide the features, or the axes are not those of one example.
     """
     (axis,) = canonical_axes((feature_axis,), len(shape), "feature_axis")
-    if shared is None:
-        positions = instance_layout(shape, axis).shared if len(shape) > 1 else ()
-        shared = (*positions, axis)
-    elif axis not in canonical_axes(shared, len(shape), "reduction_axes"):
+    if reduction_axes is None:
+        positions = instance_layout(shape, axis).reduction_axes if len(shape) > 1 else ()
+        reduction_axes = (*positions, axis)
+    elif axis not in canonical_axes(reduction_axes, len(shape), "reduction_axes"):
         raise ValueError(
-            f"reduction_axes must hold the feature axis, {axis}, got {shared!r} for x of shape "
-            f"{shape}; add it."
+            f"reduction_axes must hold the feature axis, {axis}, got {reduction_axes!r} for x of "
+            f"shape {shape}; add it."
         )
     num_groups = check_divisor(num_groups, shape[axis], "num_groups")
-    return make_layout(shape, shared=shared, affine=axis, split=axis, parts=num_groups)
-
-
-def count_groups(features: int, num_groups: int | None, group_size: int | None) -> int:
-    """The number of groups, from that or from their size, whichever is given.
-
-    Raises:
-      ValueError: both are given or neither, or the size does not divide the features.
-    """
-    if (num_groups is None) == (group_size is None):
-        raise ValueError(
-            f"one of num_groups and group_size must be given, got num_groups={num_groups} and "
-            f"group_size={group_size}; pass num_groups=None with a group_size."
-        )
-    if num_groups is not None:
-        return check_divisor(num_groups, features, "num_groups")
-    return features // check_divisor(group_size, features, "group_size")
-
-
-def check_divisor(value: Any, size: int, name: str, things: str = "features") -> int:
-    """A number of groups, or their size, that divides the size of an axis.
-
-    Raises:
-      TypeError: it is not an integer.
-      ValueError: it does not divide the size.
-    """
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"{name} must be an integer, got {value!r}; it is compiled into the program, so in "
-            "jax.jit make it a static argument."
-        ) from None
-    if value < 1 or size % value:
-        raise ValueError(
-            f"{name} must be a positive integer that divides the {things}, got {value} for "
-            f"{size} {things}; choose one of their divisors."
-        )
-    return value
-
-
-def canonical_axes(axes: Axes, ndim: int, name: str = "axis") -> tuple[int, ...]:
-    """`axes` as sorted, non-negative numbers of axes of an array of `ndim` dimensions.
-
-    Raises:
-      TypeError: an axis is not an integer.
-      ValueError: an axis is out of range or given twice.
-    """
-    given: Any = axes
-    if not isinstance(axes, Iterable) or getattr(axes, "ndim", 1) == 0:
-        given = (axes,)  # an array of no axes is Iterable by its type alone
-    try:
-        numbers = [operator.index(axis) for axis in given]
-    except TypeError:
-        raise TypeError(
-            f"{name} must be an integer or several, got {axes!r}; pass for example {name}=-1 (in "
-            "jax.jit as a static argument)."
-        ) from None
-    if numbers and ndim == 0:
-        raise ValueError(
-            "x must have at least one axis to take statistics over, got a scalar; pass an array "
-            "such as one of shape (batch, features)."
-        )
-    for axis in numbers:
-        if not -ndim <= axis < ndim:
-            raise ValueError(
-                f"{name} must lie in [{-ndim}, {ndim}) for an array of {ndim} dimensions, "
-                f"got {axis}; choose an axis that x has."
-            )
-    canonical = sorted(axis % ndim for axis in numbers)
-    if len(set(canonical)) < len(canonical):
-        raise ValueError(
-            f"{name} must name each axis once, got {axes!r} for an array of {ndim} dimensions; "
-            "leave the repeated one out."
-        )
-    return tuple(canonical)
-
-
-def other_axes(axes: tuple[int, ...], ndim: int, start: int = 0) -> tuple[int, ...]:
-    """The axes from `start` on that are not in `axes`."""
-    return tuple(axis for axis in range(start, ndim) if axis not in axes)
-
-
-def check_input(x: Any, name: str = "x") -> jax.Array:
-    """Return x as an array of a dtype that can be normalized."""
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        raise TypeError(
-            f"{name} must be floating-point or complex, got dtype {x.dtype}; "
-            f"convert it first, for example {name}.astype(jnp.float32)."
-        )
-    return x
+    return make_layout(
+        shape, reduction_axes=reduction_axes, feature_axes=axis, split=axis, parts=num_groups
+    )
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

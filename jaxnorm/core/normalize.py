@@ -1,47 +1,102 @@
-"""The door: arguments checked, precision decided, and who computes it chosen."""
+"""The door: arguments are checked, precision is decided, and who computes is chosen.
+
+Behind it there are programs of a static `NormSpec` and of arrays. A call outside of `jit` is some
+checks and one such program.
+"""
 
 import functools
+from collections.abc import Callable
 from numbers import Real
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm.core import primitives
-from jaxnorm.core.devices import HERE, Devices
+from jaxnorm import kernels
+from jaxnorm.core import operations, primitives
+from jaxnorm.core.arithmetic import as_array, promote, real_dtype, reciprocal_std
+from jaxnorm.core.devices import LOCAL, Devices
 from jaxnorm.core.layout import Layout
-from jaxnorm.core.moments import Measure, Statistics, promote, reciprocal_std
-from jaxnorm.core.standardize import NormParams, standardize
+from jaxnorm.core.moments import Moments, Statistics
+from jaxnorm.core.spec import NormSpec
+from jaxnorm.core.standardize import NormParams, measure_and_standardize, standardize
 
 
-def normalize(
+class Arrays(NamedTuple):
+    """The arrays of a norm, checked."""
+
+    x: jax.Array
+    params: NormParams
+    where: jax.Array | None  # broadcasts against the view of x
+
+
+def program(function: Callable, static_argnums: tuple[int, ...] = (0,)) -> Callable:
+    """Compile a function whose first argument is a `NormSpec`, unless `vmap` binds its devices."""
+    compiled = jax.jit(function, static_argnums=static_argnums)
+
+    @functools.wraps(function)
+    def call(spec: NormSpec, *args: Any) -> Any:
+        return (function if spec.devices.under_vmap else compiled)(spec, *args)
+
+    return call
+
+
+def checked(
+    name: str,
     x: jax.Array,
     layout: Layout,
     params: NormParams | None = None,
     *,
     epsilon: float,
     where: ArrayLike | None = None,
-    centred: bool = True,
-    devices: Devices = HERE,
+    subtract_mean: bool = True,
+    devices: Devices = LOCAL,
     dtype: DTypeLike | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, Statistics]:
-    """Standardize x by its own statistics; return those too.
+) -> tuple[NormSpec, Arrays]:
+    """The arguments of a norm, checked.
 
-    Sub-batches share theirs with no other device.
-    Precision is decided here: the arithmetic is in float32 or better, the result in `dtype`, by
-    default that of x.
+    The arithmetic is in float32 or better; the result has `dtype`, by default that of x.
     """
-    dtype = jnp.dtype(dtype or x.dtype)
-    arithmetic = promote(x.dtype, dtype, jnp.float32)
-    devices = HERE if layout.sub_batches else devices
-    how = Measure(layout, arithmetic, check_epsilon(epsilon), centred, devices)
-    params, where = check_params(params, layout, dtype), layout.mask(where)
-    return primitives.normalize(how, dtype, x, params, where, implementation)
+    spec = _spec(name, x, layout, epsilon, dtype)
+    spec = spec._replace(
+        subtract_mean=subtract_mean,
+        devices=devices,
+        implementation=kernels.check_implementation(implementation),
+    )
+    arrays = Arrays(x, check_params(params, layout, spec.dtype), layout.mask(where))
+    if spec.implementation != "xla":
+        request = operations.request(spec, x.dtype, masked=where is not None)
+        if not kernels.supported(request, required=spec.implementation == "kernel"):
+            spec = spec._replace(implementation="xla")
+    return spec, arrays
+
+
+def compute(spec: NormSpec, arrays: Arrays) -> tuple[jax.Array, Statistics]:
+    """y and the statistics, inside a program: by a kernel where one supports it, or the formula."""
+    with jax.named_scope(spec.name):
+        if spec.implementation == "xla":
+            return measure_and_standardize(spec, *arrays)
+        return primitives.normalize(spec, arrays.x, arrays.params)
+
+
+@program
+def normalize(spec: NormSpec, arrays: Arrays) -> jax.Array:
+    """Standardize x by its own statistics."""
+    return compute(spec, arrays)[0]
+
+
+@program
+def normalize_and_measure(spec: NormSpec, arrays: Arrays) -> tuple[jax.Array, Moments]:
+    """Standardize x by its own statistics; the second result is the moments, over the devices."""
+    y, stats = compute(spec, arrays)
+    return y, stats.moments(spec.layout, spec.devices)
 
 
 def normalize_with(
+    name: str,
     x: jax.Array,
     layout: Layout,
     mean: jax.Array,
@@ -51,24 +106,43 @@ def normalize_with(
     epsilon: float,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """Standardize x by statistics that are given, such as running ones."""
+    """Standardize x by given statistics, such as running ones."""
+    spec = _spec(name, x, layout, epsilon, dtype)
+    mean = check_feature_array(mean, "the running mean", layout, spec.dtype)
+    var = check_feature_array(var, "the running variance", layout, spec.dtype)
+    return _normalize_with(spec, x, mean, var, check_params(params, layout, spec.dtype))
+
+
+@program
+def _normalize_with(spec, x, mean, var, params):
+    with jax.named_scope(spec.name):
+        mean = spec.layout.broadcast(mean).astype(spec.compute_dtype)
+        var = spec.layout.broadcast(var).astype(real_dtype(spec.compute_dtype))
+        rstd = reciprocal_std(var, spec.epsilon)
+        return standardize(spec, x, mean, None, rstd, params)
+
+
+def _spec(
+    name: str, x: jax.Array, layout: Layout, epsilon: float, dtype: DTypeLike | None
+) -> NormSpec:
     dtype = jnp.dtype(dtype or x.dtype)
-    how = Measure(layout, promote(x.dtype, dtype, jnp.float32), check_epsilon(epsilon))
-    mean = check_feature_array(mean, "the running mean", layout, dtype)
-    var = check_feature_array(var, "the running variance", layout, dtype)
-    return _normalize_with(how, dtype, x, mean, var, check_params(params, layout, dtype))
+    compute_dtype = promote(x.dtype, dtype, jnp.float32)
+    return NormSpec(name, layout, compute_dtype, dtype, check_epsilon(epsilon))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _normalize_with(how, dtype, x, mean, var, params):
-    real = jnp.finfo(how.dtype).dtype
-    mean = how.layout.spread(mean).astype(how.dtype)
-    rstd = reciprocal_std(how.layout.spread(var).astype(real), how.epsilon)
-    return standardize(how, dtype, x, mean, None, rstd, params)
+def check_input(x: Any) -> jax.Array:
+    """x as an array of a dtype that can be normalized."""
+    x = as_array(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(
+            f"x must be floating-point or complex, got dtype {x.dtype}; convert it first, for "
+            "example x.astype(jnp.float32)."
+        )
+    return x
 
 
 def check_params(params: NormParams | None, layout: Layout, dtype: jnp.dtype) -> NormParams:
-    """Params whose arrays fit the layout."""
+    """Parameters whose arrays fit the layout; None is no parameters."""
     if params is None:
         return NormParams()
     if not isinstance(params, NormParams):
@@ -86,10 +160,10 @@ def check_params(params: NormParams | None, layout: Layout, dtype: jnp.dtype) ->
 
 def check_feature_array(value, name: str, layout: Layout, dtype: jnp.dtype) -> jax.Array:
     """An array with one element for each feature of the layout, real if x is."""
-    value = jnp.asarray(value)
-    if value.shape != layout.affine_shape:
+    value = as_array(value)
+    if value.shape != layout.feature_shape:
         raise ValueError(
-            f"{name} must have shape {layout.affine_shape} to fit x of shape {layout.shape}, got "
+            f"{name} must have shape {layout.feature_shape} to fit x of shape {layout.shape}, got "
             f"{value.shape}; make it with that many features, or give x another feature axis."
         )
     if jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating):

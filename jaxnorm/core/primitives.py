@@ -1,18 +1,15 @@
-"""Three primitives that a kernel can compute: value, tangent, cotangent.
+"""How JAX is told about the three operations: as primitives.
 
-    value(x, params)                               -> y, statistics
-    tangent(x, params, statistics, tx, tparams)    -> ty, tstatistics     linear in the last two
-    cotangent(x, params, statistics, dy)           -> dx, dparams         its transpose
-
-Each is a formula, which is the truth: JAX makes from it the primitive's types, derivatives and
-lowering. A kernel is a second lowering, which a platform may have and which may decline; nothing
-above it changes. So there are no derivatives here, only the order of things: the value's
-derivative is the tangent, the tangent's transpose is the cotangent.
+Each operation (operations.py) has a formula, from which JAX makes the primitive's types, its
+derivatives and its lowering for every platform. Where the platform has a kernel that supports the
+call, the lowering calls that kernel instead; nothing else changes. Two rules connect the
+operations: the derivative of the value is the tangent, and the transpose of the tangent is the
+cotangent.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,59 +18,16 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxnorm import kernels
-from jaxnorm.core.moments import Measure, Statistics, count_all, measure, measured
-from jaxnorm.core.standardize import NormParams, standardize
+from jaxnorm.core import operations
+from jaxnorm.core.moments import Statistics
+from jaxnorm.core.spec import NormSpec
+from jaxnorm.core.standardize import NormParams
 
 
-class Setting(NamedTuple):
-    """What is static in a primitive.
-
-    Attributes:
-      how: to measure.
-      dtype: of y.
-      required: whether it is an error if no kernel takes it.
-      maps: how many leading axes vmap has given to x, the statistics, and their (co)tangents. The
-        parameters have none.
-      of_params: whether the cotangent is that of the parameters too.
-    """
-
-    how: Measure
-    dtype: jnp.dtype
-    required: bool
-    maps: int = 0
-    of_params: bool = True
-
-
-def normalize(
-    how: Measure,
-    dtype: jnp.dtype,
-    x: jax.Array,
-    params: NormParams,
-    where: jax.Array | None,
-    implementation: str | None,
-) -> tuple[jax.Array, Statistics]:
-    """y and the statistics: by a kernel where one is built and takes these, else by the formula."""
-    implementation = kernels.choose(implementation, how, dtype, x, where)
-    if implementation == "xla":
-        function = by_formula if how.devices.mapped else _by_formula_compiled
-        return function(how, dtype, x, params, where)
-    setting = Setting(how, dtype, required=implementation == "kernel")
-    return _by_primitives(setting, x, params)
-
-
-def by_formula(how, dtype, x, params, where):
-    """The same by the formula."""
-    stats = measure(how, x, where)
-    return standardize(how, dtype, x, stats.mean, stats.rest, stats.rstd, params), stats
-
-
-_by_formula_compiled = jax.jit(by_formula, static_argnums=(0, 1))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _by_primitives(setting, x, params):
-    y, *stats = value(setting, *_equally_varying((x, params)))
-    return y, _statistics(setting.how, stats)
+def normalize(spec: NormSpec, x: jax.Array, params: NormParams) -> tuple[jax.Array, Statistics]:
+    """y and the statistics, by the primitives."""
+    y, *stats = value(spec, *_equally_varying((x, params)))
+    return y, operations.statistics_of(spec, stats)
 
 
 def _equally_varying(tree: Any) -> Any:
@@ -88,158 +42,122 @@ def _equally_varying(tree: Any) -> Any:
     return jax.tree.map(cast, tree)
 
 
-def _parts(stats: Statistics) -> list[jax.Array]:
-    """What of the statistics is not known from the shape."""
-    return jax.tree.leaves(stats._replace(count=None))
-
-
-def _statistics(how: Measure, parts: Sequence) -> Statistics:
-    *means, var, rstd = parts
-    mean, rest = means or (None, None)
-    return Statistics(mean, rest, var, jnp.broadcast_to(count_all(how), var.shape), rstd)
-
-
-def _value(setting, x, params):
-    y, stats = by_formula(setting.how, setting.dtype, x, params, None)
-    return [y, *_parts(stats)]
-
-
-def _again(setting, parts, x, params):
-    """The value, of which the statistics are given."""
-    how, dtype = setting.how, setting.dtype
-    stats = measured(how, x, _statistics(how, parts))
-    y = standardize(how, dtype, x, stats.mean, stats.rest, stats.rstd, params)
-    return [y, *_parts(stats)]
-
-
-def _tangent(setting, x, params, parts, tx, tparams):
-    tparams = jax.tree.map(jnp.zeros_like, params) if tparams is None else tparams
-    return jax.jvp(functools.partial(_again, setting, parts), (x, params), (tx, tparams))[1]
-
-
-def _cotangent(setting, x, params, parts, dy):
-    pullback = jax.vjp(lambda *args: _again(setting, parts, *args)[0], x, params)[1]
-    dx, dparams = pullback(dy)
-    return [dx, *(jax.tree.leaves(dparams) if setting.of_params else ())]
-
-
 class Operation:
-    """A primitive, made of a formula, and of a kernel for the CPU if there is one.
+    """A primitive of one operation.
 
     Attributes:
-      formula: a function of (setting, *trees of arrays), which returns a list of arrays and does
-        not know of maps.
-      mapped: for each tree, whether it has the leading axes of vmap.
-      kernel: the same function, which knows of them.
+      formula: a function of a spec and trees of arrays; it knows nothing of `vmap`.
+      batched: for each tree, whether its arrays have the axes that `vmap` adds.
+      by_kernel: a function of a kernel and the same, with those axes; None if no kernel has it.
     """
 
-    def __init__(self, formula: Callable, mapped: Sequence[bool], kernel: Callable | None = None):
-        self.formula, self.mapped, self.kernel = formula, mapped, kernel
-        self.primitive = Primitive(f"jaxnorm{formula.__name__}")
+    def __init__(
+        self, formula: Callable, batched: Sequence[bool], by_kernel: Callable | None = None
+    ):
+        self.formula, self.batched, self.by_kernel = formula, batched, by_kernel
+        self.primitive = Primitive(f"jaxnorm_{formula.__name__}")
         self.primitive.multiple_results = True
         self.primitive.def_impl(self._run)
         self.primitive.def_abstract_eval(self._types)
         ad.primitive_jvps[self.primitive] = self._derivative
         batching.primitive_batchers[self.primitive] = self._batch
-        mlir.register_lowering(self.primitive, self._lower)
-        if kernel:
-            mlir.register_lowering(self.primitive, self._lower_for_cpu, platform="cpu")
+        mlir.register_lowering(self.primitive, functools.partial(self._lower, None))
+        for platform in kernels.PLATFORMS:
+            lower = functools.partial(self._lower, platform)
+            mlir.register_lowering(self.primitive, lower, platform=platform)
 
-    def __call__(self, setting: Setting, *trees: Any) -> list[jax.Array]:
+    def __call__(self, spec: NormSpec, *trees: Any) -> list[jax.Array]:
         leaves, tree = jax.tree.flatten(trees)
-        return self.primitive.bind(*leaves, tree=tree, setting=setting)
+        return self.primitive.bind(*leaves, tree=tree, spec=spec)
 
-    def on_leaves(self, tree: Any, setting: Setting) -> Callable:
+    def on_leaves(self, tree: Any, spec: NormSpec) -> Callable:
         """The formula as a function of arrays."""
 
         def function(*leaves):
-            return self.formula(setting, *tree.unflatten(leaves))
+            return self.formula(spec, *tree.unflatten(leaves))
 
-        axes = [0 if mapped else None for mapped in self._mapped_leaves(tree)]
-        for _ in range(setting.maps):
+        axes = [0 if batched else None for batched in self._batched_leaves(tree)]
+        for _ in range(spec.batch_dims):
             function = jax.vmap(function, axes)
         return function
 
-    def _mapped_leaves(self, tree: Any) -> list[bool]:
-        pairs = zip(self.mapped, tree.children(), strict=True)
-        return [mapped for mapped, child in pairs for _ in range(child.num_leaves)]
+    def _batched_leaves(self, tree: Any) -> list[bool]:
+        pairs = zip(self.batched, tree.children(), strict=True)
+        return [batched for batched, child in pairs for _ in range(child.num_leaves)]
 
     def _run(self, *leaves, **static):
         with jax.disable_jit(False):
             return jax.jit(functools.partial(self.primitive.bind, **static))(*leaves)
 
-    def _types(self, *avals, tree, setting):
-        return jax.make_jaxpr(self.on_leaves(tree, setting))(*avals).out_avals
+    def _types(self, *avals, tree, spec):
+        return jax.make_jaxpr(self.on_leaves(tree, spec))(*avals).out_avals
 
-    def _derivative(self, primals, tangents, *, tree, setting):
-        return jax.jvp(
-            self.on_leaves(tree, setting), primals, tuple(map(ad.instantiate_zeros, tangents))
-        )
+    def _derivative(self, primals, tangents, *, tree, spec):
+        tangents = tuple(map(ad.instantiate_zeros, tangents))
+        return jax.jvp(self.on_leaves(tree, spec), primals, tangents)
 
-    def _batch(self, leaves, dims, *, tree, setting):
-        if [dim is not None for dim in dims] == self._mapped_leaves(tree):
+    def _batch(self, leaves, dims, *, tree, spec):
+        if [dim is not None for dim in dims] == self._batched_leaves(tree):
             leaves = [
                 leaf if dim is None else jnp.moveaxis(leaf, dim, 0)
                 for leaf, dim in zip(leaves, dims, strict=True)
             ]
-            setting = setting._replace(maps=setting.maps + 1)
-            results = self.primitive.bind(*leaves, tree=tree, setting=setting)
+            spec = spec._replace(batch_dims=spec.batch_dims + 1)
+            results = self.primitive.bind(*leaves, tree=tree, spec=spec)
         else:
-            results = jax.vmap(self.on_leaves(tree, setting), dims)(*leaves)
+            results = jax.vmap(self.on_leaves(tree, spec), dims)(*leaves)
         return results, [0] * len(results)
 
-    def _lower(self, ctx, *leaves, tree, setting):
-        if self.kernel and setting.required:
-            kernels.refuse("this program is compiled for another platform than the CPU")
-        function = self.on_leaves(tree, setting)
-        return mlir.lower_fun(function, multiple_results=True)(ctx, *leaves)
-
-    def _lower_for_cpu(self, ctx, *leaves, tree, setting):
-        kernel, reason = self.kernel, kernels.why_not_in(ctx)
-        if reason and setting.required:
-            kernels.refuse(reason)
-        if reason or kernel is None:
-            function = self.on_leaves(tree, setting)
-        else:
-            function = lambda *leaves: kernel(setting, *tree.unflatten(leaves))
+    def _lower(self, platform, ctx, *leaves, tree, spec):
+        function = self.on_leaves(tree, spec)
+        if self.by_kernel:
+            x = tree.unflatten(ctx.avals_in)[0]
+            request = operations.request(spec, x.dtype)
+            required = spec.implementation == "kernel"
+            kernel = kernels.for_program(platform, ctx, request, required=required)
+            if kernel:
+                by_kernel = functools.partial(self.by_kernel, kernel, spec)
+                function = lambda *leaves: by_kernel(*tree.unflatten(leaves))
         return mlir.lower_fun(function, multiple_results=True)(ctx, *leaves)
 
 
-value = Operation(_value, (True, False), kernels.cpu.value)
-tangent = Operation(_tangent, (True, False, True, True, False))
-cotangent = Operation(_cotangent, (True, False, True, True), kernels.cpu.cotangent)
+value = Operation(operations.value, (True, False), operations.value_by_kernel)
+tangent = Operation(operations.tangent, (True, False, True, True, False))
+cotangent = Operation(
+    operations.cotangent, (True, False, True, True), operations.cotangent_by_kernel
+)
 
 
-def _value_derivative(primals, tangents, *, tree, setting):
+def _value_derivative(primals, tangents, *, tree, spec):
     x, params = tree.unflatten(primals)
-    y, *parts = value(setting, x, params)
+    y, *stats = value(spec, x, params)
     tx, *tparams = tangents
     if all(type(t) is ad.Zero for t in tparams):
         tparams = None
     else:
         tparams = jax.tree.structure(params).unflatten(map(ad.instantiate_zeros, tparams))
-    return [y, *parts], tangent(setting, x, params, parts, ad.instantiate_zeros(tx), tparams)
+    return [y, *stats], tangent(spec, x, params, stats, ad.instantiate_zeros(tx), tparams)
 
 
-def _tangent_transpose(cotangents, *leaves, tree, setting):
+def _tangent_transpose(cotangents, *leaves, tree, spec):
     linear = [ad.is_undefined_primal(leaf) for leaf in leaves]
-    x, params, parts, _, tparams = tree.unflatten(leaves)
-    dy, *dparts = cotangents
-    if type(dy) is not ad.Zero and all(type(d) is ad.Zero for d in dparts):
-        setting = setting._replace(of_params=tparams is not None)
-        dx, *dparams = cotangent(setting, x, params, parts, dy)
-        # One tangent of the parameters is that of all maps.
-        grads = [dx, *(jnp.sum(d, range(setting.maps)) for d in dparams)]
+    x, params, stats, _, tparams = tree.unflatten(leaves)
+    dy, *dstats = cotangents
+    if type(dy) is not ad.Zero and all(type(d) is ad.Zero for d in dstats):
+        spec = spec._replace(param_gradients=tparams is not None)
+        dx, *dparams = cotangent(spec, x, params, stats, dy)
+        # All examples that `vmap` has added share one tangent of the parameters.
+        grads = [dx, *(jnp.sum(d, range(spec.batch_dims)) for d in dparams)]
         grads = [None] * (len(leaves) - len(grads)) + grads
     else:
-        # Somebody differentiates the statistics themselves: JAX transposes the formula.
+        # The statistics themselves are differentiated: JAX transposes the formula.
         def function(*given):
             given = iter(given)
             filled = [
                 next(given) if is_linear else leaf
                 for leaf, is_linear in zip(leaves, linear, strict=True)
             ]
-            return tangent.on_leaves(tree, setting)(*filled)
+            return tangent.on_leaves(tree, spec)(*filled)
 
         zeros = [ad.zeros_like_aval(leaf.aval) for leaf in leaves if ad.is_undefined_primal(leaf)]
         found = iter(jax.vjp(function, *zeros)[1]([*map(ad.instantiate_zeros, cotangents)]))

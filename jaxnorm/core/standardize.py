@@ -1,8 +1,8 @@
 """The equation of every norm: y = (x - mean) * rstd * scale + bias.
 
-With the derivative of the statistics defined (moments.py), JAX differentiates it from here. The
-only thing said about that is what to keep for the backward pass: x in its own dtype and the
-statistics, never the standardized x, which is computed again.
+The derivative of the statistics is defined in moments.py; JAX differentiates the rest. This file
+only says what to keep for the backward pass: x in its own dtype and the statistics, never the
+standardized x, which is computed again.
 """
 
 import functools
@@ -10,13 +10,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jax.typing import DTypeLike
 
-from jaxnorm.core.moments import Measure, centre
+from jaxnorm.core.moments import Statistics, statistics, subtract
+from jaxnorm.core.spec import NormSpec
 
 
+@functools.partial(export.register_namedtuple_serialization, serialized_name="jaxnorm.NormParams")
 class NormParams(NamedTuple):
-    """The affine of a norm: y = standardized x * scale + bias, each of them optional.
+    """Scale and bias of a norm: y = standardized x * scale + bias; each of them is optional.
 
     Attributes:
       scale: the factor, or None for one. Also called gamma or weight.
@@ -34,13 +37,16 @@ def init_params(
     bias: bool = True,
     dtype: DTypeLike = jnp.float32,
 ) -> NormParams:
-    """Parameters that leave the standardized x as it is: scale one, bias zero.
+    """Initial parameters, which change nothing: scale one, bias zero.
 
     Args:
       features: the number of features, or the shape of the axes that are normalized.
       scale: whether there is a scale.
       bias: whether there is a bias.
-      dtype: of both.
+      dtype: of scale and bias.
+
+    Returns:
+      NormParams whose arrays have the shape of the features.
 
     Examples:
       >>> import jaxnorm as jn
@@ -55,20 +61,27 @@ def init_params(
     )
 
 
-@functools.partial(jax.checkpoint, static_argnums=(0, 1))
+@functools.partial(jax.checkpoint, static_argnums=0)
 def standardize(
-    how: Measure,
-    dtype: jnp.dtype,
+    spec: NormSpec,
     x: jax.Array,
-    mean: jax.Array | None,
-    rest: jax.Array | None,
+    mean_high: jax.Array | None,
+    mean_low: jax.Array | None,
     rstd: jax.Array,
     params: NormParams,
 ) -> jax.Array:
-    """The equation; in the arithmetic of `how`, the result of `dtype`."""
-    y = centre(how.prepare(x), mean, rest) * rstd.astype(how.dtype)
+    """The equation, in the arithmetic's dtype; the result is of the shape of x."""
+    y = subtract(spec.prepare(x), mean_high, mean_low) * rstd.astype(spec.compute_dtype)
     if params.scale is not None:
-        y = y * how.layout.spread(params.scale).astype(how.dtype)
+        y = y * spec.layout.broadcast(params.scale).astype(spec.compute_dtype)
     if params.bias is not None:
-        y = y + how.layout.spread(params.bias).astype(how.dtype)
-    return y.reshape(how.layout.shape).astype(dtype)
+        y = y + spec.layout.broadcast(params.bias).astype(spec.compute_dtype)
+    return y.reshape(spec.layout.shape).astype(spec.dtype)
+
+
+def measure_and_standardize(
+    spec: NormSpec, x: jax.Array, params: NormParams, where: jax.Array | None = None
+) -> tuple[jax.Array, Statistics]:
+    """y, and the statistics of x: the formula of every norm."""
+    stats = statistics(spec, x, where)
+    return standardize(spec, x, stats.mean_high, stats.mean_low, stats.rstd, params), stats

@@ -3,8 +3,8 @@
 import jax
 from jax.typing import ArrayLike
 
-from jaxnorm.core.layout import check_input, group_layout
-from jaxnorm.core.normalize import normalize
+from jaxnorm.core.layout import group_layout
+from jaxnorm.core.normalize import check_input, checked, normalize
 from jaxnorm.core.standardize import NormParams
 
 
@@ -35,8 +35,9 @@ def group_norm(
       epsilon: added to the variance; in units of x squared.
       where: boolean, broadcastable to x: True counts in the statistics. Every position is
         standardized. Where nothing counts, the result is the bias.
-      implementation: "kernel" for the platform's kernel, "xla" for the formulas; None is what
-        JAXNORM_IMPLEMENTATION says, or else the kernel where it can. See `implementations`.
+      implementation: "kernel" for the platform's kernel, "xla" for XLA. None: the environment
+        variable JAXNORM_IMPLEMENTATION if set, else the kernel if it supports the input, else XLA.
+        See `implementations`.
 
     Returns:
       An array of the shape and dtype of x. Statistics are computed in float32 or better.
@@ -56,7 +57,13 @@ def group_norm(
       Wu and He, "Group Normalization", 2018, arXiv:1803.08494.
     """
     x = check_input(x)
-    layout = group_layout(x.shape, num_groups, feature_axis)
-    return normalize(
-        x, layout, params, epsilon=epsilon, where=where, implementation=implementation
-    )[0]
+    spec, arrays = checked(
+        "group_norm",
+        x,
+        group_layout(x.shape, num_groups, feature_axis),
+        params,
+        epsilon=epsilon,
+        where=where,
+        implementation=implementation,
+    )
+    return normalize(spec, arrays)

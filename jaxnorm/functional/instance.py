@@ -3,8 +3,8 @@
 import jax
 from jax.typing import ArrayLike
 
-from jaxnorm.core.layout import check_input, instance_layout
-from jaxnorm.core.normalize import normalize
+from jaxnorm.core.layout import instance_layout
+from jaxnorm.core.normalize import check_input, checked, normalize
 from jaxnorm.core.standardize import NormParams
 
 
@@ -32,8 +32,9 @@ def instance_norm(
       epsilon: added to the variance; in units of x squared.
       where: boolean, broadcastable to x: True counts in the statistics. Every position is
         standardized. Where nothing counts, the result is the bias.
-      implementation: "kernel" for the platform's kernel, "xla" for the formulas; None is what
-        JAXNORM_IMPLEMENTATION says, or else the kernel where it can. See `implementations`.
+      implementation: "kernel" for the platform's kernel, "xla" for XLA. None: the environment
+        variable JAXNORM_IMPLEMENTATION if set, else the kernel if it supports the input, else XLA.
+        See `implementations`.
 
     Returns:
       An array of the shape and dtype of x. Statistics are computed in float32 or better.
@@ -54,11 +55,13 @@ def instance_norm(
       Stylization", 2016, arXiv:1607.08022.
     """
     x = check_input(x)
-    return normalize(
+    spec, arrays = checked(
+        "instance_norm",
         x,
         instance_layout(x.shape, feature_axis),
         params,
         epsilon=epsilon,
         where=where,
         implementation=implementation,
-    )[0]
+    )
+    return normalize(spec, arrays)

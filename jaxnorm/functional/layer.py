@@ -3,8 +3,8 @@
 import jax
 from jax.typing import ArrayLike
 
-from jaxnorm.core.layout import Axes, check_input, layer_layout
-from jaxnorm.core.normalize import normalize
+from jaxnorm.core.layout import Axes, layer_layout
+from jaxnorm.core.normalize import check_input, checked, normalize
 from jaxnorm.core.standardize import NormParams
 
 
@@ -30,8 +30,9 @@ def layer_norm(
       epsilon: added to the variance; in units of x squared.
       where: boolean, broadcastable to x: True counts in the statistics. Every position is
         standardized. Where nothing counts, the result is the bias.
-      implementation: "kernel" for the platform's kernel, "xla" for the formulas; None is what
-        JAXNORM_IMPLEMENTATION says, or else the kernel where it can. See `implementations`.
+      implementation: "kernel" for the platform's kernel, "xla" for XLA. None: the environment
+        variable JAXNORM_IMPLEMENTATION if set, else the kernel if it supports the input, else XLA.
+        See `implementations`.
 
     Returns:
       An array of the shape and dtype of x. Statistics are computed in float32 or better.
@@ -53,11 +54,13 @@ def layer_norm(
       Ba, Kiros and Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
     """
     x = check_input(x)
-    return normalize(
+    spec, arrays = checked(
+        "layer_norm",
         x,
         layer_layout(x.shape, axis),
         params,
         epsilon=epsilon,
         where=where,
         implementation=implementation,
-    )[0]
+    )
+    return normalize(spec, arrays)

@@ -1,12 +1,16 @@
-"""The moments by themselves: measured and merged."""
+"""Moments without a norm: measured and merged."""
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxnorm.core.arithmetic import as_array, promote
+from jaxnorm.core.axes import Axes
 from jaxnorm.core.devices import AxisGroups, AxisName, bound_devices, over_rows
-from jaxnorm.core.layout import Axes, check_input, make_layout
-from jaxnorm.core.moments import Measure, Moments, measure, merge, promote
+from jaxnorm.core.layout import moments_layout
+from jaxnorm.core.moments import Moments, merge, statistics
+from jaxnorm.core.normalize import check_input, program
+from jaxnorm.core.spec import NormSpec
 
 
 def moments(
@@ -46,11 +50,18 @@ def moments(
       Variances", 1979.
     """
     x = check_input(x)
-    layout = make_layout(x.shape, shared=axis, affine=())
+    layout = moments_layout(x.shape, axis)
     devices = bound_devices(axis_name, axis_index_groups)
-    how = Measure(layout, promote(x.dtype, jnp.float32), devices=devices)
-    function = _moments if devices.mapped else _moments_compiled
-    return function(how, x, layout.mask(where))
+    dtype = promote(x.dtype, jnp.float32)
+    return _moments(
+        NormSpec("moments", layout, dtype, dtype, devices=devices), x, layout.mask(where)
+    )
+
+
+@program
+def _moments(spec, x, where):
+    with jax.named_scope(spec.name):
+        return statistics(spec, x, where).moments(spec.layout)
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
@@ -86,27 +97,20 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
             f"{shapes[:3]} and {shapes[3:]}; measure both over the same features."
         )
     mean, var, count = jax.tree.map(_stack, a, b)
-    mean, rest, var, count = over_rows(merge, (mean, jnp.zeros_like(mean), var, count))
-    return Moments(mean + rest, var, count)
+    high, low, var, count = over_rows(merge, (mean, jnp.zeros_like(mean), var, count))
+    return Moments(high + low, var, count)
 
 
 def check_moments(moments: Moments) -> Moments:
-    """Moments of arrays."""
+    """Moments whose parts are JAX arrays."""
     if not isinstance(moments, Moments):
         raise TypeError(
             f"moments must be a Moments, got {type(moments).__name__}; measure them with "
             "jaxnorm.moments(x, axis)."
         )
-    return Moments(*map(jnp.asarray, moments))
+    return Moments(*map(as_array, moments))
 
 
 def _stack(a: jax.Array, b: jax.Array) -> jax.Array:
     dtype = promote(a.dtype, b.dtype)
     return jnp.stack([a.astype(dtype), b.astype(dtype)])
-
-
-def _moments(how, x, where):
-    return measure(how, x, where).moments(how.layout)
-
-
-_moments_compiled = jax.jit(_moments, static_argnums=0)

@@ -3,8 +3,8 @@
 import jax
 from jax.typing import ArrayLike
 
-from jaxnorm.core.layout import Axes, check_input, layer_layout
-from jaxnorm.core.normalize import normalize
+from jaxnorm.core.layout import Axes, layer_layout
+from jaxnorm.core.normalize import check_input, checked, normalize
 from jaxnorm.core.standardize import NormParams
 
 
@@ -28,8 +28,9 @@ def rms_norm(
       epsilon: added to the mean square; in units of x squared.
       where: boolean, broadcastable to x: True counts in the statistics. Every position is
         divided. Where nothing counts, the result is the bias.
-      implementation: "kernel" for the platform's kernel, "xla" for the formulas; None is what
-        JAXNORM_IMPLEMENTATION says, or else the kernel where it can. See `implementations`.
+      implementation: "kernel" for the platform's kernel, "xla" for XLA. None: the environment
+        variable JAXNORM_IMPLEMENTATION if set, else the kernel if it supports the input, else XLA.
+        See `implementations`.
 
     Returns:
       An array of the shape and dtype of x. Statistics are computed in float32 or better.
@@ -48,12 +49,14 @@ def rms_norm(
       Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
     """
     x = check_input(x)
-    return normalize(
+    spec, arrays = checked(
+        "rms_norm",
         x,
         layer_layout(x.shape, axis),
         params,
         epsilon=epsilon,
         where=where,
-        centred=False,
+        subtract_mean=False,
         implementation=implementation,
-    )[0]
+    )
+    return normalize(spec, arrays)

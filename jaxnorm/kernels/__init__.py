@@ -1,18 +1,26 @@
-"""Kernels: arrays in, arrays out, one for each platform that has one; each may decline.
+"""Kernels: plain arrays and numbers in, arrays out; at most one for each platform.
 
-Who computes a norm is chosen by `implementation`, an argument of the functions:
+A kernel folder imports nothing of `core`. It says whether it is there (`missing`), which inputs it
+does not support (`declines`), and computes two operations (`value`, `cotangent`). The table
+`KERNELS` holds the kernels by platform; it is all that the core sees of them.
+
+The argument `implementation` of the functions chooses what computes a norm:
 
     "xla"       the formulas, which XLA compiles for any platform
-    "kernel"    the platform's kernel; an error where there is none, or where it declines
-    None        what the environment variable JAXNORM_IMPLEMENTATION says; unset, the kernel where
-                it can, else the formulas
+    "kernel"    the platform's kernel; an error if there is none, or if it declines
+    None        the environment variable JAXNORM_IMPLEMENTATION if set, else the kernel if it
+                supports the input, else XLA
 
-What JAX derives from a norm is not refused: forward mode, second derivatives, and vmap over the
-parameters are computed by the formulas, whatever computes the norm.
+What the kernel supports is decided twice. The call is traced with the formula alone if no platform
+has a kernel for it. Otherwise each platform decides when the program is lowered for it, so one
+traced program may run by a kernel on one platform and by the formula on another.
+
+The formulas always compute forward mode, second derivatives, and `vmap` over the parameters; asking
+for a kernel does not make them an error.
 """
 
 import os
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import jax
 from jax.interpreters import mlir
@@ -23,43 +31,113 @@ VARIABLE = "JAXNORM_IMPLEMENTATION"
 CHOICES = ("xla", "kernel")
 
 
+class Kernel(Protocol):
+    """What the kernel of a platform provides; a module, or any object with these functions.
+
+    x may have any shape; in memory it is the block (n, s, g, k): n independent examples, s
+    positions, g groups of k features. (It is not reshaped to that, because XLA may copy an array to
+    add axes of size one.) Statistics are shared over s and k; they have shape (n, g) and are
+    float32. Scale and bias have shape (g * k,), or are None.
+    """
+
+    def missing(self) -> str | None:
+        """Why there is no kernel here, or None if there is one."""
+        ...
+
+    def level(self) -> str:
+        """What hardware it is compiled for."""
+        ...
+
+    def declines(
+        self,
+        *,
+        block: tuple[int, int, int, int] | None,
+        dtype: Any,
+        result_dtype: Any,
+        subtract_mean: bool,
+        masked: bool,
+        over_devices: bool,
+        exported: bool,
+    ) -> str | None:
+        """Why it does not support such a call, or None if it does.
+
+        Args:
+          block: (n, s, g, k), or None if x is not such a block in memory.
+          dtype: of x.
+          result_dtype: of y.
+          subtract_mean: whether the mean is subtracted.
+          masked: whether some elements do not count.
+          over_devices: whether the statistics are shared over devices.
+          exported: whether the program may run where jaxnorm is not installed.
+        """
+        ...
+
+    def value(
+        self,
+        x: jax.Array,
+        scale: jax.Array | None,
+        bias: jax.Array | None,
+        *,
+        block: tuple[int, int, int, int],
+        epsilon: float,
+        subtract_mean: bool,
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array, jax.Array]:
+        """y, the mean's high and low part (None if it is not subtracted), variance and rstd."""
+        ...
+
+    def cotangent(
+        self,
+        x: jax.Array,
+        dy: jax.Array,
+        scale: jax.Array | None,
+        mean_high: jax.Array | None,
+        mean_low: jax.Array | None,
+        rstd: jax.Array,
+        *,
+        block: tuple[int, int, int, int],
+        batch: int,
+        wanted: tuple[bool, ...],
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """The gradients of x, and of scale and bias where they are `wanted`.
+
+        x and dy hold `batch` such blocks, and the statistics have shape (batch, n, g). Each block
+        has its own gradients of scale and bias: they have shape (batch, g * k) and are float32.
+        """
+        ...
+
+
+PLATFORMS = ("cpu", "tpu", "cuda")  # that may have one
+KERNELS: dict[str, Kernel] = {"cpu": cpu}
+
+
 def implementations() -> dict[str, str]:
     """What computes the norms on each platform, and why.
+
+    Returns:
+      For each platform "kernel: " and what hardware the kernel is compiled for, or "xla: " or
+      "none: " and the reason.
 
     Examples:
       >>> import jaxnorm as jn
       >>> sorted(jn.implementations())
       ['cpu', 'gpu', 'tpu']
     """
-    wanted, missing = check_implementation(None), cpu.missing()
-    if wanted == "xla":
-        here = f"xla: {VARIABLE}=xla"
-    elif missing and wanted == "kernel":
-        here = f"none: {VARIABLE} asks for the kernel, but {missing}"
-    else:
-        here = f"xla: {missing}" if missing else f"kernel: {cpu.level()}"
-    return {"cpu": here, "gpu": "xla: there is no kernel", "tpu": "xla: there is no kernel"}
+    wanted = check_implementation(None)
 
+    def told(platform: str) -> str:
+        kernel = KERNELS.get(platform)
+        missing = kernel.missing() if kernel else "there is no kernel"
+        if wanted == "xla":
+            return f"xla: {VARIABLE}=xla"
+        if missing and wanted == "kernel":
+            return f"none: {VARIABLE} asks for the kernel, but {missing}"
+        return f"xla: {missing}" if missing or not kernel else f"kernel: {kernel.level()}"
 
-def choose(
-    implementation: str | None, how: Any, dtype: Any, x: jax.Array, where: Any
-) -> str | None:
-    """The implementation that is asked for, "xla" where no kernel takes these, or None for any.
-
-    Raises:
-      ValueError: it is not one of those, or a kernel is asked for and none takes these.
-    """
-    wanted = check_implementation(implementation)
-    if wanted == "xla":
-        return wanted
-    reason = cpu.missing() or cpu.declines(how, dtype, x, where)
-    if reason and wanted == "kernel":
-        refuse(reason)
-    return "xla" if reason else wanted
+    return {"cpu": told("cpu"), "gpu": told("cuda"), "tpu": told("tpu")}
 
 
 def check_implementation(implementation: str | None) -> str | None:
-    """What the argument says, or else the variable.
+    """The argument if it is given, else the environment variable.
 
     Raises:
       ValueError: it is not one of the choices.
@@ -75,31 +153,70 @@ def check_implementation(implementation: str | None) -> str | None:
     return implementation
 
 
-def why_not_in(ctx: mlir.LoweringRuleContext) -> str | None:
-    """Why no kernel can be called in the program that is being compiled."""
-    module = ctx.module_context
-    if module.lowering_parameters.for_export:
-        return "an exported program must run where jaxnorm's kernels are not built"
-    axes: Any = module.axis_context
-    # Under jit there are devices; in shard_map a mesh, of which each device may run its own.
+def supported(request: dict[str, Any], *, required: bool) -> bool:
+    """Whether a kernel of any platform supports the request, the arguments of `declines`.
+
+    Raises:
+      ValueError: none does, and one is required.
+    """
+    reasons = {platform: _declines(kernel, request) for platform, kernel in KERNELS.items()}
+    if None in reasons.values():
+        return True
+    if required:
+        backend = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
+        refuse(reasons.get(backend) or f"there is no kernel for {backend}")
+    return False
+
+
+def for_program(
+    platform: str | None,
+    ctx: mlir.LoweringRuleContext,
+    request: dict[str, Any],
+    *,
+    required: bool,
+) -> Kernel | None:
+    """The kernel to call in a program that is lowered for the platform, or None for the formula.
+
+    Raises:
+      ValueError: there is none that supports the request, and one is required.
+    """
+    kernel = KERNELS.get(platform or "")
+    if kernel is None:
+        reason = f"there is no kernel for {platform or 'the platform of this program'}"
+    else:
+        exported = ctx.module_context.lowering_parameters.for_export
+        reason = _declines(kernel, request, exported=exported) or _sharded(ctx)
+    if reason and required:
+        refuse(reason)
+    return None if reason else kernel
+
+
+def _declines(kernel: Kernel, request: dict[str, Any], exported: bool = False) -> str | None:
+    return kernel.missing() or kernel.declines(**request, exported=exported)
+
+
+def _sharded(ctx: mlir.LoweringRuleContext) -> str | None:
+    """Why no kernel can be called in a program over several devices, if that is so."""
+    axes: Any = ctx.module_context.axis_context
+    # Under jit there is a number of devices; in shard_map a mesh, and each device calls its own.
     manual = getattr(axes, "manual_axes", frozenset())
     devices = getattr(axes, "num_devices", 1)
-    split = manual != frozenset(axes.mesh.axis_names) if manual else devices > 1
-    if split:
-        return (
-            "XLA would gather what is sharded over devices to call it; map over the devices with "
-            "jax.shard_map"
-        )
-    return None
+    if manual == frozenset(axes.mesh.axis_names) if manual else devices <= 1:
+        return None
+    return (
+        "XLA would gather the arrays that are sharded over devices to call it; map over the "
+        "devices with jax.shard_map"
+    )
 
 
 def refuse(reason: str) -> NoReturn:
     """Raise that the kernel that was asked for can't run."""
     raise ValueError(
-        f"implementation='kernel' must be given what a kernel takes, but {reason}; pass "
-        f"implementation='xla' there, or unset {VARIABLE} if it was that."
+        f"implementation='kernel' must be given inputs that the kernel supports, but {reason}; "
+        f"pass implementation='xla', or unset {VARIABLE} if it was that."
     )
 
 
-# Once and early, so that programs that were compiled and stored before find it.
-cpu.missing()
+# Early, so that programs which were compiled and stored before find the kernels they call.
+for _kernel in KERNELS.values():
+    _kernel.missing()

@@ -1,8 +1,8 @@
 """The CPU's kernel, in C++, called through XLA's foreign function interface.
 
-It sees an array in memory as a block (n, s, g, k), n examples of s positions of g groups of k
-features (`Layout.block`), which all five norms are; statistics are shared over s and k. rows.h has
-the norms of rows (s = 1: layer, rms), columns.h the others.
+All five norms are a block (n, s, g, k) in memory: n independent examples, s positions, g groups of
+k features; statistics are shared over s and k. rows.h has the norms of rows (s = 1: layer, rms),
+columns.h the others.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ _NOTHING = jax.ShapeDtypeStruct((0,), jnp.float32)  # a result that is not wante
 
 @functools.cache
 def missing() -> str | None:
-    """Why there is no kernel here, or None: then it is loaded."""
+    """Why there is no kernel here, or None if there is one, which is then loaded."""
     if not LIBRARY.exists():
         if WHY_NOT_BUILT.exists():
             return WHY_NOT_BUILT.read_text()
@@ -43,7 +43,7 @@ def missing() -> str | None:
 
 
 def _api_version() -> int:
-    """That of the XLA that runs here, from the headers that come with it."""
+    """The version of XLA's interface that runs here, from the headers of jaxlib."""
     header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
     major, minor = (
         int(re.findall(rf"#define XLA_FFI_API_{part} (\d+)", header)[0])
@@ -61,93 +61,118 @@ def _library() -> ctypes.CDLL:
 
 
 def level() -> str:
-    """What machine it is compiled for: of those that the library holds, the best that runs here."""
+    """What hardware it is compiled for: the best level of the library that runs here."""
     return _library().jaxnorm_level().decode()
 
 
 def use_level(name: str) -> bool:
-    """Go over to another, for all that runs from now on; False if it doesn't run here."""
+    """Use another level in all calls from now on; False if it doesn't run here."""
     return _library().jaxnorm_use_level(name.encode())
 
 
-def declines(how: Any, dtype: Any, x: jax.Array, where: Any) -> str | None:
-    """Why it does not take these, or None."""
-    if how.devices.names:
+@functools.cache
+def declines(
+    *,
+    block: tuple[int, int, int, int] | None,
+    dtype: Any,
+    result_dtype: Any,
+    subtract_mean: bool,
+    masked: bool,
+    over_devices: bool,
+    exported: bool,
+) -> str | None:
+    """Why it does not support such a call, or None if it does."""
+    if over_devices:
         return "it does not share statistics over an axis_name"
-    if where is not None:
+    if masked:
         return "it takes no mask"
-    if x.dtype not in (jnp.float32, jnp.bfloat16) or dtype != x.dtype:
+    if dtype not in (jnp.float32, jnp.bfloat16) or result_dtype != dtype:
         return (
-            "it takes float32 or bfloat16, for x and the result alike, and x is of "
-            f"{x.dtype}, the result of {dtype}"
+            f"it takes float32 or bfloat16, for x and the result alike, and x is of {dtype}, the "
+            f"result of {result_dtype}"
         )
-    block = how.layout.block
     if block is None:
         return (
-            "the features are not the last axes, or what shares statistics is not side by side "
-            f"in memory (x has shape {how.layout.shape})"
+            "the features are not the last axes, or elements that share statistics are not side "
+            "by side in memory"
         )
-    if not how.centred and block[1] > 1:
+    if not subtract_mean and block[1] > 1:
         return "it takes rms norm over the last axes only"
     if not math.prod(block):
         return "x has no elements"
+    if exported:
+        return "an exported program must run where jaxnorm's kernels are not built"
     return None
 
 
-def value(setting: Any, x: jax.Array, params: Any) -> list[jax.Array]:
-    """y and the statistics, as `primitives.value`."""
-    how = setting.how
-    maps = x.shape[: setting.maps]
-    n, s, g, k = how.layout.block
-    layout = how.layout
-    sizes = tuple(1 if axis in layout.shared else size for axis, size in enumerate(layout.view))
-    statistic = jax.ShapeDtypeStruct((*maps, *sizes), jnp.float32)
-    mean = statistic if how.centred else _NOTHING
-    y, mean, rest, var, rstd = jax.ffi.ffi_call(
+def value(
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    *,
+    block: tuple[int, int, int, int],
+    epsilon: float,
+    subtract_mean: bool,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array, jax.Array]:
+    """y and the statistics."""
+    n, _, g, _ = block
+    statistic = jax.ShapeDtypeStruct((n, g), jnp.float32)
+    mean = statistic if subtract_mean else _NOTHING
+    y, high, low, var, rstd = jax.ffi.ffi_call(
         "jaxnorm_forward",
         [jax.ShapeDtypeStruct(x.shape, x.dtype), mean, mean, statistic, statistic],
     )(
         x,
-        _features(params.scale),
-        _features(params.bias),
-        **_integers(n=n * math.prod(maps), s=s, g=g, k=k),
-        epsilon=np.float64(how.epsilon),
-        centred=how.centred,
+        _float32(scale),
+        _float32(bias),
+        **_attributes(block),
+        epsilon=np.float64(epsilon),
+        subtract_mean=subtract_mean,
     )
-    return [y, *((mean, rest) if how.centred else ()), var, rstd]
+    return (y, high, low, var, rstd) if subtract_mean else (y, None, None, var, rstd)
 
 
 def cotangent(
-    setting: Any, x: jax.Array, params: Any, parts: list[jax.Array], dy: jax.Array
-) -> list[jax.Array]:
-    """The gradients of x and of the parameters, as `primitives.cotangent`."""
-    how, maps = setting.how, x.shape[: setting.maps]
-    n, s, g, k = how.layout.block
-    *means, _, rstd = parts
-    mean, rest = means or [_features(None)] * 2
-    features = jax.ShapeDtypeStruct((*maps, g * k), jnp.float32)
-    wanted = [features if setting.of_params and p is not None else _NOTHING for p in params]
-    dx, *dparams = jax.ffi.ffi_call(
-        "jaxnorm_backward", [jax.ShapeDtypeStruct(x.shape, x.dtype), *wanted]
+    x: jax.Array,
+    dy: jax.Array,
+    scale: jax.Array | None,
+    mean_high: jax.Array | None,
+    mean_low: jax.Array | None,
+    rstd: jax.Array,
+    *,
+    block: tuple[int, int, int, int],
+    batch: int,
+    wanted: tuple[bool, ...],
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """The gradients, of `batch` blocks."""
+    _, _, g, k = block
+    of_features = jax.ShapeDtypeStruct((batch, g * k), jnp.float32)
+    dx, *grads = jax.ffi.ffi_call(
+        "jaxnorm_backward",
+        [
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            *(of_features if is_wanted else _NOTHING for is_wanted in wanted),
+        ],
     )(
         x,
         dy,
-        _features(params.scale),
-        mean,
-        rest,
+        _float32(scale),
+        _float32(mean_high),
+        _float32(mean_low),
         rstd,
-        **_integers(maps=math.prod(maps), n=n, s=s, g=g, k=k),
-        centred=how.centred,
+        batch=np.int64(batch),
+        **_attributes(block),
+        subtract_mean=mean_high is not None,
     )
-    if not setting.of_params:
-        return [dx]
-    pairs = [(d, p) for d, p in zip(dparams, params, strict=True) if p is not None]
-    return [dx, *(d.reshape(*maps, *p.shape).astype(p.dtype) for d, p in pairs)]
+    dscale, dbias = (
+        grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True)
+    )
+    return dx, dscale, dbias
 
 
-def _features(param: jax.Array | None) -> jax.Array:
-    return jnp.zeros(0, jnp.float32) if param is None else param.reshape(-1).astype(jnp.float32)
+def _float32(a: jax.Array | None) -> jax.Array:
+    return jnp.zeros(0, jnp.float32) if a is None else a.astype(jnp.float32)
 
 
-def _integers(**sizes: int) -> dict[str, np.int64]:
-    return {name: np.int64(size) for name, size in sizes.items()}
+def _attributes(block: tuple[int, int, int, int]) -> dict[str, np.int64]:
+    return {name: np.int64(size) for name, size in zip("nsgk", block, strict=True)}

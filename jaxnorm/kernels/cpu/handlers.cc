@@ -175,7 +175,7 @@ XLA_FFI_DEFINE_HANDLER(kForward, jaxnorm::forward,
                            .Attr<int64_t>("g")
                            .Attr<int64_t>("k")
                            .Attr<double>("epsilon")
-                           .Attr<bool>("centred"));
+                           .Attr<bool>("subtract_mean"));
 
 XLA_FFI_DEFINE_HANDLER(kBackward, jaxnorm::backward,
                        ffi::Ffi::Bind()
@@ -189,12 +189,12 @@ XLA_FFI_DEFINE_HANDLER(kBackward, jaxnorm::backward,
                            .Ret<ffi::AnyBuffer>()
                            .Ret<jaxnorm::Float32>()
                            .Ret<jaxnorm::Float32>()
-                           .Attr<int64_t>("maps")
+                           .Attr<int64_t>("batch")
                            .Attr<int64_t>("n")
                            .Attr<int64_t>("s")
                            .Attr<int64_t>("g")
                            .Attr<int64_t>("k")
-                           .Attr<bool>("centred"));
+                           .Attr<bool>("subtract_mean"));
 
 EXPORT XLA_FFI_Error* jaxnorm_forward(XLA_FFI_CallFrame* frame) { return kForward(frame); }
 EXPORT XLA_FFI_Error* jaxnorm_backward(XLA_FFI_CallFrame* frame) { return kBackward(frame); }

@@ -1,0 +1,75 @@
+"""Arithmetic that knows nothing of norms: types, squares, rounding, division by zero."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+_CONFIG: Any = jax.config  # its attributes are made at run time
+
+
+def as_array(a: ArrayLike) -> jax.Array:
+    """`a` as a JAX array; asking first is faster than jnp.asarray, which converts it again."""
+    return a if isinstance(a, jax.Array) else jnp.asarray(a)
+
+
+def promote(*dtypes: DTypeLike) -> jnp.dtype:
+    """The smallest dtype that holds all of these, whatever promotion JAX is configured for."""
+    return _promote(_CONFIG.jax_enable_x64, *dtypes)
+
+
+@functools.cache
+def _promote(x64: bool, *dtypes: DTypeLike) -> jnp.dtype:
+    del x64  # on which the result depends
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
+def real_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of the absolute value: float32 for complex64, and so on."""
+    return jnp.finfo(dtype).dtype
+
+
+def real_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Re(a conj(b)), which is a b for real numbers."""
+    if jnp.iscomplexobj(a):
+        return jnp.real(a) * jnp.real(b) + jnp.imag(a) * jnp.imag(b)
+    return a * b
+
+
+def square(a: jax.Array) -> jax.Array:
+    """The squared absolute value, real."""
+    return real_product(a, a)
+
+
+def drop_last_bit(a: jax.Array) -> jax.Array:
+    """`a` rounded to one bit less than its dtype has.
+
+    LLVM may contract x - total * (1 / n) into one operation, which subtracts the product before it
+    is rounded, in some loops of a program and not in others. With one bit less, every loop
+    subtracts the same number.
+    """
+    if jnp.iscomplexobj(a):
+        return lax.complex(drop_last_bit(jnp.real(a)), drop_last_bit(jnp.imag(a)))
+    kind = jnp.finfo(a.dtype)
+    return lax.reduce_precision(a, kind.nexp, kind.nmant - 1)
+
+
+def reciprocal_or_zero(a: jax.Array) -> jax.Array:
+    """1 / a where a is positive, else zero, with derivatives of any order."""
+    return jnp.where(a > 0, 1 / jnp.where(a > 0, a, 1), 0)
+
+
+def reciprocal_std(var: jax.Array, epsilon: float, count: jax.Array | None = None) -> jax.Array:
+    """(var + epsilon)**-1/2; zero where the count is zero, or where it would be infinite.
+
+    Zero makes the result of such elements the bias, and their gradient zero; infinity would make
+    both NaN.
+    """
+    zero = var + epsilon <= 0
+    if count is not None:
+        zero |= count == 0
+    return jnp.where(zero, 0, lax.rsqrt(jnp.where(zero, 1, var + epsilon)))

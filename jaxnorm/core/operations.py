@@ -1,0 +1,137 @@
+"""The three operations of a norm: by their formula, and by a kernel.
+
+    value(x, params)                               -> y, statistics
+    tangent(x, params, statistics, tx, tparams)    -> ty, tstatistics     linear in the last two
+    cotangent(x, params, statistics, dy)           -> dx, dparams         its transpose
+
+A formula is the truth. The tangent is `jax.jvp` of the value with known statistics, and the
+cotangent `jax.vjp` of it, so the derivatives are those of moments.py and are written once. A kernel
+computes the value or the cotangent of the block (n, s, g, k) that the norm is in memory; only
+here are the core's objects turned into the plain arrays and numbers that kernels take.
+
+All functions take a `NormSpec` first, and return lists of arrays.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxnorm.core.moments import Statistics, count_all, known_statistics
+from jaxnorm.core.spec import NormSpec
+from jaxnorm.core.standardize import NormParams, measure_and_standardize, standardize
+from jaxnorm.kernels import Kernel
+
+
+def arrays_of(stats: Statistics) -> list[jax.Array]:
+    """The arrays of the statistics; the count is left out, as the shape tells it."""
+    return jax.tree.leaves(stats._replace(count=None))
+
+
+def statistics_of(spec: NormSpec, arrays: Sequence[jax.Array]) -> Statistics:
+    """The inverse of `arrays_of`."""
+    *mean, var, rstd = arrays
+    high, low = mean or (None, None)
+    return Statistics(high, low, var, jnp.broadcast_to(count_all(spec), var.shape), rstd)
+
+
+def value(spec: NormSpec, x: jax.Array, params: NormParams) -> list[jax.Array]:
+    """y and the statistics."""
+    y, stats = measure_and_standardize(spec, x, params)
+    return [y, *arrays_of(stats)]
+
+
+def tangent(spec, x, params, stats, tx, tparams) -> list[jax.Array]:
+    """The tangents of y and of the statistics; `tparams` None is zero."""
+    tparams = jax.tree.map(jnp.zeros_like, params) if tparams is None else tparams
+    f = functools.partial(_value_of_known, spec, stats)
+    return jax.jvp(f, (x, params), (tx, tparams))[1]
+
+
+def cotangent(spec, x, params, stats, dy) -> list[jax.Array]:
+    """The cotangents of x and, if they are wanted, of the parameters."""
+    f = functools.partial(_value_of_known, spec, stats)
+    dx, dparams = jax.vjp(lambda *args: f(*args)[0], x, params)[1](dy)
+    return [dx, *(jax.tree.leaves(dparams) if spec.param_gradients else ())]
+
+
+def _value_of_known(spec, stats, x, params):
+    """The value, without measuring x again."""
+    stats = known_statistics(spec, x, statistics_of(spec, stats))
+    y = standardize(spec, x, stats.mean_high, stats.mean_low, stats.rstd, params)
+    return [y, *arrays_of(stats)]
+
+
+def request(spec: NormSpec, dtype: jnp.dtype, masked: bool = False) -> dict[str, Any]:
+    """What a kernel has to support, as its `declines` is asked; `dtype` is that of x."""
+    return {
+        "block": spec.layout.block,
+        "dtype": dtype,
+        "result_dtype": spec.dtype,
+        "subtract_mean": spec.subtract_mean,
+        "masked": masked,
+        "over_devices": bool(spec.statistics_devices.names),
+    }
+
+
+def value_by_kernel(
+    kernel: Kernel, spec: NormSpec, x: jax.Array, params: NormParams
+) -> list[jax.Array]:
+    """The value; the axes that `vmap` has added are more examples of the block."""
+    batch, (n, s, g, k) = x.shape[: spec.batch_dims], _block(spec)
+    y, *stats = kernel.value(
+        x,
+        *_flat(params),
+        block=(math.prod(batch) * n, s, g, k),
+        epsilon=spec.epsilon,
+        subtract_mean=spec.subtract_mean,
+    )
+    shape = (*batch, *spec.layout.statistics_shape)
+    return [y, *(a.reshape(shape) for a in stats if a is not None)]
+
+
+def cotangent_by_kernel(
+    kernel: Kernel,
+    spec: NormSpec,
+    x: jax.Array,
+    params: NormParams,
+    stats: Sequence[jax.Array],
+    dy: jax.Array,
+) -> list[jax.Array]:
+    """The cotangents; along the axes that `vmap` has added, those of the parameters differ too."""
+    batch, block = x.shape[: spec.batch_dims], _block(spec)
+    n, _, g, _ = block
+    *mean, _, rstd = (a.reshape(math.prod(batch), n, g) for a in stats)
+    high, low = mean or (None, None)
+    scale, _ = _flat(params)
+    dx, *grads = kernel.cotangent(
+        x,
+        dy,
+        scale,
+        high,
+        low,
+        rstd,
+        block=block,
+        batch=math.prod(batch),
+        wanted=tuple(spec.param_gradients and param is not None for param in params),
+    )
+    return [
+        dx,
+        *(
+            grad.reshape(*batch, *param.shape).astype(param.dtype)
+            for grad, param in zip(grads, params, strict=True)
+            if grad is not None and param is not None
+        ),
+    ]
+
+
+def _block(spec: NormSpec) -> tuple[int, int, int, int]:
+    assert spec.layout.block  # else the kernel had declined
+    return spec.layout.block
+
+
+def _flat(params: NormParams) -> list[jax.Array | None]:
+    return [None if param is None else param.reshape(-1) for param in params]

@@ -1,0 +1,48 @@
+"""What is static in one call of a norm: everything but the arrays."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxnorm.core.devices import LOCAL, Devices
+from jaxnorm.core.layout import Layout
+
+
+class NormSpec(NamedTuple):
+    """A norm of arrays of one shape; hashable, so that it is a static argument of programs.
+
+    Attributes:
+      name: of the function, for profiles.
+      layout: which elements share statistics.
+      compute_dtype: of the arithmetic; float32 or better.
+      dtype: of y.
+      epsilon: added to the variance.
+      subtract_mean: whether the mean is measured and subtracted.
+      devices: the devices that share the moments.
+      implementation: "xla" for the formula; None for a kernel if one supports this, else the
+        formula; "kernel" if it is an error that none does.
+      batch_dims: how many leading axes `vmap` has added to x, to the statistics and to the
+        (co)tangents of both; the parameters have none of them.
+      param_gradients: whether the cotangents of the parameters are wanted.
+    """
+
+    name: str
+    layout: Layout
+    compute_dtype: jnp.dtype
+    dtype: jnp.dtype
+    epsilon: float = 0.0
+    subtract_mean: bool = True
+    devices: Devices = LOCAL
+    implementation: str | None = None
+    batch_dims: int = 0
+    param_gradients: bool = True
+
+    @property
+    def statistics_devices(self) -> Devices:
+        """The devices that share the statistics of y; sub-batches share theirs with no other."""
+        return LOCAL if self.layout.sub_batches else self.devices
+
+    def prepare(self, x: jax.Array) -> jax.Array:
+        """x in the arithmetic's dtype and in the shape of the view."""
+        return x.astype(self.compute_dtype).reshape(self.layout.view)
