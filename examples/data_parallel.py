@@ -145,7 +145,7 @@ def train(args: argparse.Namespace) -> None:
                 raise UserError(f"the loss is {loss} at step {step}: try a lower --learning-rate")
             checkpoints.save(step + 1, state)
     right = count_right(state, *on_all_devices(mesh, dataset.test, len(dataset.test.labels)))
-    say(f"{100 * int(right) / len(dataset.test.labels):.1f} % of the test images right")
+    say(f"{100 * int(right) / len(dataset.test.labels):.1f} % of the test images correct")
     digest = hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(state)))
     say(f"after {max(start, args.steps)} steps; state {digest.hexdigest()[:16]}")
 
