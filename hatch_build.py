@@ -1,8 +1,8 @@
-"""Compiles the CPU kernel while jaxnorm is installed, where there is a C++ compiler.
+"""Compiles the CPU kernel while jaxnorm is installed, if there is a C++ compiler.
 
-Without one, or where it fails, the install goes on: the reason is left beside the kernel, and
-`jaxnorm.implementations()` tells it. JAXNORM_BUILD_KERNEL=1 makes that an error, =0 leaves the
-kernel out.
+If there is none, or if it fails, jaxnorm is installed without the kernel. The reason is stored next
+to the kernel's source, and `jaxnorm.implementations()` reports it. JAXNORM_BUILD_KERNEL=1 makes
+this an error, =0 installs without the kernel.
 """
 
 import importlib.util
@@ -19,24 +19,24 @@ FOLDER = Path(__file__).parent / "jaxnorm" / "kernels" / "cpu"
 
 
 class Kernel(BuildHookInterface):
-    """Hatch's hook for `pip install`, editable or not."""
+    """The Hatch hook for `pip install`, editable or not."""
 
     def dependencies(self) -> list[str]:
         """What the compiler needs: XLA's headers, which come with jaxlib."""
-        # A library that is built with older headers runs in a newer XLA, but not the reverse.
+        # A library that is built with older headers runs in a newer XLA, but not vice versa.
         oldest = "jaxlib==0.10.*" if sys.version_info < (3, 15) else "jaxlib"
         return [oldest] if _cpu().find_compiler() else []
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile, and put the result into the wheel; an editable one finds it in the tree."""
-        self.temporary = tempfile.TemporaryDirectory()  # until the wheel is written
+        """Compile the kernel into the wheel, or for an editable install into the source tree."""
+        self.temporary = tempfile.TemporaryDirectory()  # removed after the wheel is written
         folder = FOLDER if version == "editable" else Path(self.temporary.name)
         library, reason = folder / "_norms.so", folder / "_not_built.txt"
         wish = os.environ.get("JAXNORM_BUILD_KERNEL")
         try:
             if wish == "0":
                 raise RuntimeError("JAXNORM_BUILD_KERNEL=0 left it out")
-            if not _is_newer(library):  # pip asks twice, first for the metadata
+            if not _is_newer(library):  # pip calls this twice, first for the metadata
                 _cpu().build(library)
             reason.unlink(missing_ok=True)
         except (RuntimeError, OSError, ImportError) as error:
@@ -55,14 +55,14 @@ class Kernel(BuildHookInterface):
 
 
 def _is_newer(library: Path) -> bool:
-    """Whether the library has been built after its sources."""
+    """Whether the library is newer than its sources."""
     sources = [path for path in FOLDER.iterdir() if path.suffix in (".cc", ".h", ".py")]
     changed = max(path.stat().st_mtime for path in sources)
     return library.exists() and library.stat().st_mtime > changed
 
 
 def _cpu() -> Any:
-    """jaxnorm.kernels.cpu.build, without what that package imports."""
+    """The module jaxnorm.kernels.cpu.build, loaded without importing the package."""
     spec = importlib.util.spec_from_file_location("build_of_kernel", FOLDER / "build.py")
     assert spec
     assert spec.loader

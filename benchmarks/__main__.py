@@ -1,4 +1,4 @@
-"""python -m benchmarks: measures, prints a summary, and leaves tables and figures."""
+"""python -m benchmarks: measures, prints a summary, and writes tables and figures."""
 
 import argparse
 import importlib.util
@@ -24,7 +24,7 @@ from benchmarks.table import markdown, seconds
 
 
 class UserError(Exception):
-    """What was asked for cannot be done; the message is one sentence."""
+    """The request cannot be fulfilled; the message is one sentence."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,21 +50,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments."""
+    """Parse the arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="jaxnorm's norms beside those of other libraries.",
+        description="Compare jaxnorm's norms with those of other libraries.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add(
         "--quick",
         action="store_true",
-        help="a few cases, no torch.compile, no imports: within a minute",
+        help="a few cases, no torch.compile, no import times: within a minute",
     )
-    add("--only", metavar="REGEX", default="", help="the cases in whose name it is found")
-    add("--peers", metavar="A,B", help=f"some of {', '.join(peer.name for peer in PEERS)}")
-    add("--seconds", type=float, metavar="S", help="for each case, by default 1.5")
+    add("--only", metavar="REGEX", default="", help="only the cases whose name matches")
+    add("--peers", metavar="A,B", help=f"only these of {', '.join(peer.name for peer in PEERS)}")
+    add("--seconds", type=float, metavar="S", help="seconds for each case; default: 1.5")
     add(
         "--out",
         type=Path,
@@ -72,13 +72,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="default: %(default)s",
     )
-    add("--page-faults", action="store_true", help="let results come in fresh pages of memory")
-    add("--replot", action="store_true", help="tables and figures anew from DIR/results.json")
+    add("--page-faults", action="store_true", help="do not keep freed memory pages")
+    add("--replot", action="store_true", help="make tables and figures from DIR/results.json")
     return parser.parse_args(argv)
 
 
 def choose_cases(options: argparse.Namespace) -> list[Case]:
-    """Those of --quick and --only."""
+    """The cases that --quick and --only select."""
     cases = quick_cases() if options.quick else all_cases()
     try:
         chosen = [case for case in cases if re.search(options.only, case.name)]
@@ -96,7 +96,7 @@ def choose_cases(options: argparse.Namespace) -> list[Case]:
 
 
 def choose_peers(options: argparse.Namespace) -> list[Peer]:
-    """Those of --peers, or all that --quick has time for."""
+    """The peers that --peers selects; by default all, with --quick without the slow ones."""
     if options.peers is None:
         return [peer for peer in PEERS if not (options.quick and peer.slow_to_compile)]
     names, known = options.peers.split(","), {peer.name: peer for peer in PEERS}
@@ -109,9 +109,9 @@ def choose_peers(options: argparse.Namespace) -> list[Peer]:
 
 
 def run(options: argparse.Namespace, cases: list[Case], peers: list[Peer]) -> dict[str, Any]:
-    """Measure until all is done, or until Ctrl-C."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch is on that GPU too
-    # Every call is waited for: a thread of its own for the program would only take time to wake.
+    """Measure all cases, or until Ctrl-C."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch shares the GPU
+    # Every call is waited for: a separate thread for the program would only add its wake-up time.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     budget = options.seconds or (0.4 if options.quick else 1.5)
     report: dict[str, Any] = {
@@ -137,7 +137,7 @@ def run(options: argparse.Namespace, cases: list[Case], peers: list[Peer]) -> di
         report["not_run"].append({"case": "*", "peer": name, "reason": reason})
     peers = [peer for peer in peers if peer.installed]
     start = time.perf_counter()
-    # A new cache, so that PyTorch does not load what an earlier run has compiled.
+    # A new cache, so PyTorch does not load what an earlier run has compiled.
     with tempfile.TemporaryDirectory() as cache:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
         try:
@@ -148,7 +148,7 @@ def run(options: argparse.Namespace, cases: list[Case], peers: list[Peer]) -> di
         except KeyboardInterrupt:
             report["interrupted"] = True
             done = len(report["results"])
-            say(f"Interrupted: {done} of {len(cases)} cases are measured, and will be written.")
+            say(f"Interrupted: {done} of {len(cases)} cases were measured and will be written.")
     report["settings"]["took_seconds"] = time.perf_counter() - start
     return report
 
@@ -156,7 +156,7 @@ def run(options: argparse.Namespace, cases: list[Case], peers: list[Peer]) -> di
 def measure_all(
     report: dict[str, Any], cases: list[Case], peers: list[Peer], budget: float
 ) -> None:
-    """Add each case to the report, and say so."""
+    """Measure each case, add it to the report and print it."""
     rng = random.Random(0)
     rounds = 5 if report["settings"]["quick"] else 11
     for number, case in enumerate(cases, 1):
@@ -173,24 +173,24 @@ def measure_all(
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What an earlier run has left there."""
+    """Read the results of an earlier run."""
     path = folder / "results.json"
     if not path.exists():
         raise UserError(
-            f"--replot must find {path}, got no such file; measure first, or set --out."
+            f"--replot must find {path}, but there is no such file; measure first, or set --out."
         )
     try:
         report = json.loads(path.read_text())
         summarize(report["results"])
     except (ValueError, KeyError, TypeError):
         raise UserError(
-            f"--replot must find what a run has left in {path}, got something else; measure again."
+            f"--replot must find the results of a run in {path}, got something else; measure again."
         ) from None
     return report
 
 
 def make_folder(folder: Path) -> None:
-    """Before anything is measured, so that no run is lost."""
+    """Make the folder before measuring, so no run is lost."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -203,7 +203,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
-    """results.json, table.md and the figures."""
+    """Write results.json, table.md and the figures."""
     report["summary"] = summarize(report["results"])
     _replace(folder / "results.json", json.dumps(report, indent=1))
     _replace(folder / "table.md", markdown(report))
@@ -222,7 +222,7 @@ def write(report: dict[str, Any], folder: Path) -> None:
 
 
 def say(line: str) -> None:
-    """On the way, beside the summary."""
+    """Print progress to stderr."""
     print(line, file=sys.stderr, flush=True)
 
 

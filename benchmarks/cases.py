@@ -1,4 +1,4 @@
-"""What is measured: the five norms, in the shapes that real networks give them."""
+"""What is measured: the five norms, with shapes from real networks."""
 
 import math
 from typing import NamedTuple
@@ -6,15 +6,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 EPSILON = 1e-5
-MOMENTUM = 0.9  # what the running statistics of batch norm keep
-CACHE = 2**20  # bytes of a group that stay in the cache of one core from one pass to the next
-WIDTH = 64  # on the other side of the matmuls of "context": narrow, or one would see only them
+MOMENTUM = 0.9  # of the running statistics of batch norm
+CACHE = 2**20  # bytes; a group up to this size stays in the cache of one core between two passes
+WIDTH = 64  # the other dimension of the matmuls of "context"; narrow, so they don't dominate
 
 MODES = ("forward", "backward", "both", "context")
 DTYPES = ("float32", "bfloat16")
 
-# The networks are those of tests/shapes.py, with batches large enough that a call takes longer
-# than calling does. "tiny" is there for the calls.
+# The networks are those of tests/shapes.py, with batches large enough that the computation takes
+# longer than the call overhead. "tiny" measures the call overhead.
 ROWS = {
     "gpt2": (8192, 768),
     "bert-large": (4096, 1024),
@@ -52,11 +52,11 @@ IN_CONTEXT = {
 
 
 class Problem(NamedTuple):
-    """A norm, and what it is given.
+    """A norm and its input.
 
     Attributes:
       norm: "batch", "layer", "rms", "group" or "instance".
-      network: whose shape it is.
+      network: the network that the shape is from.
       shape: of x, features last.
       dtype: of x and y; scale, bias and running statistics are float32.
     """
@@ -68,12 +68,12 @@ class Problem(NamedTuple):
 
     @property
     def features(self) -> int:
-        """How many scales there are, and biases unless it is rms norm."""
+        """The number of scales, and of biases except for rms norm."""
         return self.shape[-1]
 
     @property
     def groups(self) -> int:
-        """Of group norm: 32 as its paper has it, and of the tiny ones 4."""
+        """The number of groups of group norm: 32 as in its paper, 4 for the tiny shape."""
         return 32 if self.features % 32 == 0 else 4
 
     @property
@@ -95,12 +95,12 @@ class Problem(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A problem, and which part of it is timed.
+    """A problem, and the part of it that is timed.
 
     Attributes:
       problem: the norm and its input.
-      mode: "forward", in training, with the running statistics; "backward", from what the forward
-        pass kept; "both"; or "context", both passes of matmul, bias, add, norm, matmul.
+      mode: "forward", in training, with the running statistics; "backward", from the residuals of
+        the forward pass; "both"; or "context", both passes of matmul, bias, add, norm, matmul.
     """
 
     problem: Problem
@@ -108,16 +108,17 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What --only looks at."""
+        """The name that --only matches."""
         return f"{self.problem.norm}/{self.problem.network}/{self.problem.dtype}/{self.mode}"
 
     @property
     def minimum_bytes(self) -> int | None:
-        """What must be read and written at least; None for "context", whose matmuls take longer.
+        """The least bytes to read and write; None for "context", where the matmuls take longer.
 
-        Forward: x is read, y written. Backward: x and dy are read, dx written. Where what shares
-        statistics does not stay in the cache (batch norm's never does: its columns lie scattered
-        over all of x), what is read has to be read twice, once to measure and once to apply.
+        Forward: x is read, y is written. Backward: x and dy are read, dx is written. If the
+        elements that share statistics do not stay in the cache, the inputs have to be read twice,
+        once for the statistics and once to apply them. (In batch norm they never do: a column is
+        spread over all of x.)
         """
         once = self.problem.norm in ("layer", "rms") or (
             self.problem.norm != "batch" and self.problem.sharing * self.problem.itemsize <= CACHE
@@ -130,7 +131,7 @@ class Case(NamedTuple):
 
 
 def all_cases() -> list[Case]:
-    """Everything; the cases of one problem in a row, so that they share its data."""
+    """All cases. The cases of one problem are adjacent, so they share its data."""
     return [
         Case(Problem(norm, network, shape, dtype), mode)
         for norm, shapes in SHAPES.items()
@@ -142,7 +143,7 @@ def all_cases() -> list[Case]:
 
 
 def quick_cases() -> list[Case]:
-    """Of each norm one shape in float32: forward, and forward plus backward."""
+    """One shape in float32 for each norm: forward, and forward plus backward."""
     return [
         case
         for case in all_cases()

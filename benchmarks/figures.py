@@ -1,4 +1,4 @@
-"""The results as two figures, for those who have matplotlib."""
+"""The results as figures; needs matplotlib."""
 
 import statistics
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.cases import MODES
 from benchmarks.summary import COPY, OURS, ratio, speedup
 
-# Of the palette of Okabe and Ito, made for all kinds of colour vision.
+# From the palette of Okabe and Ito, which is safe for colour-blind readers.
 LOOKS = {OURS: ("#D55E00", "o"), "flax.linen": ("#0072B2", "s"), "torch": ("#009E73", "^")}
 FASTEST = ("#000000", "D")
 TITLES = {
@@ -19,7 +19,7 @@ TITLES = {
 
 
 def draw_ratios(report: dict[str, Any], path: Path) -> bool:
-    """Jaxnorm's time over that of Flax and of the fastest peer: left of one, jaxnorm is faster.
+    """Time of jaxnorm / time of Flax and of the fastest peer: below 1, jaxnorm is faster.
 
     Returns whether there was anything to draw.
     """
@@ -57,7 +57,7 @@ def draw_ratios(report: dict[str, Any], path: Path) -> bool:
 
 
 def draw_gains(report: dict[str, Any], path: Path) -> bool:
-    """For each norm how many times as fast jaxnorm is, in the geometric mean over its cases.
+    """How many times as fast jaxnorm is: for each norm the geometric mean over its cases.
 
     Returns whether there was anything to draw.
     """
@@ -91,7 +91,7 @@ def draw_gains(report: dict[str, Any], path: Path) -> bool:
 
 
 def draw_roofline(report: dict[str, Any], path: Path) -> bool:
-    """Bytes per second, counting those that must be moved, against a copy of as many.
+    """Bytes per second, counting only those that must be moved, compared with a plain copy.
 
     Returns whether there was anything to draw.
     """
@@ -135,7 +135,7 @@ def draw_roofline(report: dict[str, Any], path: Path) -> bool:
 
 
 def _panels(figure: Any, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """One for each mode that was measured."""
+    """A panel for each mode that was measured."""
     modes = [mode for mode in MODES if any(result["mode"] == mode for result in results)]
     row = figure.subplots(1, len(modes), sharex=True, sharey=True, squeeze=False)[0]
     for mode, axes in zip(modes, row, strict=True):
@@ -152,7 +152,7 @@ def _save(figure: Any, title: str, path: Path) -> bool:
 
 
 def _rates(results: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    """Bytes, and bytes per second."""
+    """Bytes and bytes per second of each result."""
     sized = [(r["minimum_bytes"], r["peers"][name]) for r in results if name in r["peers"]]
     return [(size, size / measured["median"]) for size, measured in sized]
 

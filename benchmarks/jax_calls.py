@@ -1,4 +1,4 @@
-"""Calls of the peers that run on JAX: one norm each, everything else the same for all."""
+"""Calls of the peers that run on JAX: only the norm differs."""
 
 import time
 from collections.abc import Callable
@@ -19,9 +19,9 @@ class JaxNorm(NamedTuple):
     """One library's norm as a pure function.
 
     Attributes:
-      apply: from x, {"scale": ..., "bias": ...} and the state to y and the new state.
-      state: that of batch norm, as the library has it.
-      note: what is different about it.
+      apply: maps x, {"scale": ..., "bias": ...} and the state to y and the new state.
+      state: the state of batch norm, in the form that the library uses.
+      note: how it differs from the other libraries.
     """
 
     apply: Callable[[jax.Array, Params, Any], tuple[jax.Array, Any]]
@@ -30,14 +30,14 @@ class JaxNorm(NamedTuple):
 
 
 def jax_call(make: Callable[[Problem], JaxNorm], case: Case) -> Call:
-    """The case in one `jax.jit`, whose result is a dictionary of results and the new state."""
+    """The case in one `jax.jit` that returns a dictionary of results and the new state."""
     norm = make(case.problem)
     arrays = {name: jnp.asarray(a) for name, a in inputs(case.problem).items()}
     x, dy = arrays.pop("x"), arrays.pop("dy")
     if case.mode == "forward":
         return compiled(_forward(norm), x, arrays, norm.state, note=norm.note)
     if case.mode == "backward":
-        # Flattened here, so that no call pays for it.
+        # Flattened here, outside of the timed call.
         kept, structure = jax.tree.flatten(_pullback(norm, x, arrays))
         function = lambda kept, dy: (_named(*jax.tree.unflatten(structure, kept)(dy)), ())
         return compiled(function, kept, dy, note=norm.note)
@@ -49,7 +49,7 @@ def jax_call(make: Callable[[Problem], JaxNorm], case: Case) -> Call:
 
 
 def copy_call(case: Case) -> Call | None:
-    """A plain copy that reads and writes, together, the minimum bytes of the case."""
+    """A plain copy that reads and writes, in total, the minimum bytes of the case."""
     if case.minimum_bytes is None:
         return None
     source = jnp.ones(case.minimum_bytes // 8, jnp.float32)
@@ -57,7 +57,7 @@ def copy_call(case: Case) -> Call | None:
 
 
 def compiled(function: Callable[..., Any], *arguments: Any, note: str = "") -> Call:
-    """A call of a function whose result is (results by name, state)."""
+    """A call of a compiled function that returns (results by name, state)."""
     start = time.perf_counter()
     program = jax.jit(function).lower(*arguments).compile()
     seconds = time.perf_counter() - start
@@ -82,7 +82,7 @@ def _forward(norm: JaxNorm) -> Callable[..., Any]:
 
 
 def _pullback(norm: JaxNorm, x: jax.Array, params: Params) -> Any:
-    """What the forward pass keeps, and the function of it that the backward pass is."""
+    """The backward pass as a function, with the residuals of the forward pass in it."""
 
     @jax.jit
     def forward(x, params):
@@ -103,7 +103,7 @@ def _both(norm: JaxNorm) -> Callable[..., Any]:
 
 def _context(norm: JaxNorm) -> Callable[..., Any]:
     def context(others, x, params, state, dz):
-        # "highest", so that all peers multiply float32 as float32.
+        # "highest", so all peers multiply float32 in float32.
         dot = lambda a, b: jnp.matmul(a, b, precision="highest")
 
         def forward(others, x, params):

@@ -1,7 +1,7 @@
 """The five norms in each library on JAX. A library is imported when its function is called.
 
-Everywhere statistics are those of the call, scale and bias are float32, features are last, and y
-has the dtype of x; what a library cannot do in that way, its note says.
+In all of them the statistics are computed from x, scale and bias are float32, features are last,
+and y has the dtype of x. If a library can't do this, its note says so.
 """
 
 import os
@@ -16,16 +16,16 @@ from benchmarks.jax_calls import JaxNorm
 
 
 class UnableError(Exception):
-    """A peer has no such norm, or not here; the message says why."""
+    """A peer does not have this norm, or can't run it here; the message says why."""
 
 
 def one_example(problem: Problem) -> jax.Array:
-    """For what a library has to see to make its variables."""
+    """One example, for libraries that need it to create their variables."""
     return jnp.ones((1,) * (len(problem.shape) - 1) + problem.shape[-1:], problem.dtype)
 
 
 def jaxnorm_norm(problem: Problem, **options: Any) -> JaxNorm:
-    """Ours, through the pure functions; options go to them."""
+    """jaxnorm's pure functions, called with the options."""
     options |= {"epsilon": EPSILON}
     norm_params = lambda params: jn.NormParams(params["scale"], params.get("bias"))
     if problem.norm == "batch":
@@ -78,7 +78,7 @@ def nnx_norm(problem: Problem) -> JaxNorm:
     structures = [jax.tree.structure(part) for part in parts]
 
     def apply(x, params, state):
-        leaves = [params[name] for name in sorted(params)], state  # sorted, as nnx has them
+        leaves = [params[name] for name in sorted(params)], state  # sorted, as in nnx
         module = nnx.merge(definition, *map(jax.tree.unflatten, structures, leaves))
         y = module(x)
         return y, jax.tree.leaves(nnx.split(module, nnx.Param, ...)[2])
@@ -87,7 +87,7 @@ def nnx_norm(problem: Problem) -> JaxNorm:
 
 
 def haiku_norm(problem: Problem) -> JaxNorm:
-    """Haiku; it computes in the widest dtype of x and scale, so y is rounded to that of x."""
+    """Haiku. It computes in the wider dtype of x and scale, so y is rounded to the dtype of x."""
     import haiku as hk  # pyright: ignore[reportMissingImports] (optional)
 
     both = {"create_scale": True, "create_offset": True, "eps": EPSILON}
@@ -115,7 +115,7 @@ def haiku_norm(problem: Problem) -> JaxNorm:
 
 
 def equinox_norm(problem: Problem) -> JaxNorm:
-    """Equinox, whose modules take one example each, features first unless rows are normalized."""
+    """Equinox. Its modules take one example, with features first unless rows are normalized."""
     import equinox as eqx  # pyright: ignore[reportMissingImports] (optional)
 
     state: Any = ()
@@ -147,7 +147,7 @@ def equinox_norm(problem: Problem) -> JaxNorm:
         return jnp.moveaxis(y, 1, -1).astype(x.dtype), state
 
     transposed = problem.norm not in ("layer", "rms")
-    return JaxNorm(apply, state, "features first only, so between transposes" * transposed)
+    return JaxNorm(apply, state, "features first only, with transposes" * transposed)
 
 
 def keras_norm(problem: Problem) -> JaxNorm:

@@ -1,4 +1,4 @@
-"""Where it runs: hardware, versions, memory, and how long imports take."""
+"""The machine: hardware, versions, memory settings and import times."""
 
 import importlib.metadata
 import os
@@ -14,13 +14,14 @@ DISTRIBUTIONS = (
     "jaxnorm", "jax", "jaxlib", "flax", "dm-haiku", "equinox", "keras", "torch", "numpy",
 )  # fmt: skip
 
-# A large result that comes in fresh pages costs the kernel more time than the norm. A program that
-# runs a while has its pages, so they are kept here too: glibc reads this when a process starts.
+# New pages for a large result cost the operating system more time than the norm takes. A program
+# that has run for a while has its pages, so pages are kept here too. glibc reads these variables
+# when a process starts.
 KEEP_PAGES = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
     "MALLOC_TOP_PAD_": str(2**28),
-    "MALLOC_ARENA_MAX": "1",  # one heap for all threads: others give pages back
+    "MALLOC_ARENA_MAX": "1",  # one heap for all threads; other heaps return pages
 }
 
 
@@ -30,14 +31,14 @@ def pages_kept(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def restart_keeping_pages() -> None:
-    """Start this process over with `KEEP_PAGES`; return if it has them, or if they mean nothing."""
+    """Restart this process with `KEEP_PAGES`, unless they are set or the C library is not glibc."""
     if platform.libc_ver()[0] == "glibc" and not pages_kept():
         command = [sys.executable, *sys.orig_argv[1:]]
         os.execve(sys.executable, command, {**os.environ, **KEEP_PAGES})
 
 
 def describe() -> dict[str, Any]:
-    """The machine and what is installed on it."""
+    """Describe the machine and the installed versions."""
     import jax
 
     versions = {"python": platform.python_version()}
@@ -65,7 +66,7 @@ def describe() -> dict[str, Any]:
 
 
 def import_seconds(module: str, times: int = 3) -> float:
-    """The median of that many imports, each in a process of its own."""
+    """The median time of several imports, each in a new process."""
     code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
     environment = {**os.environ, "KERAS_BACKEND": "jax"}
     run = lambda: subprocess.run(

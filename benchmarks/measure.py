@@ -1,4 +1,4 @@
-"""One case: every peer is prepared, checked against the truth, and timed."""
+"""Measure one case: prepare every peer, check it against the exact results, and time it."""
 
 import random
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from benchmarks.truth import largest_error
 def measure(
     case: Case, peers: Sequence[Peer], seconds: float, rounds: int, rng: random.Random
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """The case's entry in results.json, and one for each peer that could not run it."""
+    """The case's entry in results.json, and an entry for each peer that could not run it."""
     calls, errors, not_run = {}, {}, []
     for peer in peers:
         try:
             call = peer.make(case)
             errors[peer.name] = largest_error(case, call.results(call.run()))
             calls[peer.name] = call
-        except Exception as error:  # whatever another library raises is its reason
+        except Exception as error:  # other libraries may raise anything
             row = {"case": case.name, "peer": peer.name, "reason": _sentence(error)}
             not_run.append(row)
     copy = copy_call(case)

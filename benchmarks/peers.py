@@ -1,4 +1,4 @@
-"""Who takes part."""
+"""The libraries that are compared."""
 
 import importlib.util
 from collections.abc import Callable
@@ -16,11 +16,11 @@ class Peer(NamedTuple):
     """A library as it is measured.
 
     Attributes:
-      name: in the table and for --peers.
-      module: what it imports.
-      make: the call for a case; raises `UnableError`, or whatever the library does, if it can't.
-      install: what to tell pip.
-      slow_to_compile: left out by --quick.
+      name: its name in the table and for --peers.
+      module: the module to import.
+      make: makes the call for a case; raises `UnableError`, or the library's error, if it can't.
+      install: the name to install with pip.
+      slow_to_compile: whether --quick leaves it out.
     """
 
     name: str

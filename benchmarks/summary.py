@@ -1,4 +1,4 @@
-"""What the measurements come to."""
+"""Summary statistics of the measurements."""
 
 import math
 import statistics
@@ -6,14 +6,14 @@ from typing import Any
 
 OURS = "jaxnorm"
 COPY = "copy"
-SHORT = 50e-6  # seconds; such calls differ by more from one process to the next
+SHORT = 50e-6  # seconds; shorter calls vary more from process to process
 TOLERANCE, SHORT_TOLERANCE = 1.05, 1.15
 
 Results = list[dict[str, Any]]
 
 
 def peer_medians(result: dict[str, Any]) -> dict[str, float]:
-    """Seconds of every peer but ours."""
+    """The median seconds of every peer except jaxnorm."""
     return {
         name: measured["median"]
         for name, measured in result["peers"].items()
@@ -22,7 +22,7 @@ def peer_medians(result: dict[str, Any]) -> dict[str, float]:
 
 
 def ratio(result: dict[str, Any], peer: str | None = None) -> float | None:
-    """Seconds of jaxnorm over those of a peer, by default the fastest; None if one is missing."""
+    """Time of jaxnorm / time of a peer, by default the fastest; None if one is missing."""
     peers = peer_medians(result)
     if OURS not in result["peers"] or not peers or (peer and peer not in peers):
         return None
@@ -30,13 +30,13 @@ def ratio(result: dict[str, Any], peer: str | None = None) -> float | None:
 
 
 def speedup(results: Results, peer: str | None = None) -> float | None:
-    """The geometric mean over all cases of a peer's seconds over those of jaxnorm."""
+    """The geometric mean over all cases of time of a peer / time of jaxnorm."""
     logs = [math.log(r) for result in results if (r := ratio(result, peer)) is not None]
     return math.exp(-statistics.fmean(logs)) if logs else None
 
 
 def behind(results: Results) -> list[dict[str, Any]]:
-    """The cases in which peers are faster by more than the tolerance, with the fastest of them."""
+    """The cases in which a peer is faster by more than the tolerance, and the fastest peer."""
     found = []
     for result in results:
         slower = ratio(result)
@@ -51,7 +51,7 @@ def behind(results: Results) -> list[dict[str, Any]]:
 
 
 def summarize(results: Results) -> dict[str, Any]:
-    """As it goes into results.json."""
+    """The summary in results.json."""
     return {
         "compared": sum(ratio(result) is not None for result in results),
         "speedup_over_fastest_peer": speedup(results),
@@ -61,21 +61,21 @@ def summarize(results: Results) -> dict[str, Any]:
 
 
 def sentences(summary: dict[str, Any], most: int | None = None) -> list[str]:
-    """The summary in words, with at most that many of the cases that are behind."""
+    """The summary as sentences, with at most `most` of the cases in which jaxnorm is slower."""
     lines = []
     for key, whom in (("over_fastest_peer", "the fastest peer"), ("over_flax", "flax.linen")):
         value = summary[f"speedup_{key}"]
         if value is not None:
             lines.append(
-                f"Geometric mean over all cases of the time of {whom} over that of jaxnorm: "
+                f"Geometric mean over all cases of time of {whom} / time of jaxnorm: "
                 f"{value:.2f} (above 1, jaxnorm is faster)."
             )
     if not lines:
         return ["Nothing to compare: jaxnorm or all of its peers were not measured."]
     rows = summary["behind"]
     lines.append(
-        f"jaxnorm is behind the fastest peer by more than 5 % (15 % under 50 us) in {len(rows)} of "
-        f"{summary['compared']} cases{':' if rows else '.'}"
+        f"jaxnorm is slower than the fastest peer by more than 5 % (15 % under 50 us) in "
+        f"{len(rows)} of {summary['compared']} cases{':' if rows else '.'}"
     )
     lines += [f"  {r['case']}: {r['ratio']:.2f} times {r['peer']}" for r in rows[:most]]
     if most is not None and len(rows) > most:

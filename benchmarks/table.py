@@ -1,4 +1,4 @@
-"""The results in Markdown."""
+"""The results as Markdown tables."""
 
 import math
 from typing import Any
@@ -6,25 +6,26 @@ from typing import Any
 from benchmarks.summary import COPY, OURS, peer_medians, sentences
 
 LEGEND = """\
-Times are medians. Beside each time stands the largest error against float64, in units in the last
-place of the dtype for the largest right element: of y forward, else the worst gradient. *both* is
-the forward and the backward pass in one program, with y and all gradients for results; *context*
-those of matmul, bias, add, norm, matmul. *copy* reads and writes, together, the least bytes that
-the case must move. The fastest of each row is bold."""
+Times are medians. The number next to each time is the largest error compared with float64, in units
+in the last place of the dtype for the largest exact element: of y for *forward*, otherwise of the
+worst gradient. *both* is the forward and the backward pass in one program, which returns y and all
+gradients. *context* is both passes of matmul, bias, add, norm, matmul. *copy* reads and writes, in
+total, the least bytes that the case must move. The fastest time of each row is bold."""
 SCRATCH = """\
-What XLA plans for the forward and the backward pass in one program beside arguments and results,
-in percent of x. What kernels allocate by themselves is not in it."""
+The scratch memory that XLA plans for the forward and the backward pass in one program, in addition
+to arguments and results, in percent of x. It does not include memory that kernels allocate
+themselves."""
 DETAILS = """\
 Half of the measurements lie between the quartiles. Bytes per second are the least bytes of the case
-over the median. Scratch is what the program allocates beside arguments and results. Compile time
-is that of XLA, or of the first call of torch.compile, whose program of *both* is often there from
-*backward*."""
+divided by the median. Scratch is what the program allocates in addition to arguments and results.
+Compile time is the time of XLA, or of the first call of torch.compile, whose program of *both* is
+often cached from *backward*."""
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """All of it."""
+    """The whole page."""
     results = report["results"]
-    parts = ["# Benchmark", machine(report["machine"]), "\n".join(_list(report["summary"]))]
+    parts = ["# Benchmark results", machine(report["machine"]), "\n".join(_list(report["summary"]))]
     if results:
         parts += ["## Times and errors", LEGEND, overview(results)]
         parts += ["## Scratch memory", SCRATCH, scratch(results)]
@@ -32,17 +33,17 @@ def markdown(report: dict[str, Any]) -> str:
     if report["imports"]:
         parts += ["## Import time", imports(report["imports"])]
     if report["not_run"]:
-        parts += ["## What was not run", "\n".join(not_run(report["not_run"]))]
+        parts += ["## Not run", "\n".join(not_run(report["not_run"]))]
     return "\n\n".join(parts) + "\n"
 
 
 def machine(described: dict[str, Any]) -> str:
-    """One paragraph."""
+    """A paragraph about the machine."""
     versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
     pages = (
-        "Freed pages are kept, so that results do not come in fresh ones."
+        "Freed pages are kept, so results do not need new pages."
         if described["pages_kept"]
-        else "Freed pages go back to the system: large results pay for page faults."
+        else "Freed pages are returned to the system, so large results cause page faults."
     )
     return (
         f"{described['cpu']}, {described['cores']} cores, {described['system']}; JAX on "
@@ -66,7 +67,7 @@ def overview(results: list[dict[str, Any]]) -> str:
 
 
 def scratch(results: list[dict[str, Any]]) -> str:
-    """A row for each case of both passes, a column for each peer that tells."""
+    """A row for each case with both passes, a column for each peer with known scratch."""
     both = [result for result in results if result["mode"] == "both"]
     known = lambda m: m["scratch_bytes"] is not None
     names = dict.fromkeys(name for r in both for name, m in r["peers"].items() if known(m))
@@ -99,18 +100,18 @@ def details(results: list[dict[str, Any]]) -> str:
                     m["note"],
                 ]
             )
-    head = "case|peer|median|quartiles|bytes per second|of the copy's|error|scratch bytes|compile"
+    head = "case|peer|median|quartiles|bytes per second|of copy rate|error|scratch bytes|compile"
     return _table([*head.split("|"), "note"], rows)
 
 
 def imports(measured: dict[str, float]) -> str:
-    """In a process of its own, with everything that it imports in turn."""
+    """Import times, each in a new process and with everything that the module imports."""
     rows = [[f"`import {module}`", seconds(value)] for module, value in measured.items()]
     return _table(["", "median"], rows)
 
 
 def not_run(rows: list[dict[str, str]]) -> list[str]:
-    """A line for each reason, with the cases it was given for."""
+    """A line for each reason, with its cases."""
     cases: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         cases.setdefault((row["peer"], row["reason"]), []).append(row["case"])
@@ -121,7 +122,7 @@ def not_run(rows: list[dict[str, str]]) -> list[str]:
 
 
 def seconds(value: float) -> str:
-    """In a unit that suits."""
+    """A time in a suitable unit."""
     for unit, size in (("s", 1), ("ms", 1e-3), ("us", 1e-6)):
         if value >= size:
             return f"{value / size:.3g} {unit}"

@@ -1,8 +1,8 @@
-"""Turn and turn about: all calls of a case are timed together, each round in another order.
+"""Interleaved timing: all calls of a case are timed together, each round in another order.
 
-A turn begins with calls that are not timed, until the threads of whoever was before are asleep:
-PyTorch's stay awake for about ten milliseconds, on the cores that the next one needs. Nobody
-rests, as nobody does in a training loop: a core that wakes up is slow.
+A turn begins with calls that are not timed, until the threads of the previous library are asleep:
+PyTorch's threads stay awake for about ten milliseconds, on the cores that the next library needs.
+There are no pauses, as in a training loop, because a core that wakes up is slow.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-BATCH_SECONDS = 4e-3  # calls that are shorter are timed several at once
+BATCH_SECONDS = 4e-3  # shorter calls are timed in batches
 WAKE_SECONDS = 0.02
 WARM_UP_SECONDS = 0.02
 MOST_ROUNDS = 2000
@@ -22,16 +22,16 @@ MOST_ROUNDS = 2000
 
 @dataclasses.dataclass
 class Call:
-    """One peer's work on one case, ready to be timed.
+    """One peer's call for one case, ready to be timed.
 
     Attributes:
-      run: starts it, and returns what `wait` and `results` take.
-      wait: returns when all of that is there.
-      results: of what `run` returns, by the names and in the layout of `truth`.
+      run: starts the call, and returns the argument of `wait` and `results`.
+      wait: returns when the results are ready.
+      results: turns what `run` returns into arrays with the names and the layout of `truth`.
       queued: whether calls are queued and waited for once, as on a GPU.
-      compile_seconds: how long it took to compile, if it was.
-      scratch_bytes: what it allocates beside arguments and results, where known.
-      note: what is different about it.
+      compile_seconds: the compile time, if it was compiled.
+      scratch_bytes: what it allocates in addition to arguments and results, if known.
+      note: how it differs from the other calls.
     """
 
     run: Callable[[], Any]
@@ -43,7 +43,7 @@ class Call:
     note: str = ""
 
     def seconds(self, times: int) -> float:
-        """Of one call, when it is made that often."""
+        """Seconds of one call, averaged over `times` calls."""
         start = time.perf_counter()
         if self.queued:
             for _ in range(times - 1):
@@ -55,7 +55,7 @@ class Call:
         return (time.perf_counter() - start) / times
 
     def calibrated(self) -> int:
-        """How often to call it at once. Until then it has run often enough to be warm."""
+        """How many calls to time in one batch. This also warms the call up."""
         times, spent = 1, self.seconds(1) + self.seconds(1)
         while True:
             one = self.seconds(times)
@@ -69,7 +69,7 @@ class Call:
 def take_turns(
     calls: dict[str, Call], seconds: float, rng: random.Random, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of one call of each, once per round, that often and until the time is up."""
+    """Seconds of one call of each: one per round, for at least `rounds` rounds and `seconds`."""
     times = {name: call.calibrated() for name, call in calls.items()}
     measured = {name: [] for name in calls}
     order, end = list(calls), time.perf_counter() + seconds
@@ -86,6 +86,6 @@ def take_turns(
 
 
 def quartiles(seconds: list[float]) -> dict[str, float]:
-    """The median, between which two values half of the measurements lie, and their number."""
+    """The median, the lower and upper quartile, and the number of measurements."""
     lower, median, upper = np.quantile(seconds, (0.25, 0.5, 0.75))
     return {"median": median, "lower": lower, "upper": upper, "rounds": len(seconds)}

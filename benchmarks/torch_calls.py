@@ -1,7 +1,7 @@
 """Calls of PyTorch, eager and compiled.
 
-Images lie features last in memory, as for everybody. PyTorch calls that channels_last: its
-functions are given a view with the features first, so that nobody pays for a transpose.
+Images have the features last in memory, as for all libraries. PyTorch calls this channels_last: its
+functions get a view with the features first, so no transpose is needed.
 """
 
 import time
@@ -16,7 +16,7 @@ from benchmarks.jax_norms import UnableError
 from benchmarks.timing import Call
 from benchmarks.truth import context_inputs, inputs
 
-Tensor = Any  # torch.Tensor, where there is PyTorch
+Tensor = Any  # torch.Tensor, if PyTorch is installed
 Function = Callable[[Tensor, dict[str, Tensor]], Tensor]
 
 
@@ -43,9 +43,9 @@ def torch_call(case: Case, *, compiled: bool = False) -> Call:
     if compiled:
         import torch._functorch.config  # pyright: ignore[reportMissingImports] (optional)
 
-        # What the forward pass kept is used again and again.
+        # The residuals of the forward pass are used many times.
         torch._functorch.config.donated_buffer = False
-        torch._dynamo.reset()  # its limit of shapes per function is meant for one program
+        torch._dynamo.reset()  # its limit of shapes per function is for one program
         function = torch.compile(function, dynamic=False)
 
     def gradients(y: Tensor, **options: Any) -> dict[str, Tensor]:
@@ -80,12 +80,12 @@ def torch_call(case: Case, *, compiled: bool = False) -> Call:
 
 
 def first(a: Tensor) -> Tensor:
-    """An image as PyTorch has it, features first; rows as they are."""
+    """Move the features of an image first, as in PyTorch; leave rows unchanged."""
     return a.movedim(-1, 1) if a.ndim == 4 else a
 
 
 def last(a: Tensor) -> Tensor:
-    """And back."""
+    """Move the features of an image last; leave rows unchanged."""
     return a.movedim(1, -1) if a.ndim == 4 else a
 
 
@@ -125,15 +125,15 @@ def _device() -> str:
     if backend == "gpu" and torch.cuda.is_available():
         return "cuda"
     raise UnableError(
-        f"PyTorch must have the device that JAX uses, {backend}, and has not; install its build "
-        "for CUDA, or set JAX_PLATFORMS=cpu."
+        f"PyTorch must support the device that JAX uses, {backend}, but does not; install its "
+        "build for CUDA, or set JAX_PLATFORMS=cpu."
     )
 
 
 def _takes_float32(norm: str, function: Function, x: Tensor, params: dict[str, Tensor]) -> bool:
-    """Whether scale and bias may be float32 beside x, and y still has the dtype of x."""
+    """Whether y has the dtype of x if scale and bias are float32."""
     if norm == "rms" and x.dtype != params["scale"].dtype:
-        return False  # it warns that it leaves its fused kernel
+        return False  # it warns that it does not use its fused kernel
     try:
         return function(x, params).dtype == x.dtype
     except RuntimeError:
@@ -143,7 +143,7 @@ def _takes_float32(norm: str, function: Function, x: Tensor, params: dict[str, T
 def _tensor(a: np.ndarray, device: str) -> Tensor:
     import torch  # pyright: ignore[reportMissingImports] (optional)
 
-    # By way of float32, since PyTorch does not know NumPy's bfloat16.
+    # Via float32, because PyTorch does not support NumPy's bfloat16.
     wide = torch.from_numpy(np.array(a, np.float32))
     return wide.to(device, getattr(torch, str(a.dtype)))
 

@@ -1,4 +1,4 @@
-"""The numbers that all peers are given, and the right results: NumPy in float64."""
+"""The inputs of all peers, and the exact results: NumPy in float64."""
 
 import functools
 import math
@@ -13,9 +13,9 @@ Arrays = dict[str, np.ndarray]
 
 @functools.lru_cache(maxsize=1)
 def inputs(problem: Problem) -> Arrays:
-    """x and dy in the problem's dtype; scale and (but for rms norm) bias in float32.
+    """x and dy in the problem's dtype; scale and (except for rms norm) bias in float32.
 
-    Scale and bias are numbers that bfloat16 has too, for a peer that takes no others.
+    Scale and bias can be represented in bfloat16, for peers that require it.
     """
     rng = np.random.default_rng(0)
     dtype = jnp.dtype(problem.dtype)
@@ -32,7 +32,7 @@ def inputs(problem: Problem) -> Arrays:
 
 @functools.lru_cache(maxsize=1)
 def context_inputs(problem: Problem) -> Arrays:
-    """What "context" takes beside: z = norm(a @ w_in + b_in + x) @ w_out, and dz."""
+    """The additional inputs of "context": z = norm(a @ w_in + b_in + x) @ w_out, and dz."""
     rng = np.random.default_rng(1)
     shapes = {
         "a": (*problem.shape[:-1], WIDTH),
@@ -49,10 +49,10 @@ def context_inputs(problem: Problem) -> Arrays:
 
 @functools.lru_cache(maxsize=3)
 def truth(case: Case) -> Arrays:
-    """What a peer should return, by name.
+    """The exact results, by name.
 
-    Not the gradient of b_in: before batch and instance norm that is zero, and in units of zero any
-    rounding is too much.
+    The gradient of b_in is not included: before batch and instance norm it is zero, and a relative
+    error of zero is not meaningful.
     """
     if case.mode == "both":
         return truth(case._replace(mode="forward")) | truth(case._replace(mode="backward"))
@@ -79,7 +79,7 @@ def truth(case: Case) -> Arrays:
 
 
 def standardize(problem: Problem, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(x - mean) / sqrt(var + epsilon), and the last factor, which broadcasts against the view."""
+    """(x - mean) / sqrt(var + epsilon), and 1 / sqrt(...), which broadcasts against the view."""
     view, shared = grouped(problem, x)
     mean = 0 if problem.norm == "rms" else view.mean(shared, keepdims=True)
     centred = view - mean
@@ -103,7 +103,7 @@ def gradients(problem: Problem, x: np.ndarray, scale: np.ndarray, dy: np.ndarray
 
 
 def grouped(problem: Problem, x: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
-    """A view of x, and its axes that share statistics."""
+    """A view of x, and the axes of it that share statistics."""
     if problem.norm in ("layer", "rms"):
         return x, (-1,)
     if problem.norm == "batch":
@@ -113,7 +113,7 @@ def grouped(problem: Problem, x: np.ndarray) -> tuple[np.ndarray, tuple[int, ...
 
 
 def largest_error(case: Case, results: Arrays) -> float:
-    """Of all results, in units in the last place of the largest right element of each."""
+    """The largest error of all results, in units in the last place of their largest element."""
     right, eps = truth(case), float(jnp.finfo(case.problem.dtype).eps)
     errors = [
         np.abs(results[name].astype(np.float64) - right[name]).max()

@@ -1,7 +1,7 @@
-"""What the devices say to each other, read off the compiled programs and worked out on paper.
+"""What the devices send each other: from the compiled programs, and by calculation.
 
     python docs/devices.py            prints the table
-    python docs/devices.py --write    also writes it into docs/devices.md and draws docs/devices.png
+    python docs/devices.py --write    also updates docs/devices.md and docs/devices.png
 
 It takes about 10 seconds on two CPU cores, and 35 with --write.
 """
@@ -25,10 +25,10 @@ from jaxnorm.core.devices import LARGEST_TABLE
 
 HERE = Path(__file__).parent
 NORMS: dict[str, Any] = {"jaxnorm": jaxnorm.linen.BatchNorm, "Flax": nn.BatchNorm}
-FEATURES = 256  # of the table
-MEASURED = range(2, 9)  # devices that are compiled for
+FEATURES = 256  # in the table
+MEASURED = range(2, 9)  # numbers of devices to compile for
 ON_PAPER = (16, 64, 256, 1024, 4096)
-# Of the palette of Okabe and Ito, made for all kinds of colour vision.
+# From the palette of Okabe and Ito, which is safe for colour-blind readers.
 LOOKS = {"jaxnorm": ("#D55E00", "-"), "Flax": ("#000000", "--")}
 DEVICES = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7")
 CAPTION = """\
@@ -40,13 +40,13 @@ BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8,
 
 
 class Collective(NamedTuple):
-    """One exchange among devices.
+    """One collective operation.
 
     Attributes:
-      kind: what XLA calls it.
-      numbers: how many numbers each device puts into it.
-      bytes: their size.
-      devices: how many devices take part with each other.
+      kind: its name in XLA.
+      numbers: how many numbers each device contributes.
+      bytes: the size of these numbers.
+      devices: how many devices there are in a group.
     """
 
     kind: str
@@ -56,14 +56,14 @@ class Collective(NamedTuple):
 
     @property
     def bytes_sent(self) -> float:
-        """By each device, around a ring, the least that it can be."""
+        """The least number of bytes that each device sends, with a ring algorithm."""
         others = self.devices - 1
         rounds = {"all-gather": others, "all-reduce": 2 * others / self.devices}
         return self.bytes * rounds.get(self.kind, others / self.devices)
 
 
 def collectives(f: Any, *args: Any) -> list[Collective]:
-    """The collectives in the program that `jax.jit(f)` compiles to for these arguments."""
+    """The collectives in the compiled program of `jax.jit(f)` for these arguments."""
     text = jax.jit(f).lower(*args).compile().as_text() or ""
     found = re.findall(rf"= (.*?) ({'|'.join(KINDS)})\((.*)", text)
     return [_collective(shapes, kind, rest) for shapes, kind, rest in found]
@@ -75,7 +75,7 @@ def _collective(result: str, kind: str, rest: str) -> Collective:
         (BYTES[dtype], math.prod(map(int, filter(None, sizes.split(",")))))
         for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", result)
     ]
-    # The result is what all put in, or what remains of it.
+    # Result and contribution differ in size by the number of devices.
     share = {"all-gather": 1 / devices, "reduce-scatter": devices}.get(kind, 1)
     numbers = round(share * sum(count for _, count in arrays))
     return Collective(
@@ -84,7 +84,7 @@ def _collective(result: str, kind: str, rest: str) -> Collective:
 
 
 def _group_size(rest: str) -> int:
-    """Members of a group, in the ways that XLA writes replica groups."""
+    """The number of devices in a group, for each way that XLA writes replica groups."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return len(listed[1].split(","))
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
@@ -114,7 +114,7 @@ def compiled(library: str, features: int, devices: int) -> list[Collective]:
 
 
 def on_paper(library: str, features: int, devices: int) -> list[Collective]:
-    """The same, worked out for any number of devices."""
+    """The same collectives, calculated for any number of devices."""
 
     def exchange(kind, times):
         return Collective(kind, times * features, 4 * times * features, devices)
@@ -122,24 +122,24 @@ def on_paper(library: str, features: int, devices: int) -> list[Collective]:
     backward = exchange("all-reduce", 2)  # sums of dy and of dy times the standardized x
     if library == "Flax":
         return [exchange("all-reduce", 2), backward]  # means of x and of its square
-    table = exchange("all-gather", 3)  # mean, its rest and variance
+    table = exchange("all-gather", 3)  # mean (high and low part) and variance
     if table.bytes * devices <= LARGEST_TABLE:
         return [table, backward]
-    # The sum of the means; then those of their rests and of the squares.
+    # The sum of the means; then the sums of their low parts and of the squares.
     return [exchange("all-reduce", 1), exchange("all-reduce", 2), backward]
 
 
 def bytes_sent(exchanges: list[Collective]) -> float:
-    """By each device."""
+    """Bytes that each device sends."""
     return sum(exchange.bytes_sent for exchange in exchanges)
 
 
 def table(exchanges: Any = on_paper) -> str:
-    """The Markdown table, of what is on paper or of what another function finds."""
+    """The Markdown table, calculated or with the collectives that another function returns."""
     libraries = [f"{library}: collectives | bytes sent" for library in NORMS]
-    lines = [f"| devices | known from | {' | '.join(libraries)} |", "|---:|---" + "|---:" * 4 + "|"]
+    lines = [f"| devices | source | {' | '.join(libraries)} |", "|---:|---" + "|---:" * 4 + "|"]
     for devices in (*MEASURED, *ON_PAPER):
-        cells = [f"{devices:,}", "the program" if devices in MEASURED else "paper"]
+        cells = [f"{devices:,}", "compiled" if devices in MEASURED else "calculated"]
         for library in NORMS:
             found = exchanges(library, FEATURES, devices)
             cells += [str(len(found)), f"{bytes_sent(found):,.0f}"]
@@ -148,13 +148,13 @@ def table(exchanges: Any = on_paper) -> str:
 
 
 def committed(page: str) -> str:
-    """The table that the page holds."""
+    """The table in the page."""
     _, _, rest = page.partition("<!-- table -->\n")
     return rest.partition("\n<!-- end of table -->")[0]
 
 
 def draw(path: Path) -> None:
-    """Draw who tells whom what, and how much that is."""
+    """Draw what the devices exchange, and how many bytes that is."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.66, 6.3), dpi=150)
@@ -164,13 +164,13 @@ def draw(path: Path) -> None:
 
 
 def draw_exchange(axes: Any) -> None:
-    """Four devices: what each has, sends and gets."""
+    """Four devices: what each has, sends and receives."""
     from matplotlib.patches import Rectangle
 
     centers = [20.3 + 11.6 * device for device in range(4)]
 
     def boxes(y, *texts, words="", colors=DEVICES, height=2.5, width=11):
-        """Words on the left, and for each device a row of boxes with texts."""
+        """A label on the left, and for each device a row of boxes with texts."""
         axes.text(0, y, words, va="center", linespacing=1.3)
         size = width / len(texts)
         for center, color in zip(centers, colors, strict=True):
@@ -215,7 +215,7 @@ def draw_exchange(axes: Any) -> None:
 
 
 def draw_bytes(axes: Any) -> None:
-    """Lines from the paper, dots from the compiled programs."""
+    """Lines are calculated; dots are from the compiled programs."""
     counts = range(2, ON_PAPER[-1] + 1)
     for features in (64, 256, 2048):
         for library, (color, line) in LOOKS.items():
@@ -240,7 +240,7 @@ def draw_bytes(axes: Any) -> None:
 def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description="What the devices of a batch norm exchange.")
-    parser.add_argument("--write", action="store_true", help="write docs/devices.md and .png too")
+    parser.add_argument("--write", action="store_true", help="also write docs/devices.md and .png")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", MEASURED[-1])

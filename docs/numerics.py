@@ -1,9 +1,9 @@
-"""How many float32 units layer and batch norm are off, beside Flax and PyTorch.
+"""The error of layer and batch norm in float32 units, compared with Flax and PyTorch.
 
     python docs/numerics.py            prints the tables
     python docs/numerics.py --write    also writes them to docs/numerics.md
 
-It takes about a minute on two CPU cores. PyTorch is left out if it is not installed.
+It takes about a minute on two CPU cores. PyTorch is skipped if it is not installed.
 """
 
 import argparse
@@ -28,23 +28,23 @@ HERE = Path(__file__).parent
 
 
 def rows(mean: float, std: float, features: int = 1024) -> Callable:
-    """Normal numbers: `features` of them for each statistic."""
+    """Normal random numbers: `features` of them for each statistic."""
     return lambda rng, count: mean + std * rng.standard_normal((count, features))
 
 
 def outliers(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Standard normal numbers, a thousandth of them ten thousand times as large."""
+    """Standard normal numbers; one in a thousand is ten thousand times as large."""
     x = rng.standard_normal((count, 1024))
     return np.where(rng.random(x.shape) < 1e-3, 1e4 * x, x)
 
 
 def constants(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Rows of one number each."""
+    """Rows in which all elements are equal."""
     return np.broadcast_to(10 * rng.standard_normal((count, 1)), (count, 1024))
 
 
 def counts(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Small whole numbers."""
+    """Small integers."""
     return rng.poisson(3.0, (count, 1024)).astype(float)
 
 
@@ -65,7 +65,7 @@ KINDS: dict[str, Callable] = {
 
 
 def problem(norm: str, kind: Callable) -> tuple[np.ndarray, ...]:
-    """x, scale, bias and dy in float32, for rows (layer) or columns (batch) of a kind."""
+    """x, scale, bias and dy in float32: rows (layer) or columns (batch) of one kind of data."""
     rng = np.random.default_rng(0)
     x = np.asarray(kind(rng, 2), np.float32)
     if x.shape[1] < 2**18:
@@ -76,7 +76,7 @@ def problem(norm: str, kind: Callable) -> tuple[np.ndarray, ...]:
 
 
 def truth(norm: str, x, scale, bias, dy) -> dict[str, np.ndarray]:
-    """The same in float64."""
+    """The output and the gradients, computed in float64."""
     x, scale, bias, dy = (np.asarray(a, np.float64) for a in (x, scale, bias, dy))
     axis = 1 if norm == "layer" else 0
     centred = x - x.mean(axis, keepdims=True)
@@ -89,7 +89,7 @@ def truth(norm: str, x, scale, bias, dy) -> dict[str, np.ndarray]:
 
 
 def with_jax(apply: Callable) -> Callable:
-    """Results and gradients of a JAX function of (norm, x, scale, bias)."""
+    """The output and the gradients of a JAX function of (norm, x, scale, bias)."""
 
     def run(norm, x, scale, bias, dy):
         @jax.jit
@@ -103,7 +103,7 @@ def with_jax(apply: Callable) -> Callable:
 
 
 def apply_jaxnorm(norm, x, scale, bias):
-    """Ours."""
+    """jaxnorm, with its defaults."""
     params = jn.NormParams(scale, bias)
     if norm == "layer":
         return jn.layer_norm(x, params, epsilon=EPSILON)
@@ -123,7 +123,7 @@ def apply_flax(norm, x, scale, bias):
 
 
 def run_torch(norm, x, scale, bias, dy):
-    """PyTorch, in its eager mode."""
+    """PyTorch in eager mode."""
     import torch  # pyright: ignore[reportMissingImports] (optional)
 
     x, scale, bias = (torch.tensor(a, requires_grad=True) for a in (x, scale, bias))
@@ -158,7 +158,7 @@ def units(result, right: np.ndarray) -> float:
 
 
 def table(norm: str, peers: dict[str, Callable]) -> list[str]:
-    """A Markdown table: a row for each kind, the largest errors of y and of the gradients."""
+    """A Markdown table with the largest errors of y and of the gradients for each kind of data."""
     lines = [
         f"| {'rows' if norm == 'layer' else 'columns'} of | "
         + " | ".join(f"{peer}: y | gradients" for peer in peers)
@@ -177,7 +177,7 @@ def table(norm: str, peers: dict[str, Callable]) -> list[str]:
 def main() -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(
-        description="How many float32 units layer and batch norm are off."
+        description="The error of layer and batch norm in float32 units."
     )
     parser.add_argument("--write", action="store_true", help="write docs/numerics.md too")
     arguments = parser.parse_args()
@@ -189,7 +189,7 @@ def main() -> int:
         versions += f", PyTorch {torch.__version__}"
     else:
         peers.pop("torch")
-        print("PyTorch is left out: it is not installed.", file=sys.stderr)
+        print("PyTorch is skipped: it is not installed.", file=sys.stderr)
     page = PAGE.format(
         epsilon=EPSILON,
         versions=f"{versions}, {platform.machine()}, {jax.default_backend()}",
@@ -205,13 +205,14 @@ def main() -> int:
 
 
 PAGE = """\
-# How right the numbers are
+# Accuracy
 
-The largest error of the output and of the gradients (of x, scale and bias), against NumPy in
-float64. The unit is the last place of a float32 of the size of the largest right element: one
-means as good as float32 can be, 8e6 that no digit is left, and more that the result is larger than
-it should be. Input and gradient are the same for all; epsilon is {epsilon}; each library runs with
-its defaults. Made by `python docs/numerics.py --write` with {versions}.
+The tables show the largest error of the output and of the gradients (of x, scale and bias),
+compared with NumPy in float64. The unit is the last place of a float32 of the size of the largest
+exact element. 1 is as accurate as float32 can be; 8e6 means that no digit is correct; more means
+that the result is larger than it should be. All libraries get the same input and gradient, epsilon
+{epsilon}, and otherwise run with their defaults. Made by `python docs/numerics.py --write` with
+{versions}.
 
 ## Layer norm: 64 rows of 1024 elements (2 of 2^18)
 
@@ -221,20 +222,20 @@ its defaults. Made by `python docs/numerics.py --write` with {versions}.
 
 {batch}
 
-## What limits whom
+## Sources of error
 
-Flax measures the variance as the mean of the squares less the square of the mean, which cancels as
-soon as the mean is much larger than the spread. PyTorch subtracts the mean first, but after
-rounding it to one float32, which for rows around 1e4 is off by up to 5e-4. jaxnorm centres twice:
-what rounding the mean left out is measured and taken off too. It also scales before it squares, so
-that 1e18 does not overflow (the CPU kernel, which made the columns above, does such numbers again
-in float64), and its derivative has no power of the standard deviation in it that could. In float32
-that holds for numbers up to about 1e19 and, with epsilon 0, down to about 1e-15; the squares of
-others leave the range of float32, and the result is zero.
+Flax computes the variance as the mean of the squares minus the square of the mean. This cancels
+when the mean is much larger than the standard deviation. PyTorch subtracts the mean first, but
+rounds it to one float32, which for rows around 1e4 is off by up to 5e-4. jaxnorm subtracts the mean
+twice: it also computes the rounding error of the mean and subtracts it. It scales before it
+squares, so 1e18 does not overflow (the CPU kernel, which computed the jaxnorm columns above,
+recomputes such data in float64). Its derivative contains no power of the standard deviation that
+could overflow. In float32 this holds for numbers up to about 1e19 and, with epsilon 0, down to
+about 1e-15. The squares of other numbers leave the range of float32, and the result is zero.
 
-What is left on the longest columns is the rounding of the sum over 2^18 terms that a gradient of
-scale is, the same in every library. Errors of what should be zero, as the gradient of scale of
-constants, are relative to the smallest float32.
+On the longest columns the remaining error is the rounding of the gradient of scale, a sum over 2^18
+terms, which is the same in every library. If the exact value is zero, as for the gradient of scale
+of constants, the error is relative to the smallest float32.
 """
 
 if __name__ == "__main__":

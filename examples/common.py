@@ -1,8 +1,8 @@
-"""What the examples share: the command line, and the loop of training with its checkpoints.
+"""Shared code of the examples: the command line, and the training loop with checkpoints.
 
-An example is a script of one page that reads from top to bottom: its model and one step of its
-training are there. A step is a pure function, `step(state, *batch) -> state, metrics`, and a batch
-depends on the number of its step alone; so what `train` saves is all that going on takes.
+An example is a script of one page that reads from top to bottom and contains its model and its
+training step. A step is a pure function, `step(state, *batch) -> state, metrics`, and a batch
+depends only on the number of its step. So `train` can continue from the saved state and step alone.
 """
 
 import argparse
@@ -22,16 +22,16 @@ from tqdm import tqdm
 
 
 class DivergedError(UserError):
-    """A loss that is not finite; `history` has the metrics of the steps before."""
+    """The loss is not finite; `history` has the metrics of the steps before."""
 
     def __init__(self, text: str, history: list[dict[str, float]]):
-        """Keep what was measured before."""
+        """Keep the metrics of the steps before."""
         super().__init__(text)
         self.history = history
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of an integer of the command line."""
+    """The argparse type of an integer with a lower bound."""
 
     def read(text: str) -> int:
         if not (text.isascii() and text.isdigit() and int(text) >= least):
@@ -42,7 +42,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """The type of a number of the command line."""
+    """The argparse type of a positive number."""
     try:
         number = float(text)
     except ValueError:
@@ -53,12 +53,12 @@ def positive(text: str) -> float:
 
 
 def numbers(text: str) -> list[float]:
-    """The type of a list of numbers with commas between them."""
+    """The argparse type of a comma-separated list of numbers."""
     return sorted({positive(number) for number in text.split(",")})
 
 
 def one_of(names: Collection[str]) -> Callable[[str], list[str]]:
-    """The type of a list of names with commas between them."""
+    """The argparse type of a comma-separated list of names."""
 
     def read(text: str) -> list[str]:
         given = list(dict.fromkeys(text.replace(" ", "").split(",")))
@@ -74,10 +74,10 @@ def one_of(names: Collection[str]) -> Callable[[str], list[str]]:
 def make_parser(
     example: str, doc: str | None, all_norms: Collection[str], **defaults: Any
 ) -> argparse.ArgumentParser:
-    """A command line with what all examples take.
+    """A parser with the flags that all examples share.
 
-    Of it `defaults` has steps, seeds, batch_size, and norms where they are not all; `free` names
-    flags that may differ when a run goes on, as they don't change what it computes.
+    `defaults` has steps, seeds, batch_size, and norms if not all of them; `free` names flags that
+    may differ when a run is resumed, because they don't change what it computes.
     """
     defaults = {"norms": list(all_norms), "checkpoint_every": 100, "free": ()} | defaults
     parser = argparse.ArgumentParser(
@@ -92,10 +92,10 @@ def make_parser(
     add("--steps", type=at_least(1), help="default: %(default)s")
     add("--seeds", type=at_least(1), help="how many; default: %(default)s")
     add("--batch-size", type=at_least(2), help="default: %(default)s")
-    add("--quick", action="store_true", help="less of everything: about a minute")
+    add("--quick", action="store_true", help="a short version: about a minute")
     folder = Path("runs") / example
-    add("--out", type=Path, default=folder, help="folder of all results; default: %(default)s")
-    add("--resume", action="store_true", help="go on with the runs in --out")
+    add("--out", type=Path, default=folder, help="folder for all results; default: %(default)s")
+    add("--resume", action="store_true", help="continue the runs in --out")
     add("--checkpoint-every", type=at_least(1), help="steps; default: %(default)s")
     parser.set_defaults(example=example, **defaults)
     return parser
@@ -107,9 +107,9 @@ def run(
     quick: Mapping[str, Any],
     study: Callable[[argparse.Namespace], None],
 ) -> int:
-    """Read the command line and do the study; return the exit status, errors being a sentence.
+    """Read the command line and run the study; return the exit status.
 
-    With --quick the defaults are those of `quick`.
+    An error is printed as one sentence. With --quick, `quick` has the defaults.
     """
     args = parser.parse_args(argv)
     if args.quick:
@@ -124,12 +124,12 @@ def run(
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        text = "this takes more memory than there is: try a smaller --batch-size"
+        text = "out of memory: try a smaller --batch-size"
         print(f"{parser.prog}: {text} ({why(error)})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         text = (
-            "interrupted; the same command with --resume goes on from the last checkpoint, if any"
+            "interrupted; the same command with --resume continues from the last checkpoint, if any"
         )
         print(f"{parser.prog}: {text}", file=sys.stderr)
         return 130
@@ -138,7 +138,7 @@ def run(
 
 
 def leave(status: int) -> NoReturn:
-    """Exit; interrupted as it compiles, JAX may crash when the interpreter shuts down."""
+    """Exit. If JAX is interrupted while it compiles, it may crash at interpreter shutdown."""
     sys.stdout.flush()
     sys.stderr.flush()
     if status == 130:
@@ -147,18 +147,18 @@ def leave(status: int) -> NoReturn:
 
 
 def claim(out: Path, resume: bool) -> None:
-    """Make the folder of the results, and refuse one where they would overwrite others."""
+    """Make the folder for the results; reject one with other results in it."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out must be a folder, but {out} is a file: choose another")
     if resume and not out.exists():
         raise UserError(
-            f"--resume goes on with what is in --out, but {out} is not there: leave it out to "
-            "start anew"
+            f"--resume continues the runs in --out, but {out} does not exist: omit --resume to "
+            "start new runs"
         )
     if not resume and out.exists() and any(out.iterdir()):
         raise UserError(
-            f"--out must be empty or new, but {out} is not: add --resume to go on with the runs "
-            "that are there, or choose another"
+            f"--out must be empty or new, but {out} is not: add --resume to continue the runs "
+            "in it, or choose another"
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def claim(out: Path, resume: bool) -> None:
         raise UserError(f"--out must be a folder that can be made, got {out}: {error}") from error
 
 
-# What may differ when a run goes on: it does not change what the run computes.
+# Flags that may differ when a run is resumed: they do not change what it computes.
 FREE = ("free", "norms", "seeds", "quick", "out", "resume", "checkpoint_every", "text", "data_dir")
 
 
@@ -180,10 +180,10 @@ def train(
     steps: int | None = None,
     **settings: Any,
 ) -> tuple[Any, list[dict[str, float]]]:
-    """Train from the last checkpoint of the run `name` on; return the state and all metrics.
+    """Train the run `name` from its last checkpoint; return the state and all metrics.
 
-    Its folder in --out gets metrics.jsonl, a line for each step, and the checkpoints. They are only
-    gone on with where the flags and these `settings` are the same.
+    Its folder in --out contains metrics.jsonl, with a line for each step, and the checkpoints. A
+    run is only resumed if the flags and these `settings` are the same.
     """
     total = steps or args.steps
     folder = args.out / name
@@ -193,14 +193,14 @@ def train(
     checkpoints = Checkpoints(folder / "checkpoints", settings)
     state, start = checkpoints.restore(state)
     history = read_metrics(folder / "metrics.jsonl", start)
-    # The bar is for terminals; elsewhere each run gets a line.
+    # A progress bar on a terminal, otherwise one line for each run.
     bar = tqdm(total=total, initial=start, desc=name, unit="step", disable=None)
     if bar.disable:
         print(f"{name}: steps {start} to {total}", file=sys.stderr, flush=True)
     with bar, checkpoints.manager:
         for number in range(start, total):
             state, metrics = step(state, *batch(number))
-            # In the order of their names, as jit returns them, but the loss first.
+            # Sorted by name, as jit returns them, but with the loss first.
             metrics = {"loss": 0.0} | {key: float(value) for key, value in metrics.items()}
             saving = (number + 1) % args.checkpoint_every == 0 or number + 1 == total
             wrong = [f"{key} is {x}" for key, x in metrics.items() if not math.isfinite(x)]
@@ -210,7 +210,7 @@ def train(
                 write_metrics(folder / "metrics.jsonl", history)
                 raise DivergedError(
                     f"{name}: the {wrong[0]} at step {number + 1}: try a lower learning rate, or "
-                    "leave this run out",
+                    "omit this run",
                     history,
                 )
             history.append({"step": number + 1} | metrics)
@@ -223,7 +223,7 @@ def train(
 
 
 def is_finite(state: Any) -> bool:
-    """Whether all numbers of a state are."""
+    """Whether all numbers of a state are finite."""
     return all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(state))
 
 

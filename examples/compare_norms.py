@@ -1,15 +1,15 @@
-"""Which norm at which batch size? One small network, trained with each of them to find out.
+"""Which norm at which batch size? Train one small network with each norm and compare.
 
     python examples/compare_norms.py
 
 Each norm gets the same convolutional network, initial weights, batches, optimizer and learning
-rates, on real images: scikit-learn's handwritten digits, or others with --dataset. A table and a
-conclusion go to the terminal; figure.png and runs.csv, with every run, to --out. After an
-interruption the same command goes on where it stopped.
+rates, on real images: scikit-learn's handwritten digits, or others with --dataset. A table and
+conclusions are printed; figure.png and runs.csv, with every run, are written to --out. After an
+interruption the same command continues where it stopped.
 
-It takes 1 min 40 s on two CPU cores, most of it compilation. To be expected of batch norm: 98 % at
-batch sizes 2 to 64 and 97 % at 256; of the other norms 96 to 98 % and 89 to 91 %; of no norm 94 to
-97 % and 89 %.
+It takes 1 min 40 s on two CPU cores, most of it compilation. Expected accuracy: batch norm 98 % at
+batch sizes 2 to 64 and 97 % at 256; the other norms 96 to 98 % and 89 to 91 %; no norm 94 to 97 %
+and 89 %.
 """
 
 import argparse
@@ -42,8 +42,8 @@ from tqdm import tqdm
 
 import jaxnorm.linen as jn
 
-# Layer and rms norm take their statistics over all of one image, as in Wu & He, "Group
-# Normalization" (arXiv:1803.08494), and like the others they scale each channel.
+# Layer and rms norm have statistics over all of one image, as in Wu & He, "Group Normalization"
+# (arXiv:1803.08494), and scale each channel like the other norms.
 WHOLE_IMAGE = {"reduction_axes": (1, 2, 3), "feature_axes": -1}
 NORMS: dict[str, Callable[[bool, float], Callable[[jax.Array], jax.Array]]] = {
     "none": lambda train, momentum: lambda x: x,
@@ -54,13 +54,13 @@ NORMS: dict[str, Callable[[bool, float], Callable[[jax.Array], jax.Array]]] = {
     "rms": lambda train, momentum: jn.RMSNorm(**WHOLE_IMAGE),
 }
 CONVOLUTIONS = ((8, 1), (16, 2), (16, 1))  # channels and stride of each
-# Without --steps all runs see as many images, so that small batches take more steps.
+# Without --steps all runs see this number of images, so small batches take more steps.
 IMAGES_SEEN = 16_384
-# At batch size 64, and elsewhere times the square root of the ratio, the usual rule for Adam. The
-# highest of 0.005, 0.01, 0.02 and 0.04 that every norm bears: at 0.04 layer and rms norm lose 7
-# and 10 points at batch size 256.
+# At batch size 64; at others it is scaled by the square root of the ratio, the usual rule for Adam.
+# It is the highest of 0.005, 0.01, 0.02 and 0.04 that works for every norm: at 0.04 layer and rms
+# norm lose 7 and 10 points at batch size 256.
 LEARNING_RATE = 0.02
-RECIPE = 1  # raise it with every change to this file that changes what a run gives
+RECIPE = 1  # increase it with every change to this file that changes the results of a run
 
 
 class Network(nn.Module):
@@ -73,8 +73,8 @@ class Network(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Return the logits of ten classes for images of shape (count, height, width, channels)."""
         for channels, stride in CONVOLUTIONS:
-            # A 3 x 3 convolution as a product with patches, which is initialized alike: at batch
-            # size 256, in a loop on the CPU, some ten times as fast as XLA's convolution.
+            # A 3 x 3 convolution as a product with patches, with the same initialization. At batch
+            # size 256, in a loop on the CPU, it is about ten times as fast as XLA's convolution.
             x = nn.Dense(channels)(patches(x, stride))
             x = nn.relu(NORMS[self.norm](train, self.momentum)(x))
         return nn.Dense(10)(x.mean(axis=(1, 2)))
@@ -89,7 +89,7 @@ def patches(x: jax.Array, stride: int) -> jax.Array:
 
 
 def make_settings(dataset: str, steps: int | None, batch_size: int) -> dict:
-    """Return what runs at a batch size must agree in to be compared: columns of runs.csv."""
+    """Return the settings that comparable runs at a batch size share: columns of runs.csv."""
     return {
         "dataset": dataset,
         "device": jax.devices()[0].device_kind,
@@ -104,12 +104,12 @@ def train_cell(
 ) -> Iterator[Run]:
     """Train with one norm at one batch size: compile once, then run seed after seed.
 
-    Seeds are not batched with vmap: on the CPU that takes longer to compile and, where batches are
-    large, to run. Besides, each run can so be timed and saved by itself.
+    Seeds are not batched with vmap: on the CPU that takes longer to compile and, for large batches,
+    to run. Also, this way each run is timed and saved separately.
     """
     steps = settings["steps"]
     # Running statistics average over about the last tenth of the steps, when the learning rate is
-    # almost zero and the weights rest, and exp(-10) of their initial values is left in them.
+    # almost zero and the weights hardly change. They keep exp(-10) of their initial values.
     net = Network(norm, momentum=max(0.0, 1 - 10 / steps))
     train = compile_training(net, data.train, batch_size, settings)
     count = len(data.test.labels)
@@ -140,12 +140,12 @@ def train_cell(
 
 @partial(jax.jit, static_argnames="net")
 def initialize(net: Network, key: jax.Array, image: jax.Array) -> Mapping:
-    """Return initial variables: for a key the same weights whatever the norm."""
+    """Return initial variables: for a key the same weights for all norms."""
     return net.init(key, image, train=False)
 
 
 def draw_batches(count: int, batch_size: int, steps: int, seed: int) -> np.ndarray:
-    """Return which images each step gets: whole epochs end to end, each shuffled anew."""
+    """Return the images of each step: whole epochs, one after another, each shuffled."""
     rng = np.random.default_rng(seed)
     epochs = -(-steps * batch_size // count)
     order = np.concatenate([rng.permutation(count) for _ in range(epochs)])
@@ -160,7 +160,7 @@ def compile_training(net: Network, data: Labelled, batch_size: int, settings: di
         warm_up = jnp.minimum(1.0, (step + 1) / max(1, steps // 10))
         return settings["learning_rate"] * warm_up * 0.5 * (1 + jnp.cos(jnp.pi * step / steps))
 
-    optimizer = optax.flatten(optax.adam(schedule))  # one vector is quicker to compile than many
+    optimizer = optax.flatten(optax.adam(schedule))  # one vector compiles faster than many
 
     def loss_of(params, state, images, labels):
         variables = {"params": params, **state}
@@ -173,7 +173,7 @@ def compile_training(net: Network, data: Labelled, batch_size: int, settings: di
             params, state, moments = carry
             differentiate = jax.value_and_grad(loss_of, has_aux=True)
             (loss, state), gradient = differentiate(params, state, images[batch], labels[batch])
-            with jax.numpy_dtype_promotion("standard"):  # which optax.adam needs
+            with jax.numpy_dtype_promotion("standard"):  # optax.adam needs it
                 updates, moments = optimizer.update(gradient, moments)
             return (optax.apply_updates(params, updates), state, moments), loss
 
@@ -192,7 +192,7 @@ def compile_training(net: Network, data: Labelled, batch_size: int, settings: di
 def measure_accuracy(
     net: Network, variables: Mapping, data: Labelled, batch_size: int = 256, *, train: bool = False
 ) -> float:
-    """Return the fraction classified right, in full batches: the last is filled from the first."""
+    """Return the accuracy, in full batches: the last is filled with images of the first."""
     count = len(data.labels)
     batches = np.resize(np.arange(count, dtype=np.int32), (-(-count // batch_size), batch_size))
     classes = classify(net, variables, data.images, batches, train)
@@ -211,7 +211,7 @@ def classify(net: Network, variables: Mapping, images: jax.Array, batches: jax.A
 
 
 def do_study(args: argparse.Namespace, path: Path) -> Study:
-    """Do the runs that are not yet in the results, and save them one by one."""
+    """Do the missing runs, and save each of them."""
     settings = partial(make_settings, args.dataset, args.steps)
     runs = {(run.norm, run.batch_size, run.seed): run for run in read_runs(path)}
     for run in runs.values():
@@ -220,18 +220,18 @@ def do_study(args: argparse.Namespace, path: Path) -> Study:
                 raise UserError(
                     f"the runs in {path} must have the settings of this study, but at batch size "
                     f"{run.batch_size} have {name} {getattr(run, name)} and not {wanted}: "
-                    "choose another --out, or the settings they have"
+                    "choose another --out, or the same settings"
                 )
     data = load_dataset(args.dataset, args.data_dir)
     if max(args.batch_sizes) > len(data.train.labels):
         raise UserError(
             f"--batch-sizes must not exceed the {len(data.train.labels)} training images, but "
-            f"one is {max(args.batch_sizes)}: leave it out"
+            f"one is {max(args.batch_sizes)}: omit it"
         )
     data = jax.tree.map(jnp.asarray, data)
     cells = [(norm, size) for size in args.batch_sizes for norm in args.norms]
     done = sum((*cell, seed) in runs for cell in cells for seed in range(args.seeds))
-    # The bar is for terminals; elsewhere each cell gets a line.
+    # A progress bar on a terminal, otherwise one line for each cell.
     with tqdm(total=len(cells) * args.seeds, initial=done, unit="run", disable=None) as bar:
         for norm, size in cells:
             seeds = [seed for seed in range(args.seeds) if (norm, size, seed) not in runs]
@@ -254,12 +254,14 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Compare norms over batch sizes.", allow_abbrev=False
     )
     parser.add_argument("--dataset", choices=NAMES, default="digits")
-    parser.add_argument("--data-dir", type=Path, help="folder of the published files")
+    parser.add_argument("--data-dir", type=Path, help="folder with the published files")
     parser.add_argument("--norms", default=",".join(NORMS), help="default: %(default)s")
     parser.add_argument("--batch-sizes", default="2,4,16,64,256", help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=4, help="how many; default: %(default)s")
     parser.add_argument("--steps", type=int, help=f"default: {IMAGES_SEEN} / batch size")
-    parser.add_argument("--out", type=Path, default=Path("compare_norms"), help="folder")
+    parser.add_argument(
+        "--out", type=Path, default=Path("compare_norms"), help="folder for the results"
+    )
     args = parser.parse_args(argv)
     args.norms = list(dict.fromkeys(args.norms.replace(" ", "").split(",")))
     for norm in args.norms:
@@ -280,7 +282,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do the study, or what is left of it, and report."""
+    """Run the study, or the rest of it, and report."""
     try:
         args = read_arguments(argv)
         args.out.mkdir(parents=True, exist_ok=True)
@@ -291,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(args: argparse.Namespace, path: Path) -> int:
-    """Do the study, or say how it goes on."""
+    """Run the study; if interrupted, say how to continue."""
     try:
         study = do_study(args, path)
         draw(study, args.dataset, args.out / "figure.png")
@@ -300,7 +302,7 @@ def compare(args: argparse.Namespace, path: Path) -> int:
     except KeyboardInterrupt:
         kept = len(read_runs(path))
         print(
-            f"Interrupted: {path} keeps {kept} runs, and the same command goes on from there.",
+            f"Interrupted: {path} keeps {kept} runs; the same command continues from there.",
             file=sys.stderr,
         )
         return 130

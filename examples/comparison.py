@@ -1,4 +1,4 @@
-"""The runs of a comparison of norms, and what they show: kept, ranked, told and drawn."""
+"""The runs of a comparison of norms: files, ranking, table, conclusions and figure."""
 
 import csv
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from scipy.stats import t
 from storage import UserError, replacing
 
-CURVE_POINTS = 40  # of the training loss that is kept: means over equal parts of a run
+CURVE_POINTS = 40  # of the stored training loss: means over equal parts of a run
 
 
 class Run(NamedTuple):
@@ -27,16 +27,16 @@ class Run(NamedTuple):
     learning_rate: float
     steps: int
     test_accuracy: float
-    train_accuracy: float  # on as many training images as there are test images
+    train_accuracy: float  # on the same number of training images as test images
     # On the test images: accuracy with the norm in training mode, in batches of the training's
-    # size, less test_accuracy, with the norm in evaluation mode.
+    # size, minus test_accuracy, which is with the norm in evaluation mode.
     train_eval_gap: float
     final_loss: float  # the last point of the losses
-    ms_per_step: float  # of training alone, after compilation
+    ms_per_step: float  # of training only, without compilation
     losses: str  # the training loss, CURVE_POINTS numbers
 
     def curve(self) -> np.ndarray:
-        """Return the training loss along the run."""
+        """Return the training loss over the run."""
         return np.array([float(loss) for loss in self.losses.split()])
 
 
@@ -47,7 +47,7 @@ def write_runs(path: Path, runs: Iterable[Run]) -> None:
 
 
 def read_runs(path: Path) -> list[Run]:
-    """Read what write_runs has written; nothing if there is no file."""
+    """Read the file of write_runs; return an empty list if there is none."""
     if not path.exists():
         return []
     kinds = Run.__annotations__.values()
@@ -61,17 +61,17 @@ def read_runs(path: Path) -> list[Run]:
             whole = len(run.curve()) == min(CURVE_POINTS, run.steps)
             sound = 0 <= run.test_accuracy <= 1 and 0 <= run.train_accuracy <= 1
             if run.norm not in LOOKS or run.batch_size < 1 or not whole or not sound:
-                raise ValueError(f"{run.norm}, {run.batch_size}, {run.seed} is not a whole run")
+                raise ValueError(f"{run.norm}, {run.batch_size}, {run.seed} is not a complete run")
     except (ValueError, csv.Error) as error:
         raise UserError(
-            f"{path} must be as this program wrote it, but is damaged ({error}): delete it to "
-            "start anew, or choose another --out"
+            f"{path} must be a file of this program, but is damaged ({error}): delete it to start "
+            "again, or choose another --out"
         ) from error
     return runs
 
 
 class Study(NamedTuple):
-    """The runs of every norm at every batch size, seed by seed."""
+    """The runs of each norm at each batch size, ordered by seed."""
 
     norms: list[str]
     sizes: list[int]
@@ -84,19 +84,20 @@ class Study(NamedTuple):
         return sorted({min(self.sizes), max(self.sizes)})
 
     def column(self, norm: str, size: int, name: str = "test_accuracy") -> np.ndarray:
-        """Return one number of each run; accuracies and their differences in percent."""
+        """Return one column of the runs; accuracies and their differences in percent."""
         scale = 1 if name == "ms_per_step" else 100
         return scale * np.array([getattr(run, name) for run in self.cells[norm, size]])
 
     def show(self, norm: str, size: int) -> str:
-        """Return the mean test accuracy and, of several seeds, the standard deviation."""
+        """Return the mean test accuracy and, for several seeds, the standard deviation."""
         points = self.column(norm, size)
         return f"{points.mean():.1f}" + (f" ± {points.std(ddof=1):.1f}" if self.seeds > 1 else "")
 
     def rank(self, size: int, norms: Sequence[str]) -> tuple[str, list[str]]:
-        """Return which norm has the best mean, and which others are within the noise of it.
+        """Return the norm with the best mean, and the norms within the noise of it.
 
-        That is, where zero is in the 95 % interval (Student's t) of the difference seed by seed.
+        A norm is within the noise if the 95 % interval (Student's t) of its difference to the
+        best norm, paired by seed, contains zero.
         """
         best = max(norms, key=lambda norm: self.column(norm, size).mean())
         near = []
@@ -114,10 +115,11 @@ TABLE = """
 batch size  norm             test accuracy %  train - test  train/eval gap  ms/step
 {lines}
 
-Means ± standard deviation over the seeds ({seeds}); of ms/step the median, without compilation.
-* best mean at this batch size; ~ within the noise of it: zero is in the 95 % interval (Student's t)
-of the difference, seed by seed. Train/eval gap: accuracy on the test images when the norm is in
-training mode, in batches as in training, less that in evaluation mode. Differences are in points.
+Means ± standard deviation over the seeds ({seeds}); ms/step is the median, without compilation.
+* best mean at this batch size; ~ within the noise of it: the 95 % interval (Student's t) of the
+difference, paired by seed, contains zero. Train/eval gap: accuracy on the test images with the norm
+in training mode, in batches as in training, minus that in evaluation mode. Differences are in
+points.
 """
 
 
@@ -146,12 +148,12 @@ def listed(items: Iterable[str | int]) -> str:
 
 
 def named(norms: Iterable[str]) -> str:
-    """Return the names of norms as a list to read."""
+    """Return the names of norms as text."""
     return listed(LOOKS[norm].name for norm in norms)
 
 
 def conclude(study: Study) -> list[str]:
-    """Say what the runs show, and nothing that they do not."""
+    """Describe the results of the runs."""
     norms, sizes, ends = study.norms, study.sizes, study.ends
     said = []
     for size in sizes:
@@ -183,17 +185,17 @@ def conclude(study: Study) -> list[str]:
         behind = [f"{points:.1f}" for points in np.subtract(best, none)]
         said.append(f"No norm {at}: {' to '.join(behind)} points less than the best norm.")
     if study.seeds == 1:
-        said.append("With one seed nothing tells a difference from noise: no advice without more.")
+        said.append("With one seed, a difference can't be distinguished from noise: no advice.")
         return said
     if len(norms) > 1:
-        said.append(f"By these runs, use {advise(study, norms)}.")
+        said.append(f"Based on these runs, use {advise(study, norms)}.")
     if "batch" in norms and len(others) > 1:
-        said.append(f"Where the images of a batch must not mix, use {advise(study, others)}.")
+        said.append(f"If the images of a batch must not mix, use {advise(study, others)}.")
     return said
 
 
 def advise(study: Study, norms: Sequence[str]) -> str:
-    """Name norms that at each batch size are best or within the noise of it: as few as will do."""
+    """Name norms that are best or within the noise at each batch size, as few as possible."""
     good = {size: (best, *near) for size in study.sizes for best, near in [study.rank(size, norms)]}
     advice = []
 
@@ -220,7 +222,7 @@ def draw(study: Study, dataset: str, path: Path) -> None:
     for place, norm in enumerate(norms):
         style = {"color": LOOKS[norm].color, "linewidth": 1.7}
         accuracy = [study.column(norm, size) for size in sizes]
-        apart = 2 ** (0.09 * (place - (len(norms) - 1) / 2))  # lest the error bars hide each other
+        apart = 2 ** (0.09 * (place - (len(norms) - 1) / 2))  # so the error bars do not overlap
         left.errorbar(
             [apart * size for size in sizes],
             [points.mean() for points in accuracy],

@@ -1,17 +1,17 @@
-"""Data-parallel training of a batch-normalized network: one device, many, or many machines.
+"""Data-parallel training of a network with batch norm, on one device, many devices or many hosts.
 
-    python examples/data_parallel.py                  # every device that JAX sees on this host
+    python examples/data_parallel.py                  # every device of this host
     python examples/data_parallel.py --processes 2    # two processes, on this host's CPU
 
-On a cluster, one process per host; docs/devices.md says what to type for each kind of cluster.
+On a cluster, start one process per host; docs/devices.md has the command for each kind of cluster.
 
-The batch is spread over all devices, and batch norm's statistics are those of the whole batch, so
-one device and many train the same network, but for rounding. Parameters, running statistics,
-optimizer and position in the data go to checkpoints in --out. The same command goes on from the
-last one, to the very same weights as a run that nothing interrupted.
+The batch is sharded over all devices, and batch norm uses the statistics of the whole batch. So one
+device and many train the same network, up to rounding. Parameters, running statistics, optimizer
+state and position in the data are saved as checkpoints in --out. The same command continues from
+the last one, with exactly the same weights as an uninterrupted run.
 
-On scikit-learn's digits it takes 20 s on two CPU cores, and 40 s with --processes 2. To be
-expected: 98 % of the test images right.
+On scikit-learn's digits it takes 20 s on two CPU cores, and 40 s with --processes 2. Expected: 98 %
+of the test images correct.
 """
 
 import argparse
@@ -41,9 +41,9 @@ import jaxnorm
 import jaxnorm.linen as jn
 
 CONVOLUTIONS = ((16, 1), (32, 2), (32, 1))  # channels and stride of each
-# Also how long it takes until the others know that a process is gone that left without a word.
+# Also the time until the others notice that a process died without closing its connections.
 HEARTBEAT_SECONDS = 20
-# What JAX says in its errors when another process is no longer there.
+# Words in JAX's errors when another process has died.
 LOST = re.compile(r"gloo|nccl|unavailable|deadline|heartbeat|connection|coordination", re.I)
 
 
@@ -52,7 +52,7 @@ class Network(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, real: jax.Array, train: bool) -> jax.Array:
-        """Score ten classes; images that are not real fill the batch and don't count."""
+        """Return logits of ten classes; images that are not real are padding and don't count."""
         x = images
         for channels, stride in CONVOLUTIONS:
             x = nn.Conv(channels, (3, 3), stride, use_bias=False)(x)
@@ -62,7 +62,7 @@ class Network(nn.Module):
 
 
 class State(NamedTuple):
-    """All that training changes. The position in the data is the number of the step."""
+    """Everything that training changes. The step number is the position in the data."""
 
     params: Any
     batch_stats: Any
@@ -70,7 +70,7 @@ class State(NamedTuple):
 
 
 def compile_steps(mesh: Mesh, optimizer: optax.GradientTransformation) -> tuple[Callable, ...]:
-    """The first state, a step of training and a count of the images classified right."""
+    """Functions for the initial state, a training step, and the number of correct images."""
     model = Network()
     spread = functools.partial(jax.shard_map, mesh=mesh)
     state_and_batch = (P(), P("data"), P("data"), P("data"))
@@ -91,7 +91,7 @@ def compile_steps(mesh: Mesh, optimizer: optax.GradientTransformation) -> tuple[
             total, count = jax.lax.psum((losses.sum(where=real), real.sum()), "data")
             return total / count, updates["batch_stats"]
 
-        # The parameters are the same on all devices: JAX sums their gradient over them.
+        # The parameters are replicated, so JAX sums their gradient over the devices.
         compute = jax.value_and_grad(mean_loss, has_aux=True)
         (loss, batch_stats), gradient = compute(state.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -108,7 +108,7 @@ def compile_steps(mesh: Mesh, optimizer: optax.GradientTransformation) -> tuple[
 
 
 def on_all_devices(mesh: Mesh, batch: Labelled, size: int) -> tuple[jax.Array, ...]:
-    """Images, labels and which are real, filled up to a size; each process gives its own part."""
+    """Images, labels and a mask of real ones, padded; each process provides its own part."""
     (images, labels), real = jaxnorm.pad_batch(tuple(batch), -(-size // mesh.size) * mesh.size)
     sharding = NamedSharding(mesh, P("data"))
     return tuple(
@@ -118,7 +118,7 @@ def on_all_devices(mesh: Mesh, batch: Labelled, size: int) -> tuple[jax.Array, .
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train from the last checkpoint on, then test."""
+    """Train from the last checkpoint, then test."""
     dataset = load_dataset(args.dataset, args.data_dir)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     optimizer = optax.sgd(args.learning_rate, momentum=0.9)
@@ -134,7 +134,7 @@ def train(args: argparse.Namespace) -> None:
     state = initialize(jax.random.key(args.seed), dataset.train.images.shape[1:])
     state, start = checkpoints.restore(state)
     say(f"{mesh.size} devices of {jax.process_count()} processes, from step {start}")
-    hidden = None if jax.process_index() == 0 else True  # None: shown on a terminal
+    hidden = None if jax.process_index() == 0 else True  # None: shown only on a terminal
     for step in tqdm(range(start, args.steps), "steps", disable=hidden):
         if args.launcher and os.getppid() != args.launcher:
             raise UserError(f"the process that started this one has ended, before step {step}")
@@ -145,13 +145,13 @@ def train(args: argparse.Namespace) -> None:
                 raise UserError(f"the loss is {loss} at step {step}: try a lower --learning-rate")
             checkpoints.save(step + 1, state)
     right = count_right(state, *on_all_devices(mesh, dataset.test, len(dataset.test.labels)))
-    say(f"{100 * int(right) / len(dataset.test.labels):.1f} % of the test images right")
+    say(f"{100 * int(right) / len(dataset.test.labels):.1f} % of the test images correct")
     digest = hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(state)))
     say(f"after {max(start, args.steps)} steps; state {digest.hexdigest()[:16]}")
 
 
 def say(text: str) -> None:
-    """Print, on one process."""
+    """Print, on process 0 only."""
     if jax.process_index() == 0:
         print(text, flush=True)
 
@@ -164,21 +164,23 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--dataset", choices=NAMES, default="digits")
-    parser.add_argument("--data-dir", type=Path, help="folder of the published files")
+    parser.add_argument("--data-dir", type=Path, help="folder with the published files")
     positive = at_least(1)
     parser.add_argument("--steps", type=positive, default=300, help="default: %(default)s")
     parser.add_argument("--batch-size", type=positive, default=100, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=0.1, help="default: %(default)s")
     parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--out", type=Path, default=Path("data_parallel"), help="folder")
+    parser.add_argument(
+        "--out", type=Path, default=Path("data_parallel"), help="folder for the checkpoints"
+    )
     parser.add_argument(
         "--checkpoint-every", type=positive, default=50, help="steps; default: %(default)s"
     )
     many = parser.add_argument_group("many processes")
     many.add_argument("--processes", type=positive, help="how many; alone: all on this host")
     many.add_argument("--coordinator", help="HOST:PORT of process 0, the same for all of them")
-    many.add_argument("--process-id", type=int, help="which of them this is, from 0 on")
-    many.add_argument("--cluster", action="store_true", help="learn all that from the cluster")
+    many.add_argument("--process-id", type=int, help="number of this process, from 0")
+    many.add_argument("--cluster", action="store_true", help="get all of this from the cluster")
     many.add_argument("--launcher", type=int, help=argparse.SUPPRESS)  # the parent's process id
     args = parser.parse_args(argv)
     if args.process_id is not None:
@@ -186,14 +188,14 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if (args.coordinator is None) != (args.process_id is None):
         parser.error("--coordinator and --process-id must be given together, with --processes")
     if args.cluster and (args.processes or args.coordinator):
-        parser.error("--cluster must be given alone: the cluster says who and how many there are")
+        parser.error("--cluster must be given alone: the cluster knows the processes")
     if args.coordinator and args.process_id not in range(args.processes or 0):
         parser.error("--process-id must be at least 0 and less than --processes")
     return args
 
 
 def meet(args: argparse.Namespace) -> None:
-    """Find the other processes."""
+    """Connect to the other processes."""
     try:
         jax.distributed.initialize(
             args.coordinator,
@@ -204,7 +206,7 @@ def meet(args: argparse.Namespace) -> None:
         )
     except (ValueError, RuntimeError, IndexError) as error:
         raise UserError(
-            f"the processes have not found each other ({why(error)}): check "
+            f"the processes could not connect ({why(error)}): check "
             "--coordinator, or that this is a cluster that JAX knows"
         ) from error
 
@@ -222,20 +224,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             meet(args)
         train(args)
     except UserError as error:
-        if not args.launcher or args.process_id == 0:  # on one host all have the same to say
+        if not args.launcher or args.process_id == 0:  # on one host all have the same error
             print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        text, status = "interrupted; the same command goes on from the last checkpoint", 130
+        text, status = "interrupted; the same command continues from the last checkpoint", 130
     except Exception as error:
         if not (args.coordinator or args.cluster) or not LOST.search(str(error)):
             raise
         text, status = f"lost another process ({why(error)}); start all of them again", 3
     else:
         return 0
-    if not args.launcher or status != 130:  # the launcher says that it was interrupted
+    if not args.launcher or status != 130:  # the launcher reports an interrupt itself
         print(f"{name}: {text}", file=sys.stderr, flush=True)
-    os._exit(status)  # without waiting for processes that may not come
+    os._exit(status)  # without waiting for processes that may have died
 
 
 if __name__ == "__main__":

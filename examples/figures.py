@@ -1,4 +1,4 @@
-"""How the figures of the examples look: each norm in its colour, curves smoothed, files whole."""
+"""The style of the examples' figures: colours of the norms, smoothed curves, saving."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,10 +10,10 @@ from storage import replacing
 
 
 class Look(NamedTuple):
-    """How a norm is named and drawn."""
+    """The name and the plot style of a norm."""
 
     name: str
-    color: str  # of the palette of Okabe and Ito, made for all kinds of colour vision
+    color: str  # from the palette of Okabe and Ito, which is safe for colour-blind readers
     marker: str
 
 
@@ -28,14 +28,14 @@ LOOKS = {
 
 
 def curve(histories: Iterable[list[dict[str, float]]], key: str = "loss", points: int = 60):
-    """The steps and means over equal parts of the runs, averaged over runs of equal length."""
+    """Steps and means over equal parts of the runs, averaged over runs of equal length."""
     values = np.mean([[line[key] for line in history] for history in histories], axis=0)
     parts = np.array_split(np.arange(len(values)), min(points, len(values)))
     return [part.mean() + 1 for part in parts], [values[part].mean() for part in parts]
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure, its axes with grids and without frames."""
+    """Save a figure, with grids and without frames."""
     for axes in figure.axes:
         if axes.axison:
             axes.grid(alpha=0.3)

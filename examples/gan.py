@@ -2,18 +2,18 @@
 
     python examples/gan.py
 
-The class gives each image its scale and bias in the generator's batch norms. The discriminator is
-kept smooth by a penalty on its gradient at each image (R1), so its norm may not mix images: layer
-norm does not (Gulrajani et al., "Improved Training of Wasserstein GANs", 2017, arXiv:1704.00028),
-and is differentiated twice. All four combinations with no norm are trained. A classifier that
-learned the real digits says how many of the generated ones it takes for their class (which one
-picture for each class would do, too), and one that learned the generated digits how many of the
-real ones it gets right (which that would not).
+In the generator's batch norms, the class of each image selects the scale and bias. The
+discriminator has a penalty on its gradient at each image (R1), so its norm must not mix images.
+Layer norm does not (Gulrajani et al., "Improved Training of Wasserstein GANs", 2017,
+arXiv:1704.00028), and is differentiated twice. All four combinations with no norm are trained.
+There are two scores. A classifier trained on real digits classifies the generated ones (one good
+picture for each class would be enough for a high score). A classifier trained on generated digits
+classifies the real ones (it would not be enough).
 
-It takes 3 min on two CPU cores. To be expected: 98 % of generated digits taken for their class, and
-96 to 97 % of the real ones right by learning from generated (of real ones: 98 %). That is with
-batch norm in the generator, and no worse with no norm at all; layer norm in the discriminator
-without batch norm in the generator has 97 and 90 %.
+It takes 3 min on two CPU cores. Expected: 98 % of the generated digits classified as their class,
+and 96 to 97 % of the real ones correct after learning from generated ones (98 % after learning from
+real ones). This is with batch norm in the generator, and no worse without any norm. Layer norm in
+the discriminator without batch norm in the generator has 97 and 90 %.
 """
 
 import argparse
@@ -39,11 +39,11 @@ NOISE, CLASSES, PIXELS = 32, 10, 64
 GENERATOR = (NOISE, 128, 128, PIXELS)
 DISCRIMINATOR = (PIXELS, 128, 128)
 PENALTY = 1.0
-ROWS = 8  # of a sheet of digits
+ROWS = 8  # in a sheet of digits
 
 
 class Layer(NamedTuple):
-    """A product with weights, and a norm's scale and bias; the generator's are for each class."""
+    """Weights, and a norm's scale and bias (in the generator, for each class)."""
 
     weights: jax.Array
     scale: jax.Array
@@ -51,7 +51,7 @@ class Layer(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that training changes."""
+    """Everything that training changes."""
 
     generator: list[Layer]
     running: list[jn.BatchNormState]
@@ -60,7 +60,7 @@ class State(NamedTuple):
 
 
 def make_layers(key: jax.Array, sizes: Sequence[int], classes: int | None = None) -> list[Layer]:
-    """Layers of He's initial weights; scale one and bias zero, for each class if there are any."""
+    """Layers with He's initial weights, scale one and bias zero (for each class, if any)."""
     keys = jax.random.split(key, len(sizes) - 1)
     layers = []
     for each, n, m in zip(keys, sizes, sizes[1:], strict=False):
@@ -72,7 +72,7 @@ def make_layers(key: jax.Array, sizes: Sequence[int], classes: int | None = None
 
 @partial(jax.jit, static_argnames="optimizer")
 def initialize(seed: int, optimizer: optax.GradientTransformation) -> State:
-    """The first state: the same weights whatever the norms."""
+    """The initial state: the same weights for all norms."""
     first, second = jax.random.split(jax.random.key(seed))
     generator = make_layers(first, GENERATOR, CLASSES)
     width = DISCRIMINATOR[-1]
@@ -90,10 +90,10 @@ def conditional_norm(norm: str, x, labels, layer: Layer, state, *, train: bool):
     """Batch norm, or none, with the scale and bias of each image's class.
 
     Dumoulin, Shlens and Kudlur, "A Learned Representation for Artistic Style", 2017,
-    arXiv:1610.07629, where it is instance norm.
+    arXiv:1610.07629; they use instance norm.
     """
 
-    def of_one(x, label):  # vmap names the axis of the batch: statistics are shared over it
+    def of_one(x, label):  # vmap names the batch axis, over which statistics are shared
         scale, bias = layer.scale[label], layer.bias[label]
         if norm == "none":
             return x * scale + bias, state
@@ -116,7 +116,7 @@ def generate(norm: str, layers: list[Layer], running: list, noise, labels, *, tr
 
 
 def judge(norm: str, discriminator: tuple, x: jax.Array, label: jax.Array) -> jax.Array:
-    """How real one image of a class looks, by the projection of Miyato and Koyama (2018).
+    """The score of one image of a class: high if real; a projection (Miyato and Koyama, 2018).
 
     "cGANs with Projection Discriminator", arXiv:1802.05637.
     """
@@ -133,7 +133,7 @@ def judge(norm: str, discriminator: tuple, x: jax.Array, label: jax.Array) -> ja
 
 @partial(jax.jit, static_argnames=("norms", "optimizer"), donate_argnames="state")
 def train_step(state: State, images, labels, key, *, norms, optimizer):
-    """One step of both: the discriminator on real and generated images, the generator by it."""
+    """One step of the discriminator, on real and generated images, and of the generator."""
     of_generator, of_discriminator = norms.split("-")
     judge_one = partial(judge, of_discriminator)
     noise = jax.random.normal(key, (len(images), NOISE))
@@ -167,7 +167,7 @@ def train_step(state: State, images, labels, key, *, norms, optimizer):
 
 
 def sample(norms: str, state: State, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Generated images and their classes, each class as often, by the running statistics."""
+    """Generated images and their classes, equally many, with the running statistics."""
     labels = jnp.arange(count) % CLASSES
     noise = jax.random.normal(jax.random.key(0), (count, NOISE))
     norm = norms.split("-")[0]
@@ -176,10 +176,10 @@ def sample(norms: str, state: State, count: int) -> tuple[np.ndarray, np.ndarray
 
 
 def study(args: argparse.Namespace) -> None:
-    """Train all combinations; let classifiers score them, and draw their digits."""
+    """Train all combinations, score them with classifiers, and draw their digits."""
     train, test = (Labelled(x.reshape(-1, PIXELS), y) for x, y in load_dataset("digits"))
     expert = SVC().fit(*train)
-    print(f"a classifier that learned real digits gets {expert.score(*test):.3f} of others right")
+    print(f"accuracy of the classifier trained on real digits: {expert.score(*test):.3f}")
     optimizer = optax.adam(args.learning_rate, b1=0.5, b2=0.99)
     by_class = [test.images[test.labels == label][:ROWS] for label in range(CLASSES)]
     sheets, rows = {"real": np.stack(by_class, 1).reshape(-1, PIXELS)}, []
@@ -209,10 +209,10 @@ def study(args: argparse.Namespace) -> None:
 
 
 def draw(args: argparse.Namespace, sheets: dict[str, np.ndarray], rows: list[dict]) -> None:
-    """Draw sheets of digits, a column for each class: real ones, then each combination's."""
+    """Draw sheets of digits, a column for each class: real ones, then those of each combination."""
     figure = Figure((2.6 * len(sheets), 3.4), layout="constrained")
     for axes, (norms, images) in zip(figure.subplots(1, len(sheets)), sheets.items(), strict=True):
-        grid = np.zeros((ROWS * 9 + 1, CLASSES * 9 + 1))  # a dark line between them
+        grid = np.zeros((ROWS * 9 + 1, CLASSES * 9 + 1))  # with dark lines between the digits
         for index, image in enumerate(images[: ROWS * CLASSES]):
             row, column = divmod(index, CLASSES)
             grid[row * 9 + 1 : row * 9 + 9, column * 9 + 1 : column * 9 + 9] = image.reshape(8, 8)
@@ -234,7 +234,7 @@ def draw(args: argparse.Namespace, sheets: dict[str, np.ndarray], rows: list[dic
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read the command line and do the study."""
+    """Read the command line and run the study."""
     parser = common.make_parser(
         "gan", __doc__, NORMS, steps=4000, seeds=2, batch_size=64, checkpoint_every=1000
     )

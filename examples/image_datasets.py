@@ -1,7 +1,7 @@
 """Small image data sets for the examples, from scikit-learn or from their published files.
 
-Nothing is downloaded. Files are checked before they are used: what is missing, cut short or not
-what it should be is a `UserError` whose text says so in one sentence.
+Nothing is downloaded. Files are checked before they are used. A missing, truncated or wrong file is
+a `UserError` with a text of one sentence.
 """
 
 import gzip
@@ -38,7 +38,7 @@ IDX_MAGIC = {"images": 2051, "labels": 2049}  # unsigned bytes in three dimensio
 class Labelled(NamedTuple):
     """Images, float32 in 0..1 of shape (count, height, width, channels), and their classes.
 
-    Or what an example makes of them: rows of pixels, other targets.
+    Examples also use it for rows of pixels and other targets.
     """
 
     images: np.ndarray
@@ -46,14 +46,14 @@ class Labelled(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """What to learn from, and what to be judged on."""
+    """Training data and test data."""
 
     train: Labelled
     test: Labelled
 
 
 def load_dataset(name: str, folder: Path | None = None) -> Dataset:
-    """Load a data set of NAMES; folder holds the published files of all but the digits."""
+    """Load one of the data sets in NAMES; all but the digits are read from files in folder."""
     if name == "digits":
         return load_split_digits()
     if name in ("mnist", "fashion-mnist"):
@@ -66,9 +66,9 @@ def load_dataset(name: str, folder: Path | None = None) -> Dataset:
 def draw_batch(
     data: Labelled, size: int, seed: int, step: int, *, drop_last: bool = True
 ) -> Labelled:
-    """The batch of a step, which depends on nothing else: epochs, each in an order of its own.
+    """The batch of a step. It depends only on the arguments; each epoch has its own order.
 
-    The last batch of an epoch, where `size` does not divide the images, is smaller or left out.
+    If `size` does not divide the images, the last batch of an epoch is smaller or omitted.
     """
     count = len(data.labels)
     if drop_last and size > count:
@@ -80,10 +80,10 @@ def draw_batch(
 
 
 def load_split_digits() -> Dataset:
-    """Load scikit-learn's 1797 digits of 8 x 8 pixels, half to learn from, half to test on.
+    """Load scikit-learn's 1797 digits of 8 x 8 pixels, half for training, half for testing.
 
-    So large a test set because the examples compare: with 899 images the accuracy of one network
-    is known to about half a point.
+    The test set is large because the examples compare accuracies: with 899 images the accuracy of
+    one network is known to about half a point.
     """
     pixels, labels = load_digits(return_X_y=True)
     images = (pixels / 16).astype(np.float32).reshape(-1, 8, 8, 1)
@@ -101,7 +101,7 @@ def read_idx_pair(folder: Path | None, part: str) -> Labelled:
     if len(images) != len(labels):
         raise UserError(
             f"the {part} files in {folder} must hold as many labels as images, "
-            f"but hold {len(images)} images and {len(labels)} labels: get both anew"
+            f"but hold {len(images)} images and {len(labels)} labels: replace both"
         )
     return labelled(images[..., None], labels, f"{part}-labels-idx1-ubyte in {folder}")
 
@@ -114,7 +114,7 @@ def read_idx(folder: Path | None, name: str, kind: str) -> np.ndarray:
     if magic != IDX_MAGIC[kind]:
         raise UserError(
             f"{path} must begin with the magic number {IDX_MAGIC[kind]} of IDX {kind}, "
-            f"but begins with {magic}: get the file anew"
+            f"but begins with {magic}: replace the file"
         )
     start = 4 + 4 * (magic & 0xFF)  # the magic number's last byte counts the dimensions
     shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4))
@@ -122,7 +122,7 @@ def read_idx(folder: Path | None, name: str, kind: str) -> np.ndarray:
         raise UserError(
             f"{path} must hold {start + math.prod(shape)} bytes by its own header of "
             f"{' x '.join(map(str, shape))}, and not be empty, but holds {len(content)}: "
-            "get the file anew"
+            "replace the file"
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
@@ -137,7 +137,7 @@ def read_cifar(folder: Path | None, names: tuple[str, ...]) -> Labelled:
             raise UserError(
                 f"{name} ({path}) must hold {CIFAR_RECORDS} records of {CIFAR_RECORD} bytes, "
                 f"{CIFAR_RECORDS * CIFAR_RECORD} in all, but holds {len(content)}: "
-                "get the file anew"
+                "replace the file"
             )
         records.append(np.frombuffer(content, np.uint8).reshape(-1, CIFAR_RECORD))
     joined = np.concatenate(records)
@@ -146,7 +146,7 @@ def read_cifar(folder: Path | None, names: tuple[str, ...]) -> Labelled:
 
 
 def find_file(folder: Path | None, names: tuple[str, ...], wanted: str) -> Path:
-    """Return the first of the names that is a file in the folder, which wants others too."""
+    """Return the first of the names that is a file in the folder."""
     if folder is None:
         raise UserError(f"this data set is read from files: --data-dir must hold {wanted}")
     for name in names:
@@ -156,7 +156,7 @@ def find_file(folder: Path | None, names: tuple[str, ...], wanted: str) -> Path:
 
 
 def read_bytes(path: Path, member: str = "") -> bytes:
-    """Read a file, unpacked if its name says that it is packed; of a tarball, the member."""
+    """Read a file, decompressed if its name says so; from a tarball, read the member."""
     try:
         if path.name.endswith(".tar.gz"):
             with tarfile.open(path) as tarball:
@@ -166,11 +166,11 @@ def read_bytes(path: Path, member: str = "") -> bytes:
         return gzip.decompress(content) if path.suffix == ".gz" else content
     except (OSError, EOFError, KeyError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
         part = f" (its {member})" if path.name.endswith(".tar.gz") else ""
-        raise UserError(f"{path}{part} cannot be read, get it anew: {why(error)}") from error
+        raise UserError(f"{path}{part} cannot be read, replace it: {why(error)}") from error
 
 
 def labelled(images: np.ndarray, labels: np.ndarray, source: str) -> Labelled:
-    """Scale bytes to 0..1, and check that the labels are those of ten classes."""
+    """Scale bytes to 0..1, and check that there are ten classes."""
     if labels.max() > 9:
         raise UserError(f"labels must be 0 to 9, but one of {source} is {labels.max()}")
     return Labelled(images / np.float32(255), labels.astype(np.int32))

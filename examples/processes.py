@@ -1,4 +1,4 @@
-"""Several processes of one command on this host, that end together."""
+"""Run several processes of one command on this host, and end them together."""
 
 import os
 import signal
@@ -8,16 +8,16 @@ import sys
 import time
 from collections.abc import Sequence
 
-# How long the others have to notice by themselves that one is gone.
+# How long the other processes may take to notice that one has died.
 GRACE_SECONDS = 30
-USER_ERROR = 2  # the exit status of what the user can put right
+USER_ERROR = 2  # the exit status of errors that the user can fix
 
 
 def run_on_this_host(command: Sequence[str], count: int) -> int:
-    """Run a Python command as that many processes of `jax.distributed`, on this host's CPU.
+    """Run a Python command as `count` processes of `jax.distributed`, on this host's CPU.
 
-    Each is given --coordinator, --process-id and --launcher. When one fails the others are given a
-    while to say so themselves, and are then killed.
+    Each gets --coordinator, --process-id and --launcher. When one fails, the others have some time
+    to report it themselves, and are then killed.
 
     Returns:
       The exit status: 0 if all succeeded.
@@ -38,15 +38,15 @@ def run_on_this_host(command: Sequence[str], count: int) -> int:
     try:
         return wait_for(children)
     except KeyboardInterrupt:
-        end(children, grace=2)  # from a terminal they have had it as well
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        end(children, grace=2)  # from a terminal they also received the interrupt
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
     finally:
         end(children, grace=0)
 
 
 def wait_for(children: list[subprocess.Popen]) -> int:
-    """Wait until all have ended, the rest soon after the first that failed."""
+    """Wait until all have ended. If one fails, end the others soon after."""
     while True:
         statuses = [child.poll() for child in children]
         if any(statuses):
@@ -55,27 +55,27 @@ def wait_for(children: list[subprocess.Popen]) -> int:
             return 0
         time.sleep(0.1)
     end(children)
-    # Who was killed is the cause; the others may have noticed in the same moment.
+    # A killed process is the cause; the others may have noticed at the same time.
     status, number = min((status, number) for number, status in enumerate(statuses) if status)
     if status == USER_ERROR:
-        return USER_ERROR  # and it has said which
+        return USER_ERROR  # the process has printed the error
     print(
         f"process {number} of {len(children)} ended {how(status)}, and the others with it; the "
-        "same command goes on from the last checkpoint",
+        "same command continues from the last checkpoint",
         file=sys.stderr,
     )
     return 1
 
 
 def how(status: int) -> str:
-    """Say what an exit status means."""
+    """Describe an exit status."""
     if status < 0:
         return f"by signal {-status} ({signal.Signals(-status).name})"
     return f"with status {status}"
 
 
 def end(children: list[subprocess.Popen], grace: float = GRACE_SECONDS) -> None:
-    """Wait for the children, but not for long; a checkpoint is whole whenever they are killed."""
+    """Wait a limited time, then kill the children; this never damages a checkpoint."""
     deadline = time.monotonic() + grace
     for child in children:
         try:

@@ -3,15 +3,15 @@
     python examples/resnet.py
     python examples/resnet.py --dataset cifar10 --data-dir FOLDER --blocks 3 --steps 20000 --seeds 1
 
-Batches are spread over all devices, batch norm's statistics are those of the whole batch, and
-evaluation uses its running statistics. Each network is then fine-tuned on the same images lying on
-their side, four at a time. So few give poor statistics, and it is usual to freeze the running ones
-then; for comparison they are once not.
+Batches are sharded over all devices. Batch norm uses the statistics of the whole batch, and its
+running statistics in evaluation. Each network is then fine-tuned on the same images rotated by 90
+degrees, four at a time. The statistics of so few images are poor, so it is usual to freeze the
+running statistics; for comparison, batch norm is also fine-tuned without freezing them.
 
-It takes 3 min 20 s on two CPU cores. To be expected: 98.2 % of the test images right with batch
-norm, 97.5 with group norm, 97.4 with none. On their side, tuned: 80 % with frozen statistics and 91
-% with the batches' own (the running ones are of upright images), group norm 83 %, no norm 75 %,
-with standard deviations of 3 to 16 points over the seeds.
+It takes 3 min 20 s on two CPU cores. Expected: 98.2 % of the test images correct with batch norm,
+97.5 with group norm, 97.4 with none. After fine-tuning on rotated images: 80 % with frozen
+statistics, 91 % with the statistics of each batch (the running ones are of upright images), 83 %
+with group norm, 75 % with no norm, with standard deviations of 3 to 16 points over the seeds.
 """
 
 import argparse
@@ -36,13 +36,13 @@ from storage import UserError
 
 import jaxnorm.linen as jn
 
-STAGES = (16, 32, 64)  # channels; all but the first halve height and width
+STAGES = (16, 32, 64)  # channels; each stage but the first halves height and width
 NORMS = ("batch", "group", "none")
-TUNED = 4  # images of a step of fine-tuning
+TUNED = 4  # images in a step of fine-tuning
 
 
 class Scale(nn.Module):
-    """One learned number for all of x: what a block without a norm begins as zero with.
+    """A learned scalar, initially zero: it makes a block without a norm start as zero.
 
     De and Smith, "Batch Normalization Biases Residual Blocks Towards the Identity Function in Deep
     Networks", 2020, arXiv:2002.10444 (SkipInit).
@@ -55,18 +55,18 @@ class Scale(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Residual blocks, whose last norm starts at zero: at first only what skips them passes.
+    """Residual blocks. The scale of the last norm of a block starts at zero, so only x passes.
 
     He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", 2015, arXiv:1512.03385;
-    the zero is from Goyal et al., "Accurate, Large Minibatch SGD", 2017, arXiv:1706.02677.
+    the zero scale is from Goyal et al., "Accurate, Large Minibatch SGD", 2017, arXiv:1706.02677.
     """
 
     norm: str
-    blocks: int  # of two convolutions, in each stage
+    blocks: int  # in each stage, each of two convolutions
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Score ten classes; with `train` batch norm measures the batch, over all devices."""
+        """Return logits of ten classes; `train`: batch norm uses the batch, on all devices."""
 
         def norm(scale_init=nn.initializers.ones) -> Callable:
             if self.norm == "batch":
@@ -94,15 +94,15 @@ class ResNet(nn.Module):
 
 
 class State(NamedTuple):
-    """All that training changes."""
+    """Everything that training changes."""
 
     params: Any
-    batch_stats: Any  # empty but for batch norm
+    batch_stats: Any  # empty without batch norm
     opt_state: Any
 
 
 def make_mesh(count: int) -> Mesh:
-    """The first devices."""
+    """A mesh of the first devices."""
     return jax.make_mesh((count,), ("devices",), (AxisType.Auto,), devices=jax.devices()[:count])
 
 
@@ -117,7 +117,7 @@ def start(
 def compile_step(
     model: ResNet, optimizer: optax.GradientTransformation, mesh: Mesh, *, frozen: bool = False
 ) -> Callable:
-    """A step of training; frozen, with the running statistics as they are."""
+    """A training step; `frozen`: with the running statistics, which do not change."""
 
     @partial(jax.jit, donate_argnums=0)
     @partial(
@@ -135,7 +135,7 @@ def compile_step(
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return jax.lax.pmean(losses.mean(), "devices"), updates.get("batch_stats", {})
 
-        # The parameters are the same on all devices: JAX sums their gradient over them.
+        # The parameters are replicated, so JAX sums their gradient over the devices.
         (loss, stats), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         return State(optax.apply_updates(state.params, updates), stats, opt_state), {"loss": loss}
@@ -145,26 +145,26 @@ def compile_step(
 
 @partial(jax.jit, static_argnames="model")
 def classify(model: ResNet, state: State, images: jax.Array) -> jax.Array:
-    """The most likely class of each image, by the running statistics."""
+    """The most likely class of each image, with the running statistics."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits: Any = model.apply(variables, images, train=False)
     return logits.argmax(-1)
 
 
 def accuracy(model: ResNet, state: State, data: Labelled, size: int = 500) -> float:
-    """The fraction of images classified right."""
+    """The fraction of images classified correctly."""
     parts = range(0, len(data.labels), size)
     classes = [classify(model, state, data.images[i : i + size]) for i in parts]
     return float((np.concatenate(classes) == data.labels).mean())
 
 
 def on_its_side(data: Labelled) -> Labelled:
-    """The same images, turned by a quarter."""
+    """The same images, rotated by 90 degrees."""
     return Labelled(np.rot90(data.images, axes=(1, 2)).copy(), data.labels)
 
 
 def study(args: argparse.Namespace) -> None:
-    """Train with every norm, then fine-tune; draw and score."""
+    """Train with each norm, fine-tune, and report scores and figures."""
     train, test = load_dataset(args.dataset, args.data_dir)
     mesh, one = make_mesh(jax.device_count()), make_mesh(1)
     if args.batch_size % mesh.size:
@@ -236,7 +236,7 @@ def draw(args: argparse.Namespace, histories: dict, rows: list[dict[str, Any]]) 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read the command line and do the study."""
+    """Read the command line and run the study."""
     parser = common.make_parser("resnet", __doc__, NORMS, steps=300, seeds=3, batch_size=64)
     add = parser.add_argument
     add("--dataset", choices=NAMES, default="digits")

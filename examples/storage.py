@@ -1,4 +1,4 @@
-"""What a run keeps: files that are whole or not there, its metrics and its checkpoints."""
+"""The files of a run, written atomically: metrics and checkpoints."""
 
 import json
 import os
@@ -12,12 +12,12 @@ import orbax.checkpoint as ocp
 
 
 class UserError(Exception):
-    """What the user can put right; the text is one sentence that says how."""
+    """An error that the user can fix; the text is one sentence that says how."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a file to write, which then takes the place of path: the old or the new, never half."""
+    """Yield a temporary file that then replaces path, so path is never incomplete."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     yield unfinished
     os.replace(unfinished, path)
@@ -38,30 +38,30 @@ def read_metrics(path: Path, steps: int) -> list[dict[str, float]]:
         if [line["step"] for line in history] != list(range(1, steps + 1)):
             raise ValueError("steps are missing")
         if any(line.keys() != history[0].keys() for line in history) or "loss" not in history[0]:
-            raise ValueError("a step has not what the others have")
+            raise ValueError("the steps have different metrics")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path} must have the metrics of the first {steps} steps, but can't be read "
-            f"({error}): remove {path.parent} to do this run anew"
+            f"({error}): remove {path.parent} to repeat this run"
         ) from error
     return history
 
 
 class Checkpoints:
-    """Checkpoints in a folder, with the settings that the same weights depend on."""
+    """Checkpoints in a folder, with the settings that determine the weights."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
-        """Read the folder, or make it."""
+        """Open the folder, or create it."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--out must be a folder, but can't be made one: {error}") from error
+            raise UserError(f"--out must be a folder, but can't be created: {error}") from error
         self.folder, self.settings = folder, settings
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def restore(self, state: Any) -> tuple[Any, int]:
-        """The last state that was saved and its step, or the one given and 0."""
+        """The last saved state and its step, or the given state and 0."""
         step = self.manager.latest_step()
         if step is None:
             return state, 0
@@ -73,15 +73,15 @@ class Checkpoints:
             return self.manager.restore(step, args=wanted)["state"], step
         except UserError:
             raise
-        except Exception as error:  # orbax has many, and some that are no more than that
+        except Exception as error:  # orbax raises many kinds, also plain Exception
             raise UserError(
-                f"{self.folder / str(step)} must be a whole checkpoint of this program, and can't "
-                "be read: remove it to go on from the one before, or choose another --out "
+                f"{self.folder / str(step)} must be a whole checkpoint of this program, but can't "
+                "be read: remove it to continue from the previous one, or choose another --out "
                 f"({why(error)})"
             ) from error
 
     def check(self, saved: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another model, or of the same in another training."""
+        """Reject checkpoints of another model or another training."""
         for name in self.settings | saved:
             ours, theirs = self.settings.get(name), saved.get(name)
             if ours != theirs:
@@ -91,18 +91,18 @@ class Checkpoints:
                 )
 
     def save(self, step: int, state: Any) -> None:
-        """Save: a folder under another name is written, and then renamed."""
+        """Save: write a folder under another name, then rename it."""
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), settings=ocp.args.JsonSave(self.settings)
         )
         try:
             self.manager.save(step, args=args)
-        except Exception as error:  # a full disk, and what orbax calls it
-            if jax.process_count() > 1:  # or another process that is lost
+        except Exception as error:  # such as a full disk, which orbax reports in many ways
+            if jax.process_count() > 1:  # or another process has died
                 raise
             raise UserError(f"{self.folder} can't be written: {why(error)}") from error
 
 
 def why(error: Exception) -> str:
-    """The end of an error's first line, where what JAX and orbax wrap in it stands."""
+    """The end of an error's first line, where JAX and orbax put the wrapped error."""
     return (str(error).splitlines() or [type(error).__name__])[0][-200:]

@@ -1,18 +1,18 @@
-"""Style transfer by adaptive instance norm: one photograph in the colours of another.
+"""Style transfer with adaptive instance norm: one photograph in the colours of another.
 
     python examples/style.py
 
-An encoder turns images into features, a decoder features into images. In between, a norm takes the
-content's own mean and standard deviation of each feature away, and its scale and bias, which are
-those of the style image's features, put the style's in their place (Huang and Belongie, "Arbitrary
-Style Transfer in Real-time with Adaptive Instance Normalization", 2017, arXiv:1703.06868). Trained
-on pieces of scikit-learn's two photographs, with instance norm, with batch norm and with no norm in
-this place (scale and bias are then put on top of what is there), and tried on the whole ones, each
-in the style of the other.
+An encoder maps images to features, and a decoder maps features to images. In between, a norm
+removes the content image's mean and standard deviation of each feature. Its scale and bias are the
+standard deviation and mean of the style image's features (Huang and Belongie, "Arbitrary Style
+Transfer in Real-time with Adaptive Instance Normalization", 2017, arXiv:1703.06868). The networks
+are trained on pieces of scikit-learn's two photographs, with instance norm, batch norm or no norm
+in this place (without a norm, scale and bias are applied to the features as they are). They are
+tested on the whole photographs, each in the style of the other.
 
-It takes 3 min 20 s on two CPU cores. To be expected: with instance norm the colours of the two
-photographs go 62 and 58 % of the way to those of the other, with batch norm 51 and 13 %, with no
-norm -10 and 39 %.
+It takes 3 min 20 s on two CPU cores. Expected: the colours of the two photographs move 62 and 58 %
+of the way to those of the other with instance norm, 51 and 13 % with batch norm, -10 and 39 % with
+no norm.
 """
 
 import argparse
@@ -36,16 +36,16 @@ import jaxnorm as jn
 
 NORMS = ("instance", "batch", "none")
 FEATURES = (16, 32, 64)
-CONTENT = 1.0  # weight in the loss, beside 1 of the style
+CONTENT = 1.0  # weight in the loss; the weight of the style is 1
 PIECE = 64  # pixels in height and width
 
 
 class Encoder(nn.Module):
-    """Images to features of a quarter of their height and width, after three convolutions."""
+    """Maps images to features of a quarter of their height and width, by three convolutions."""
 
     @nn.compact
     def __call__(self, images: jax.Array) -> list[jax.Array]:
-        """Return what each convolution gives: the last one is the code."""
+        """Return the output of each convolution; the last is the code."""
         x, given = images - 0.5, []
         for features, stride in zip(FEATURES, (1, 2, 2), strict=True):
             x = nn.relu(nn.Conv(features, (3, 3), stride)(x))
@@ -54,7 +54,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features to an image."""
+    """Maps features to an image."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -75,11 +75,11 @@ def decode(params: Any, code: jax.Array) -> jax.Array:
 
 
 class State(NamedTuple):
-    """All that training changes."""
+    """Everything that training changes."""
 
     encoder: Any
     decoder: Any
-    running: jn.BatchNormState  # moves with batch norm alone
+    running: jn.BatchNormState  # changes only with batch norm
     opt_state: Any
 
 
@@ -90,7 +90,7 @@ def statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def restyle(norm: str, x: jax.Array, style: tuple, running: jn.BatchNormState, *, train: bool):
-    """Features x with the scale and bias of a style, each image of the batch with its own."""
+    """Apply scale and bias of a style to features x, for each image its own."""
 
     def of_one(x, scale, bias):
         if norm == "none":
@@ -105,7 +105,7 @@ def restyle(norm: str, x: jax.Array, style: tuple, running: jn.BatchNormState, *
 
 @partial(jax.jit, static_argnames="optimizer")
 def initialize(seed: int, optimizer: optax.GradientTransformation) -> State:
-    """The first state: the same weights whatever the norm."""
+    """The initial state: the same weights for all norms."""
     first, second = jax.random.split(jax.random.key(seed))
     encoder = Encoder().init(first, jnp.zeros((1, PIECE, PIECE, 3)))["params"]
     code = jnp.zeros((1, PIECE // 4, PIECE // 4, FEATURES[-1]))
@@ -116,13 +116,13 @@ def initialize(seed: int, optimizer: optax.GradientTransformation) -> State:
 
 @partial(jax.jit, static_argnames=("norm", "optimizer"), donate_argnames="state")
 def train_step(state: State, contents, styles, *, norm, optimizer):
-    """One step: images must come back from their code, and styled ones be what they should."""
+    """One step: reconstruct images from their code, and match content and style."""
 
     def objective(players):
         encoder, decoder = players
         code = encode(encoder, contents)[-1]
         rebuilt = jnp.square(decode(decoder, code) - contents).mean()
-        # The encoder learns to rebuild, and is the judge of styled images as it stands.
+        # The encoder learns only to reconstruct. The loss of styled images uses it as it is.
         wanted = encode(state.encoder, styles)
         code, running = restyle(
             norm, jax.lax.stop_gradient(code), statistics(wanted[-1]), state.running, train=True
@@ -146,20 +146,20 @@ def train_step(state: State, contents, styles, *, norm, optimizer):
 
 @partial(jax.jit, static_argnames="norm")
 def transfer(norm: str, state: State, content: jax.Array, style: jax.Array) -> jax.Array:
-    """One image in the style of another, by the running statistics."""
+    """One image in the style of another, with the running statistics."""
     code, wanted = (encode(state.encoder, image[None])[-1] for image in (content, style))
     code, _ = restyle(norm, code, statistics(wanted), state.running, train=False)
     return decode(state.decoder, code)[0]
 
 
 def palette_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """How far the colours of two images are apart: Wasserstein distance, mean of the channels."""
+    """The distance of the colours of two images: Wasserstein distance, mean of the channels."""
     a, b = (image.reshape(-1, 3)[::10] for image in (a, b))
     return float(np.mean([wasserstein_distance(a[:, i], b[:, i]) for i in range(3)]))
 
 
 def likeness(a: np.ndarray, b: np.ndarray) -> float:
-    """How alike the drawing of two images is: correlation of their edges, whatever the colours."""
+    """The similarity of the shapes in two images: correlation of edges, without colours."""
     edges = [np.hypot(*np.gradient(image.mean(-1))).ravel() for image in (a, b)]
     return float(np.corrcoef(edges)[0, 1])
 
@@ -178,9 +178,9 @@ def pieces(photos: np.ndarray, count: int, seed: int, step: int) -> tuple[np.nda
 
 
 def study(args: argparse.Namespace) -> None:
-    """Train with each norm; paint each photograph in the style of the other."""
+    """Train with each norm, and render each photograph in the style of the other."""
     photos = np.stack(load_sample_images().images).astype(np.float32) / 255
-    photos = photos[:, :424, :640]  # a quarter of it is whole
+    photos = photos[:, :424, :640]  # divisible by four
     optimizer = optax.adam(optax.cosine_decay_schedule(args.learning_rate, args.steps))
     painted, rows = {}, []
     for norm, seed in product(args.norms, range(args.seeds)):
@@ -222,7 +222,7 @@ def draw(args: argparse.Namespace, photos: np.ndarray, painted: dict, rows: list
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read the command line and do the study."""
+    """Read the command line and run the study."""
     parser = common.make_parser("style", __doc__, NORMS, steps=400, seeds=1, batch_size=8)
     add = parser.add_argument
     add("--learning-rate", type=common.positive, default=0.002, help="default: %(default)s")

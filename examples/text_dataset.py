@@ -1,4 +1,4 @@
-"""Text for the examples: the source of Python's own standard library, or a file of yours."""
+"""Text for the examples: the source of Python's standard library, or a given file."""
 
 import sysconfig
 import zlib
@@ -8,25 +8,25 @@ from typing import NamedTuple
 import numpy as np
 from storage import UserError
 
-# Of the standard library this is most of what is not a test; and it is quick to read.
+# This is most of the standard library without its tests, and is quick to read.
 CHARACTERS = 4_000_000
-KNOWN = 128  # the characters of ASCII; any other is read as the last of them
+KNOWN = 128  # the ASCII characters; all others are read as the last one
 HELD_OUT = 0.1
 
 
 class Text(NamedTuple):
-    """Text as integers below KNOWN, uint8: to learn from, and what follows, to be judged on."""
+    """Text as integers below KNOWN, uint8: the training part, and after it the test part."""
 
     train: np.ndarray
     test: np.ndarray
 
     def digest(self) -> int:
-        """A checksum: a run goes on with the text it began with, wherever that is."""
+        """A checksum, to check that a resumed run has the same text, in whatever file."""
         return zlib.crc32(self.test.tobytes(), zlib.crc32(self.train.tobytes()))
 
 
 def load_text(path: Path | None) -> Text:
-    """Read a file, or the standard library's modules in the order of their names."""
+    """Read a file, or the modules of the standard library in alphabetical order."""
     if path is None:
         folder = Path(sysconfig.get_path("stdlib"))
         parts = (file.read_text("utf-8", "replace") for file in sorted(folder.glob("*.py")))
@@ -45,11 +45,11 @@ def load_text(path: Path | None) -> Text:
 
 
 def windows(codes: np.ndarray, count: int, length: int, rng: np.random.Generator) -> np.ndarray:
-    """Take so many pieces at random places, of shape (count, length)."""
+    """Take `count` pieces at random positions; shape (count, length)."""
     if len(codes) < length:
         raise UserError(
             f"the text must have at least {length} characters in each of its parts, but has "
-            f"{len(codes)} in one: give a longer --text"
+            f"{len(codes)} in one: choose a longer --text"
         )
     starts = rng.integers(0, len(codes) - length + 1, count)
     return codes[starts[:, None] + np.arange(length)].astype(np.int32)

@@ -1,16 +1,16 @@
-"""A character transformer in nnx: layer or rms norm, before or after each block, or none.
+"""A character transformer in nnx: layer or rms norm, before or after each block, or no norm.
 
     python examples/transformer.py
     python examples/transformer.py --text BOOK.txt --norms pre-rms --qk-norm --steps 5000
 
-It learns the source of Python's own standard library, computing in bfloat16 with parameters in
-float32, and writes some of it at the end. Pre-norm puts the norm in front of attention and
-feed-forward, inside the residual branch, post-norm behind the sum; --qk-norm normalizes queries and
-keys, here by rms norm for each head, so that the logits of attention can't grow with their size.
+It learns the source of Python's standard library, computes in bfloat16 with float32 parameters, and
+writes some text at the end. Pre-norm normalizes the inputs of attention and feed-forward, inside
+the residual branch. Post-norm normalizes the sum after it. --qk-norm normalizes queries and keys,
+here with rms norm for each head, so the attention logits can't grow with their size.
 
-It takes 7 min 20 s on two CPU cores. To be expected, in bits per character of held-out text: 3.13
-with layer norm in front, 3.12 with rms norm, 3.00 with layer norm behind, 2.90 with no norm. At
---learning-rate 0.01 it is 2.77, 2.79, 4.57 and 2.65.
+It takes 7 min 20 s on two CPU cores. Expected, in bits per character of held-out text: 3.13 with
+layer pre-norm, 3.12 with rms pre-norm, 3.00 with layer post-norm, 2.90 with no norm. With
+--learning-rate 0.01: 2.77, 2.79, 4.57 and 2.65.
 """
 
 import argparse
@@ -40,16 +40,16 @@ DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, each added to what it read.
+    """Attention and feed-forward, each with a residual connection.
 
     Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762 (post-norm); Xiong et al.,
     "On Layer Normalization in the Transformer Architecture", 2020, arXiv:2002.04745 (pre-norm);
     Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467; Henry et
-    al., "Query-Key Normalization for Transformers", 2020, arXiv:2010.04245 (there by the L2 norm).
+    al., "Query-Key Normalization for Transformers", 2020, arXiv:2010.04245 (with the L2 norm).
     """
 
     def __init__(self, norm: str, qk_norm: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        """Make the weights."""
+        """Initialize the weights."""
         self.place, _, kind = norm.partition("-")
         make = {"layer": jn.LayerNorm, "rms": jn.RMSNorm, "": lambda *_, **__: lambda x: x}[kind]
         norm_of = partial(make, dtype=dtype, rngs=rngs)
@@ -70,7 +70,7 @@ class Block(nnx.Module):
         return x
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """Mix each position with those before it."""
+        """Causal attention: mix each position with the positions before it."""
         q, k, v = jnp.unstack(self.qkv(x).reshape(*x.shape[:2], 3, HEADS, -1), axis=2)
         if self.qk_norms:
             q, k = self.qk_norms[0](q), self.qk_norms[1](k)
@@ -78,15 +78,15 @@ class Block(nnx.Module):
         return self.out(mixed.reshape(x.shape))
 
     def feed(self, x: jax.Array) -> jax.Array:
-        """Two layers at each position by itself."""
+        """Two layers, applied to each position separately."""
         return self.narrow(nnx.gelu(self.wide(x)))
 
 
 class Transformer(nnx.Module):
-    """Characters to the logits of the next ones."""
+    """Maps characters to the logits of the next ones."""
 
     def __init__(self, norm: str, qk_norm: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        """Make the weights: norms' parameters, like all, are float32."""
+        """Initialize the weights. All parameters are float32, those of the norms too."""
         self.embed = nnx.Embed(KNOWN, FEATURES, dtype=dtype, rngs=rngs)
         self.position = nnx.Embed(LENGTH, FEATURES, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List([Block(norm, qk_norm, dtype, rngs) for _ in range(LAYERS)])
@@ -125,18 +125,18 @@ def evaluate(state, pieces, *, graph):
 
 @partial(jax.jit, static_argnames=("graph", "count"))
 def write(state, prompt, key, *, graph, count):
-    """Write on: draw one character after another, each from the LENGTH before it."""
+    """Continue the prompt: sample each character from the LENGTH characters before it."""
     model, _ = nnx.merge(graph, state)
 
     def step(past, key):
-        drawn = jax.random.categorical(key, model(past[None])[0, -1] / 0.8)  # a bit bolder than 1
+        drawn = jax.random.categorical(key, model(past[None])[0, -1] / 0.8)  # temperature 0.8
         return jnp.append(past[1:], drawn), drawn
 
     return jax.lax.scan(step, prompt, jax.random.split(key, count))[1]
 
 
 def study(args: argparse.Namespace) -> None:
-    """Train with each norm; score, draw and write."""
+    """Train with each norm, and report scores, figures and a text sample."""
     text = load_text(args.text)
     test = windows(text.test, 256, LENGTH + 1, np.random.default_rng(0))
     warm_up = min(100, args.steps // 10)
@@ -162,7 +162,7 @@ def study(args: argparse.Namespace) -> None:
         drawn = write(state, prompt, jax.random.key(seed), graph=graph, count=args.write)
         written.append((rows[-1]["bits"], norm, decode(prompt), decode(drawn)))
     bits, norm, prompt, drawn = min(written)
-    sample = f"{norm}, {bits:.3f} bits per character, goes on after {prompt[-40:]!r}:\n\n{drawn}\n"
+    sample = f"{norm}, {bits:.3f} bits per character, continues {prompt[-40:]!r}:\n\n{drawn}\n"
     with replacing(args.out / "sample.txt") as unfinished:
         unfinished.write_text(sample)
     print(f"{sample}\n")
@@ -190,7 +190,7 @@ def draw(args: argparse.Namespace, histories: dict, rows: list[dict]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read the command line and do the study."""
+    """Read the command line and run the study."""
     parser = common.make_parser(
         "transformer",
         __doc__,
@@ -203,8 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--qk-norm", action="store_true", help="normalize queries and keys")
-    add("--text", type=Path, help="a file to learn; default: Python's standard library")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="to compute in; default: %(default)s")
+    add("--text", type=Path, help="a text file to learn; default: Python's standard library")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of computations; default: %(default)s")
     add("--learning-rate", type=common.positive, default=0.002, help="default: %(default)s")
     add("--write", type=common.at_least(1), default=500, help="characters; default: %(default)s")
     return common.run(parser, argv, {"steps": 60, "norms": ["pre-layer", "none"]}, study)

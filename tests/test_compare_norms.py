@@ -191,8 +191,8 @@ def test_conclusion_follows_the_runs(study):
         "-5.0 to -5.0 points.",
         "Largest train/eval gap of no norm and layer norm: 0.0 points.",
         "No norm at batch size 2 to 8: 21.0 to 15.0 points less than the best norm.",
-        "By these runs, use layer norm at batch size 2 and 8.",
-        "Where the images of a batch must not mix, use layer norm at batch size 2 and 8.",
+        "Based on these runs, use layer norm at batch size 2 and 8.",
+        "If the images of a batch must not mix, use layer norm at batch size 2 and 8.",
     ]
 
 

@@ -130,7 +130,7 @@ def test_going_on_is_never_having_stopped(tmp_path, capsys):
 
 def test_it_learns(tmp_path, capsys):
     _, printed = run(capsys, tmp_path / "out", "--steps", 60)
-    found = re.search(r"([\d.]+) % of the test images right", printed)
+    found = re.search(r"([\d.]+) % of the test images correct", printed)
     assert found
     assert float(found[1]) > 85
 

@@ -123,7 +123,7 @@ def test_it_learns_and_an_interrupted_run_goes_on_exactly(name, tmp_path, monkey
     with monkeypatch.context() as patch:
         interrupt_at(patch, every + 3)
         assert run(name, *arguments, "--out", parts) == 130
-    assert "interrupted; the same command with --resume goes on" in capsys.readouterr().err
+    assert "interrupted; the same command with --resume continues" in capsys.readouterr().err
     assert [step for step, _ in last_states(parts).values()] == [every]
     assert run(name, *arguments, "--out", parts, "--resume") == 0
     right, ours = last_states(whole), last_states(parts)
@@ -174,7 +174,7 @@ SHORT = ["--tasks=regression", "--learning-rates=0.01", "--seeds=1", "--steps=3"
 def test_what_is_in_the_way_is_left_alone(tmp_path, capsys):
     out = tmp_path / "out"
     assert run("mlp", "--out", out, "--resume") == 2
-    assert "--resume goes on with what is in --out, but" in in_one_sentence(capsys)
+    assert "--resume continues the runs in --out, but" in in_one_sentence(capsys)
     assert run("mlp", *SHORT, "--norms=none", "--out", out) == 0
     before = last_states(out)
     assert run("mlp", *SHORT, "--norms=none", "--out", out) == 2
@@ -327,7 +327,7 @@ def test_its_docstring_says_how_long_and_how_well(name):
     text = (Path(common.__file__).parent / f"{name}.py").read_text()
     doc = text.split('"""')[1]
     assert f"    python examples/{name}.py\n" in doc
-    assert re.search(r"It takes [^.]*\d[^.]* on two CPU cores\. To be expected", doc)
+    assert re.search(r"It takes [^.]*\d[^.]* on two CPU cores\. Expected", doc)
     assert len(text.splitlines()) < 260
 
 
