@@ -1,0 +1,145 @@
+"""The table of kernels: another platform's kernel, in thirty lines, is all that an entry takes."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import jaxnorm as jn
+from jaxnorm import kernels
+
+
+@jax.jit
+def tiny_value(x, scale, epsilon):
+    mean = x.mean(1, keepdims=True)
+    var = x.var(1, keepdims=True)
+    rstd = jax.lax.rsqrt(var + epsilon)
+    return (x - mean) * rstd * scale, mean, jnp.zeros_like(mean), var, rstd
+
+
+@jax.jit
+def tiny_cotangent(x, dy, scale, mean, rstd):
+    h, g = (x - mean) * rstd, dy * scale[None, None]
+    dx = rstd * (g - g.mean(2, keepdims=True) - h * (g * h).mean(2, keepdims=True))
+    return dx, (dy * h).sum(1)
+
+
+class Tiny:
+    """Layer norm of float32 rows with a scale and no bias, and nothing else."""
+
+    def missing(self):
+        return None
+
+    def level(self):
+        return "tiny"
+
+    def declines(self, *, block, subtract_mean, masked, exported, **_):
+        rows = block is not None and block[1:3] == (1, 1)
+        return None if rows and subtract_mean and not masked and not exported else "it is tiny"
+
+    def value(self, x, scale, bias, *, block, epsilon, subtract_mean):
+        assert bias is None
+        assert subtract_mean
+        y, *stats = tiny_value(x.reshape(block[0], block[3]), scale[None], epsilon)
+        return y.reshape(x.shape), *stats
+
+    def cotangent(self, x, dy, scale, mean_high, mean_low, rstd, *, block, batch, wanted):
+        rows = (batch, block[0], block[3])
+        dx, dscale = tiny_cotangent(x.reshape(rows), dy.reshape(rows), scale, mean_high, rstd)
+        return dx.reshape(x.shape), dscale if wanted[0] else None, None
+
+
+# No other test has these shapes, so no program that was compiled before is found.
+X = np.random.default_rng(0).standard_normal((3, 5, 11), np.float32)
+SCALE = np.linspace(1, 2, 11, dtype=np.float32)
+
+
+def layer_norm(x, scale, **options):
+    return jn.layer_norm(x, jn.NormParams(scale), **options)
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """The table as a test makes it."""
+
+    def put(**entries):
+        for platform, kernel in entries.items():
+            monkeypatch.setitem(kernels.KERNELS, platform, kernel)
+
+    return put
+
+
+@pytest.fixture
+def no_compiler():
+    """The entry of a platform whose kernel could not be built."""
+    return types.SimpleNamespace(missing=lambda: "no compiler was found")
+
+
+def lowered(function, platform, *args):
+    return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.usefixtures("kernel")
+def test_one_traced_program_runs_by_each_platform_s_kernel(table):
+    table(tpu=Tiny())
+    traced = jax.jit(layer_norm).trace(X, SCALE)
+    text = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu", "cuda")}
+    assert ["jaxnorm_forward" in text[p] for p in ("cpu", "tpu", "cuda")] == [True, False, False]
+    assert ["tiny_value" in text[p] for p in ("cpu", "tpu", "cuda")] == [False, True, False]
+
+
+@pytest.mark.usefixtures("kernel")
+def test_each_platform_declines_by_itself(table):
+    table(tpu=Tiny())
+    batch_norm = lambda x: jn.batch_norm(x, jn.init_batch_norm_state(11))[0]
+    assert "jaxnorm_forward" in lowered(batch_norm, "cpu", X)
+    assert "stablehlo.reduce" in lowered(batch_norm, "tpu", X)
+    assert "tiny" not in lowered(batch_norm, "tpu", X)
+
+
+def test_a_kernel_is_reached_where_another_could_not_be_built(table, no_compiler):
+    table(cpu=no_compiler, tpu=Tiny())
+    assert "tiny_value" in lowered(layer_norm, "tpu", X, SCALE)
+    formula = layer_norm(X, SCALE, epsilon=0.25, implementation="xla")
+    np.testing.assert_array_equal(layer_norm(X, SCALE, epsilon=0.25), formula)
+    assert jn.implementations()["cpu"] == "xla: no compiler was found"
+    assert jn.implementations()["tpu"] == "kernel: tiny"
+
+
+def test_asking_for_a_kernel_is_an_error_where_it_can_t_run(table, no_compiler):
+    asked = functools.partial(layer_norm, implementation="kernel")
+    table(cpu=no_compiler, tpu=Tiny())
+    assert "tiny_value" in lowered(asked, "tpu", X, SCALE)
+    with pytest.raises(ValueError, match=r"implementation='kernel' must.*no compiler was found"):
+        asked(X, SCALE)
+    with pytest.raises(ValueError, match=r"implementation='kernel' must.*no kernel for cuda"):
+        lowered(asked, "cuda", X, SCALE)
+    # No platform supports a mask: the error comes while tracing.
+    with pytest.raises(ValueError, match=r"implementation='kernel' must.*no compiler was found"):
+        jax.eval_shape(functools.partial(asked, where=X > 0), X, SCALE)
+    with pytest.raises(ValueError, match=r"implementation='kernel' must.*it is tiny"):
+        export.export(jax.jit(asked), platforms=["tpu"])(X, SCALE)
+
+
+def test_what_an_entry_computes_is_what_jax_differentiates(table):
+    """Values, gradients, and both under vmap, by the tiny kernel on this machine."""
+    table(cpu=Tiny())
+
+    def results(implementation):
+        def loss(scale, x):
+            y = layer_norm(x, scale, implementation=implementation)
+            return jnp.sum(jnp.sin(y)), y
+
+        both = jax.grad(loss, (0, 1), has_aux=True)
+        program = jax.jit(lambda scale, x: (both(scale, x), jax.vmap(both, (None, 0))(scale, x)))
+        return program.lower(SCALE, X).as_text(), program(SCALE, X)
+
+    text, ours = results("kernel")
+    assert "tiny_value" in text
+    assert "tiny_cotangent" in text
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(results("xla")[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)  # some rounding of numbers near one
