@@ -7,12 +7,14 @@ It takes about a minute on two CPU cores. PyTorch is skipped if it is not instal
 """
 
 import argparse
+import functools
 import importlib.util
 import os
 import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import flax
 import flax.linen as nn
@@ -102,13 +104,13 @@ def with_jax(apply: Callable) -> Callable:
     return run
 
 
-def apply_jaxnorm(norm, x, scale, bias):
-    """jaxnorm, with its defaults."""
-    params = jn.NormParams(scale, bias)
+def apply_jaxnorm(implementation, norm, x, scale, bias):
+    """jaxnorm, by its CPU kernel or by XLA, else with its defaults."""
+    options: Any = {"params": jn.NormParams(scale, bias), "epsilon": EPSILON}
+    options["implementation"] = implementation
     if norm == "layer":
-        return jn.layer_norm(x, params, epsilon=EPSILON)
-    state = jn.init_batch_norm_state(x.shape[1])
-    return jn.batch_norm(x, state, params=params, epsilon=EPSILON)[0]
+        return jn.layer_norm(x, **options)
+    return jn.batch_norm(x, jn.init_batch_norm_state(x.shape[1]), **options)[0]
 
 
 def apply_flax(norm, x, scale, bias):
@@ -137,7 +139,8 @@ def run_torch(norm, x, scale, bias, dy):
 
 
 PEERS = {
-    "jaxnorm": with_jax(apply_jaxnorm),
+    "jaxnorm": with_jax(functools.partial(apply_jaxnorm, "kernel")),
+    "jaxnorm (XLA)": with_jax(functools.partial(apply_jaxnorm, "xla")),
     "flax": with_jax(apply_flax),
     "torch": run_torch,
 }
@@ -211,7 +214,8 @@ The tables show the largest error of the output and of the gradients (of x, scal
 compared with NumPy in float64. The unit is the last place of a float32 of the size of the largest
 exact element. 1 is as accurate as float32 can be; 8e6 means that no digit is correct; more means
 that the result is larger than it should be. All libraries get the same input and gradient, epsilon
-{epsilon}, and otherwise run with their defaults. Made by `python docs/numerics.py --write` with
+{epsilon}, and otherwise run with their defaults. The columns "jaxnorm" are its CPU kernel, and
+"jaxnorm (XLA)" is what computes the norms otherwise. Made by `python docs/numerics.py --write` with
 {versions}.
 
 ## Layer norm: 64 rows of 1024 elements (2 of 2^18)
@@ -228,14 +232,14 @@ Flax computes the variance as the mean of the squares minus the square of the me
 when the mean is much larger than the standard deviation. PyTorch subtracts the mean first, but
 rounds it to one float32, which for rows around 1e4 is off by up to 5e-4. jaxnorm subtracts the mean
 twice: it also computes the rounding error of the mean and subtracts it. It scales before it
-squares, so 1e18 does not overflow (the CPU kernel, which computed the jaxnorm columns above,
-recomputes such data in float64). Its derivative contains no power of the standard deviation that
-could overflow. In float32 this holds for numbers up to about 1e19 and, with epsilon 0, down to
-about 1e-15. The squares of other numbers leave the range of float32, and the result is zero.
+squares, so 1e18 does not overflow (the CPU kernel recomputes such data in float64). Its derivative
+contains no power of the standard deviation that could overflow. In float32 this holds for numbers
+up to about 1e19 and, with epsilon 0, down to about 1e-15. The squares of other numbers leave the
+range of float32, and the result is zero.
 
 On the longest columns the remaining error is the rounding of the gradient of scale, a sum over 2^18
-terms, which is the same in every library. If the exact value is zero, as for the gradient of scale
-of constants, the error is relative to the smallest float32.
+terms. If the exact value is zero, as for the gradient of scale of constants, the error is relative
+to the smallest float32.
 """
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxnorm.kernels import cpu
 
+pytest_plugins = ["skips"]
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -1,0 +1,48 @@
+"""A skip that nobody expects fails a run, whether it has one process or several."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = """
+import pytest
+
+@pytest.mark.parametrize("number", range(2))
+def test_skips(number):
+    pytest.skip("no torch")
+
+def test_passes():
+    pass
+"""
+
+
+@pytest.mark.parametrize("processes", [[], ["-n", "2"]], ids=["one", "two"])
+@pytest.mark.parametrize(
+    ("expected", "said"),
+    [
+        ("# a comment\n2 no torch\n", None),
+        ("", "2 tests skipped where skips.txt expects 0: no torch"),
+        ("1 no torch\n", "2 tests skipped where skips.txt expects 1: no torch"),
+        ("2 no torch\n1 no onnx\n", "0 tests skipped where skips.txt expects 1: no onnx"),
+        (None, None),
+    ],
+    ids=["expected", "another", "more", "fewer", "unchecked"],
+)
+def test_only_expected_skips_pass(tmp_path, processes, expected, said):
+    (tmp_path / "test_some.py").write_text(TESTS)
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "JAXNORM_"))}
+    env["PYTHONPATH"] = str(Path(__file__).parent)
+    if expected is not None:
+        (tmp_path / "skips.txt").write_text(expected)
+        env["JAXNORM_SKIPS"] = "skips.txt"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "skips", *processes, "test_some.py"]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert "1 passed, 2 skipped" in run.stdout
+    assert run.returncode == (1 if said else 0)
+    assert (said or "") in run.stdout
+    assert ("FAILED" in run.stdout) == bool(said)
