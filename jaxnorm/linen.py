@@ -29,8 +29,9 @@ __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 class BatchNorm(nn.BatchNorm):
     """`jaxnorm.batch_norm` with learned scale and bias and running statistics in `batch_stats`.
 
-    `use_running_average` is `not train`, `axis` is `feature_axis`; other arguments as there. While
-    the module is initialized, nothing has to bind `axis_name` and the statistics stay as they are.
+    `use_running_average` is `not train`, `axis` is `feature_axis`; other arguments are those of the
+    function. While the module is initialized, nothing has to bind `axis_name`, and the running
+    statistics do not change.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxnorm.linen as jn
@@ -85,8 +86,8 @@ class BatchNorm(nn.BatchNorm):
 class LayerNorm(nn.LayerNorm):
     """`jaxnorm.layer_norm` with learned scale and bias.
 
-    Statistics are shared over `reduction_axes`, and over the devices of `axis_name` if x is spread
-    over them along those; scale and bias span `feature_axes`. Other arguments as there.
+    Statistics are shared over `reduction_axes`, and over the devices of `axis_name` if x is sharded
+    along those axes; scale and bias span `feature_axes`. Other arguments are those of the function.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxnorm.linen as jn
@@ -144,7 +145,7 @@ class GroupNorm(nn.GroupNorm):
 class InstanceNorm(nn.InstanceNorm):
     """`jaxnorm.instance_norm` with learned scale and bias.
 
-    `feature_axes` is `feature_axis`, or several of them; other arguments as there.
+    `feature_axes` is `feature_axis`, or several of them; other arguments are those of the function.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxnorm.linen as jn
@@ -167,7 +168,7 @@ def _checked(name: str, module: Any, x, layout: Layout, mask, **options: Any):
 
 
 def _prepare(module: Any, x, layout: Layout) -> tuple[jax.Array, NormParams, Dtype]:
-    """Return x made inexact, the parameters, and the result's dtype."""
+    """x as floating-point or complex, the parameters, and the dtype of the result."""
     shape, dtype = layout.feature_shape, module.param_dtype
     scale = bias = None
     if module.use_scale:

@@ -31,7 +31,7 @@ __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 
 
 def _after(inherited: Callable) -> Callable[[Callable], Callable]:
-    """Show the function's own keywords after the arguments that it passes on."""
+    """Give a function the signature of `inherited`, and its own keywords after it."""
 
     def decorate(f: Any) -> Any:
         passed, own = (inspect.signature(g).parameters.values() for g in (inherited, f))
@@ -45,9 +45,10 @@ def _after(inherited: Callable) -> Callable[[Callable], Callable]:
 class BatchNorm(nnx.BatchNorm):
     """`jaxnorm.batch_norm` with learned scale and bias and running statistics.
 
-    `use_running_average` is `not train`, `axis` is `feature_axis`; other arguments as there.
-    `train()`, `eval()` and `nnx.view` set `use_running_average`; a call may overrule it. Under
-    `nnx.vmap`, give `axis_name` where one module serves all examples.
+    `use_running_average` is `not train`, `axis` is `feature_axis`; other arguments are those of the
+    function.
+    `train()`, `eval()` and `nnx.view` set `use_running_average`; a call may override it. Under
+    `nnx.vmap`, give `axis_name` if one module serves all examples.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm.nnx as jn
@@ -90,7 +91,7 @@ class BatchNorm(nnx.BatchNorm):
         y, moments = normalize_and_measure(*call)
         updated = update_running_statistics(mean, var, moments, self.momentum, moments.mean.dtype)
         for stat, value in zip((self.mean, self.var), updated, strict=True):
-            # Where variables are references, none may be left holding what jax.grad traces.
+            # A variable that is a reference must not keep a tracer of jax.grad.
             value = jax.lax.stop_gradient(value.reshape(stat.shape))
             if jnp.iscomplexobj(value) == jnp.iscomplexobj(stat[...]):
                 stat[...] = value.astype(stat.dtype)
@@ -102,8 +103,8 @@ class BatchNorm(nnx.BatchNorm):
 class LayerNorm(nnx.LayerNorm):
     """`jaxnorm.layer_norm` with learned scale and bias.
 
-    Statistics are shared over `reduction_axes`, and over the devices of `axis_name` if x is spread
-    over them along those; scale and bias span `feature_axes`. Other arguments as there.
+    Statistics are shared over `reduction_axes`, and over the devices of `axis_name` if x is sharded
+    along those axes; scale and bias span `feature_axes`. Other arguments are those of the function.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm.nnx as jn
@@ -192,7 +193,7 @@ def _prepare(
         promoted = module.promote_dtype((x, *running, *values), dtype=module.dtype)
         cast, values = promoted[0], promoted[1 + len(running) :]
         dtype = canonicalize_dtype(cast, *values, dtype=module.dtype)
-    # Cast up now, but down only with the result: statistics are those of x as it came.
+    # Cast up now, but down only with the result: statistics are those of x as it was given.
     x = jnp.asarray(x)
     if promote(x.dtype, cast.dtype) != x.dtype:
         x = cast
@@ -200,7 +201,7 @@ def _prepare(
 
 
 def _fold(value: Any, layout: Layout) -> Any:
-    """An array of shape (num_features,) as the functions take it: in the shape of its axes."""
+    """An array of shape (num_features,), reshaped to the feature axes as the functions take it."""
     if value is None or value.size != math.prod(layout.feature_shape):
         return value
     return value.reshape(layout.feature_shape)

@@ -43,7 +43,7 @@ def group_norm(
       An array of the shape and dtype of x. Statistics are computed in float32 or better.
 
     Raises:
-      TypeError: x is of an integer type, `where` is not boolean, or params is no NormParams.
+      TypeError: x is of an integer type, `where` is not boolean, or params is not a NormParams.
       ValueError: the groups do not divide the features, the feature axis is the first or out of
         range, a shape does not fit, epsilon is negative, or the kernel is asked for and can't
         run.

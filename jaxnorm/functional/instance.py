@@ -21,8 +21,8 @@ def instance_norm(
 
         y = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias
 
-    Statistics are shared over all axes but the first, which holds the examples, and that of the
-    features: in an image, over its height and width.
+    Statistics are shared over all axes but the first, which holds the examples, and the feature
+    axis: in an image, over its height and width.
 
     Args:
       x: array of shape (batch, ..., features), or with the features at `feature_axis`;
@@ -40,7 +40,7 @@ def instance_norm(
       An array of the shape and dtype of x. Statistics are computed in float32 or better.
 
     Raises:
-      TypeError: x is of an integer type, `where` is not boolean, or params is no NormParams.
+      TypeError: x is of an integer type, `where` is not boolean, or params is not a NormParams.
       ValueError: the feature axis is the first or out of range, a shape does not fit, epsilon is
         negative, or the kernel is asked for and can't run.
 

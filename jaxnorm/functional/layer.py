@@ -17,11 +17,11 @@ def layer_norm(
     where: ArrayLike | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Layer normalization: zero mean and unit variance over `axis`, for each example by itself.
+    """Layer normalization: zero mean and unit variance over `axis`, separately for each example.
 
         y = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias
 
-    It normalizes activations, not weights and biases, and needs no other example.
+    It normalizes activations, not weights and biases, and does not depend on other examples.
 
     Args:
       x: array of any shape with at least one axis; floating-point or complex.
@@ -38,7 +38,7 @@ def layer_norm(
       An array of the shape and dtype of x. Statistics are computed in float32 or better.
 
     Raises:
-      TypeError: x is of an integer type, `where` is not boolean, or params is no NormParams.
+      TypeError: x is of an integer type, `where` is not boolean, or params is not a NormParams.
       ValueError: an axis is out of range or given twice, a shape does not fit, x is a scalar,
         epsilon is negative, or the kernel is asked for and can't run.
 

@@ -75,7 +75,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
       Moments of that shape, as if measured over all elements at once.
 
     Raises:
-      TypeError: a or b is no Moments.
+      TypeError: a or b is not a Moments.
       ValueError: the shapes differ.
 
     Examples:

@@ -1,4 +1,4 @@
-"""Batches that no number of devices divides."""
+"""Padding of batches, so that the number of devices divides them."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ import numpy as np
 
 
 def pad_batch(batch: Any, multiple: int) -> tuple[Any, Any]:
-    """The batch, filled up with zeros until `multiple` divides it, and which examples are real.
+    """Pad the batch with zeros until `multiple` divides it, and tell which examples are real.
 
-    So that a batch of any size can be spread over devices. Where the result goes into a norm as
-    `where`, statistics and gradients are those of the real examples, wherever these lie; a loss
-    has to leave the others out too.
+    A batch of any size can then be sharded over devices. Pass the second result to a norm as
+    `where`: statistics and gradients are then those of the real examples, on whichever device they
+    are. The loss must leave out the padding too.
 
     Args:
       batch: an array, or a pytree of arrays, of shape (examples, ...).
@@ -20,7 +20,7 @@ def pad_batch(batch: Any, multiple: int) -> tuple[Any, Any]:
 
     Returns:
       The arrays, of shape (padded, ...), and a boolean array of shape (padded,), True for the
-      examples that were given. For NumPy arrays those of NumPy.
+      examples that were given. NumPy arrays give NumPy arrays.
 
     Raises:
       TypeError: multiple is not an integer.

@@ -17,7 +17,7 @@ def rms_norm(
     where: ArrayLike | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """RMS normalization: a mean square of one over `axis`, for each example by itself.
+    """RMS normalization: a mean square of one over `axis`, separately for each example.
 
         y = x / sqrt(mean(x**2) + epsilon) * scale + bias
 
@@ -36,7 +36,7 @@ def rms_norm(
       An array of the shape and dtype of x. Statistics are computed in float32 or better.
 
     Raises:
-      TypeError: x is of an integer type, `where` is not boolean, or params is no NormParams.
+      TypeError: x is of an integer type, `where` is not boolean, or params is not a NormParams.
       ValueError: an axis is out of range or given twice, a shape does not fit, x is a scalar,
         epsilon is negative, or the kernel is asked for and can't run.
 

@@ -1,8 +1,8 @@
-"""Compiles the kernel; `pip install` does it, and it can be done later.
+"""Compiles the kernel, during `pip install` or later.
 
     python -m jaxnorm.kernels.cpu.build
 
-CXX names the compiler, CXXFLAGS further flags. This file is read before jaxnorm is installed, so it
+CXX names the compiler, CXXFLAGS further flags. This file runs before jaxnorm is installed, so it
 imports nothing of it.
 """
 
@@ -21,7 +21,7 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"
 
 
 def build(library: Path = LIBRARY, flags: Sequence[str] = ()) -> None:
-    """Compile the kernel into `library`, which is whole afterwards or as it was.
+    """Compile the kernel into `library`; if that fails, the file stays as it was.
 
     Raises:
       RuntimeError: there is no compiler, or it failed.
@@ -33,7 +33,7 @@ def build(library: Path = LIBRARY, flags: Sequence[str] = ()) -> None:
 
     flags = [*FLAGS, *flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     include = str(Path(jaxlib.__file__).parent / "include")
-    # Each level of the machine is level.cc once more; handlers.cc takes the best that runs.
+    # level.cc is compiled once for each level of hardware; handlers.cc takes the best that runs.
     sources = {
         "handlers": ["handlers.cc", "-isystem", include],
         "baseline": ["level.cc", "-DJAXNORM_LEVEL=baseline", "-DJAXNORM_NAME=kBaseline"],
@@ -48,7 +48,7 @@ def build(library: Path = LIBRARY, flags: Sequence[str] = ()) -> None:
             objects.append(f"{folder}/{name}.o")
             _run([*compiler, *flags, *options, "-c", str(HERE / source), "-o", objects[-1]])
         _run([*compiler, *flags, "-shared", *objects, "-o", f"{folder}/norms.so"])
-        # Copied beside it first: moving it there is then one step.
+        # Copied into the same folder first, because only a move within a folder is atomic.
         unfinished = library.with_name(f"{library.name}.{os.getpid()}.tmp")
         try:
             shutil.copy(f"{folder}/norms.so", unfinished)
