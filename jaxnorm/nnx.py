@@ -163,7 +163,7 @@ class GroupNorm(nnx.GroupNorm):
 class InstanceNorm(nnx.InstanceNorm):
     """`jaxnorm.instance_norm` with learned scale and bias.
 
-    `feature_axes` is `feature_axis`, or several of them; other arguments as there.
+    `feature_axes` is `feature_axis`, or several of them; other arguments are those of the function.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm.nnx as jn
