@@ -7,12 +7,10 @@ It takes about 10 seconds on two CPU cores, and 35 with --write.
 """
 
 import argparse
-import math
 import os
-import re
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,6 +19,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm.linen
+from benchmarks.collectives import Collective, collectives
 from jaxnorm.core.devices import LARGEST_TABLE
 
 HERE = Path(__file__).parent
@@ -34,65 +33,6 @@ DEVICES = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7")
 CAPTION = """\
 C features; h is the normalized x; mean + rest is the mean to twice the precision.
 With a mask each device also sends its counts: 4C numbers."""
-
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8, "c64": 8}
-
-
-class Collective(NamedTuple):
-    """One collective operation.
-
-    Attributes:
-      kind: its name in XLA.
-      numbers: how many numbers each device contributes.
-      bytes: the size of these numbers.
-      devices: how many devices there are in a group.
-    """
-
-    kind: str
-    numbers: int
-    bytes: int
-    devices: int
-
-    @property
-    def bytes_sent(self) -> float:
-        """The least number of bytes that each device sends, with a ring algorithm."""
-        others = self.devices - 1
-        rounds = {"all-gather": others, "all-reduce": 2 * others / self.devices}
-        return self.bytes * rounds.get(self.kind, others / self.devices)
-
-
-def collectives(f: Any, *args: Any) -> list[Collective]:
-    """The collectives in the compiled program of `jax.jit(f)` for these arguments."""
-    text = jax.jit(f).lower(*args).compile().as_text() or ""
-    found = re.findall(rf"= (.*?) ({'|'.join(KINDS)})\((.*)", text)
-    return [_collective(shapes, kind, rest) for shapes, kind, rest in found]
-
-
-def _collective(result: str, kind: str, rest: str) -> Collective:
-    devices = _group_size(rest)
-    arrays = [
-        (BYTES[dtype], math.prod(map(int, filter(None, sizes.split(",")))))
-        for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", result)
-    ]
-    # Result and contribution differ in size by the number of devices.
-    share = {"all-gather": 1 / devices, "reduce-scatter": devices}.get(kind, 1)
-    numbers = round(share * sum(count for _, count in arrays))
-    return Collective(
-        kind, numbers, round(share * sum(size * count for size, count in arrays)), devices
-    )
-
-
-def _group_size(rest: str) -> int:
-    """The number of devices in a group, for each way that XLA writes replica groups."""
-    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
-        return len(listed[1].split(","))
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
-        return int(iota[2])
-    if mesh := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(.*?\))? \{(.*?)\}", rest):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", mesh[2]))
-    raise ValueError(f"unknown replica groups: {rest}")
 
 
 def compiled(library: str, features: int, devices: int) -> list[Collective]:

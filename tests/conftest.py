@@ -33,6 +33,14 @@ def x64():
     jax.config.update("jax_enable_x64", False)
 
 
+@pytest.fixture
+def unoptimized():
+    """Compile faster, run slower: for derivatives in float64, never for kernels."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(params=["xla", "kernel-baseline", "kernel-avx2"])
 def implementation(request):
     """Each that a function can be told to use; the kernel as compiled for each machine."""

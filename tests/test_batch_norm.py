@@ -1,4 +1,4 @@
-"""The running state of batch norm, and statistics across named axes."""
+"""The running state of batch norm. Statistics across devices are in test_devices.py."""
 
 from typing import Any
 
@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from jax.sharding import AxisType, PartitionSpec
 
 import jaxnorm as jn
 
@@ -110,62 +109,6 @@ def test_several_feature_axes(rng):
     expected = oracle.batch_norm(np.asarray(flat)).reshape(4, 5, 3, 2)
     np.testing.assert_allclose(jnp.moveaxis(y, 1, 2), expected, atol=2e-6)
     assert new.mean.shape == (3, 2)
-
-
-def shard(f, check_vma, out_specs):
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    specs = PartitionSpec("data"), PartitionSpec("data")
-    return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=check_vma)
-
-
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_statistics_across_devices_weigh_by_counts(check_vma, rng):
-    # Means of the shards 1e4 apart, masks that differ, one shard with nothing that counts.
-    x = rng.standard_normal((16, 3)).astype(np.float32)
-    x += 1e4 * np.repeat(np.arange(4, dtype=np.float32), 4)[:, None]
-    where = rng.random((16, 1)) < 0.6
-    where[:2], where[4:8] = True, False
-    state = jn.init_batch_norm_state(3)
-    data, same = PartitionSpec("data"), PartitionSpec()
-    f = lambda x, where: jn.batch_norm(x, state, "data", where=where)
-    y, new = shard(f, check_vma, (data, same))(x, where)
-    np.testing.assert_allclose(y, oracle.batch_norm(x, where=where), atol=2e-6)
-    mean, var, _ = oracle.statistics(oracle.wide(x), 0, where)
-    np.testing.assert_allclose(new.mean, 0.01 * mean[0], rtol=1e-6)
-    np.testing.assert_allclose(new.var, 0.99 + 0.01 * var[0], rtol=1e-6)
-    nothing = np.zeros_like(where)
-    y, new = shard(f, check_vma, (data, same))(x, nothing)
-    assert not y.any()
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, new, state))
-
-
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_axis_index_groups(check_vma, rng):
-    (x,) = batches(rng, 1)
-    state, groups = jn.init_batch_norm_state(3), [[0, 3], [2, 1]]
-    f = lambda x, _: jn.batch_norm(x, state, "data", axis_index_groups=groups)[0]
-    y = shard(f, check_vma, PartitionSpec("data"))(x, x)
-    for group in groups:
-        rows = np.concatenate([np.arange(4 * index, 4 * index + 4) for index in group])
-        np.testing.assert_allclose(y[rows], oracle.batch_norm(np.asarray(x)[rows]), atol=2e-6)
-
-
-@pytest.mark.parametrize("mapped", [jax.vmap, jax.pmap], ids=["vmap", "pmap"])
-def test_vmap_and_pmap_with_a_name(mapped, rng):
-    (x,) = batches(rng, 1, (4, 8, 3))
-    state = jn.init_batch_norm_state(3)
-    y, new = mapped(lambda x: jn.batch_norm(x, state, "i"), axis_name="i")(x)
-    np.testing.assert_allclose(y, oracle.batch_norm(np.asarray(x)), atol=2e-6)
-    np.testing.assert_array_equal(new.mean, jnp.broadcast_to(new.mean[:1], (4, 3)))
-    local = mapped(lambda x: jn.batch_norm(x, state)[0], axis_name="i")(x)
-    np.testing.assert_allclose(local[2], oracle.batch_norm(np.asarray(x[2])), atol=2e-6)
-
-
-def test_a_tuple_of_names(rng):
-    (x,) = batches(rng, 1, (2, 3, 4, 5))
-    f = lambda x: jn.batch_norm(x, jn.init_batch_norm_state(5), ("i", "j"))[0]
-    y = jax.vmap(jax.vmap(f, axis_name="j"), axis_name="i")(x)
-    np.testing.assert_allclose(y, oracle.batch_norm(np.asarray(x)), atol=2e-6)
 
 
 def test_a_state_cast_down_serves_evaluation(rng):

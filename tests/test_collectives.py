@@ -7,10 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from devices import collectives
 from jax.sharding import AxisType, NamedSharding
-from norms import NORMS, norm_id
-from test_devices import (
+from maps import (
     DATA,
     EVEN,
     SAME,
@@ -21,8 +19,10 @@ from test_devices import (
     normalized,
     shard_map,
 )
+from norms import NORMS, norm_id
 
 import jaxnorm as jn
+from benchmarks.collectives import collectives
 from jaxnorm.core.devices import LARGEST_TABLE
 
 C = SHAPE[-1]

@@ -4,155 +4,30 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax import export, lax
+from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from norms import NORMS, norm_id
-
-pytestmark = pytest.mark.usefixtures("x64")
-
-SHAPE = (8, 3, 4)
-
-
-def scalar(y):
-    """A loss that weighs every element differently, so that no gradient vanishes by symmetry."""
-    return jnp.sum(jnp.sin(y) * jnp.linspace(-1, 2, y.size, dtype=y.dtype).reshape(y.shape))
-
-
-def value(f, args):
-    return f(*args)
-
-
-def jvp(f, args):
-    return jax.jvp(f, args, jax.tree.map(jnp.cos, args))
-
-
-def linearize(f, args):
-    return jax.linearize(f, *args)[1](*jax.tree.map(jnp.cos, args))
-
-
-def vjp(f, args):
-    return jax.vjp(f, *args)[1](jnp.cos(args[0]))
-
-
-def grad(f, args):
-    return jax.grad(lambda *args: scalar(f(*args)), (0, 1, 2))(*args)
-
-
-def jacobians(f, args):
-    return jax.jacfwd(f, (0, 1, 2))(*args), jax.jacrev(f, (0, 1, 2))(*args)
-
-
-def forward_over_reverse(f, args):
-    return jvp(lambda *args: grad(f, args), args)
-
-
-def reverse_over_forward(f, args):
-    return jax.grad(lambda *args: scalar(jvp(f, args)[1]), (0, 1, 2))(*args)
-
-
-def reverse_over_reverse(f, args):
-    def squares(*args):
-        return sum(jnp.sum(g**2) for g in grad(f, args))
-
-    return jax.grad(squares, (0, 1, 2))(*args)
-
-
-def hessian(f, args):
-    x, scale, bias = args
-    return jax.hessian(lambda x: scalar(f(x, scale, bias)))(x)
-
-
-def third_order(f, args):
-    x, scale, bias = args
-
-    def along(t):
-        return scalar(f(x + t * jnp.cos(x), scale, bias))
-
-    return jax.grad(jax.grad(jax.grad(along)))(0.0)
-
-
-def vmap_of_grad(f, args):
-    batched = jax.tree.map(lambda a: jnp.stack([a, 2 * a + 1, -a]), args)
-    return jax.vmap(lambda *args: grad(f, args))(*batched)
-
-
-def grad_of_vmap(f, args):
-    x, scale, bias = args
-    batched = jax.vmap(f, (0, None, None))
-    return grad(lambda x, *p: batched(x, *p), (jnp.stack([x, 2 * x, -x], 0), scale, bias))
-
-
-def scan(f, args):
-    x, scale, bias = args
-
-    def body(x, _):
-        return (f(x, scale, bias) + x, None)
-
-    return jax.grad(lambda x: scalar(lax.scan(body, x, length=3)[0]))(x)
-
-
-def cond(f, args):
-    def branch(*args):
-        return lax.cond(args[0][0, 0, 0] > 9, lambda *a: a[0], f, *args)
-
-    return grad(branch, args)
-
-
-def while_loop(f, args):
-    x, scale, bias = args
-
-    def loop(x):
-        def step(carry):
-            return (carry[0] + 1, f(carry[1], scale, bias))
-
-        return lax.while_loop(lambda carry: carry[0] < 3, step, (0, x))[1]
-
-    return jax.jvp(loop, (x,), (jnp.cos(x),))
-
-
-def checkpoint(f, args):
-    return grad(jax.checkpoint(f), args), reverse_over_reverse(jax.checkpoint(f), args)
-
-
-def exported(f, args):
-    backward = jax.jit(lambda *args: grad(f, args))
-    return export.deserialize(export.export(backward)(*args).serialize()).call(*args)
-
-
-def exported_vjp(f, args):
-    call = export.deserialize(export.export(jax.jit(f))(*args).serialize(vjp_order=1)).call
-    return grad(call, args)
-
-
-TRANSFORMATIONS = [
-    value,
-    jvp,
-    linearize,
-    vjp,
-    grad,
-    jacobians,
-    forward_over_reverse,
-    reverse_over_forward,
-    reverse_over_reverse,
-    hessian,
-    third_order,
-    vmap_of_grad,
-    grad_of_vmap,
-    scan,
-    cond,
-    while_loop,
-    checkpoint,
+from transformations import (
+    SHAPE,
+    TRANSFORMATIONS,
+    arguments,
+    assert_same,
     exported,
     exported_vjp,
-]
+    forward_over_reverse,
+    grad,
+    jvp,
+    reverse_over_reverse,
+    vjp,
+)
+
+pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
 
 
-def arguments(norm, rng):
-    x = jnp.asarray(rng.standard_normal(SHAPE) + 1)
-    scale, bias = (jnp.asarray(rng.standard_normal(norm.features(SHAPE))) for _ in range(2))
-    return x, scale, bias
+def mask(rng):
+    """Some of all elements, and at least one of each group of them."""
+    return jnp.asarray(rng.random(SHAPE) < 0.6).at[:, 0].set(True).at[..., 0].set(True)
 
 
 def assert_agrees(norm, transformation, rng, where):
@@ -168,23 +43,19 @@ def assert_agrees(norm, transformation, rng, where):
     assert_same(run(norm), run(norm.plain))
 
 
-def assert_same(ours, plain):
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
-        # Rounding of some hundred float64 operations, relative to the largest element.
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * max(1, np.abs(b).max()))
-
-
+# All transformations of one norm of columns and of one norm of rows; the others are the same code
+# with other axes.
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS, ids=lambda t: t.__name__)
-@pytest.mark.parametrize("norm", NORMS, ids=norm_id)
+@pytest.mark.parametrize("norm", NORMS[:2], ids=norm_id)
 def test_agrees_with_the_plain_formula_where_some_count(norm, transformation, rng):
-    where = jnp.asarray(rng.random(SHAPE) < 0.6).at[:, 0].set(True).at[..., 0].set(True)
-    assert_agrees(norm, transformation, rng, where)
+    assert_agrees(norm, transformation, rng, mask(rng))
 
 
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "unmasked"])
 @pytest.mark.parametrize("transformation", [grad, forward_over_reverse], ids=lambda t: t.__name__)
 @pytest.mark.parametrize("norm", NORMS, ids=norm_id)
-def test_agrees_with_the_plain_formula(norm, transformation, rng):
-    assert_agrees(norm, transformation, rng, None)
+def test_agrees_with_the_plain_formula(norm, transformation, masked, rng):
+    assert_agrees(norm, transformation, rng, mask(rng) if masked else None)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

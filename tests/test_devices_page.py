@@ -14,7 +14,6 @@ from devices import (
     MEASURED,
     NORMS,
     bytes_sent,
-    collectives,
     committed,
     compiled,
     main,
@@ -24,6 +23,7 @@ from devices import (
 from jax.sharding import AxisType
 
 import jaxnorm as jn
+from benchmarks.collectives import collectives
 from jaxnorm.core.devices import LARGEST_TABLE
 
 PAGE = (Path(__file__).parent.parent / "docs" / "devices.md").read_text()

@@ -7,68 +7,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from norms import NORMS, norm_id
-from test_derivatives import (
+from transformations import (
     SHAPE,
     arguments,
     checkpoint,
     cond,
     forward_over_reverse,
-    grad,
     grad_of_vmap,
+    gradients_of_some,
     hessian,
+    hessian_vector_product,
+    nested_vmap,
+    per_example_gradients,
     reverse_over_forward,
     reverse_over_reverse,
     scalar,
     scan,
     vmap_of_grad,
+    vmap_over_scale,
 )
 
 import jaxnorm as jn
 
 pytestmark = pytest.mark.usefixtures("x64", "kernel")
 EACH_NORM = pytest.mark.parametrize("norm", NORMS, ids=norm_id)
-
-
-def nested_vmap(f, args):
-    def per_example(x):
-        return jax.grad(lambda *args: scalar(f(*args)), (0, 1, 2))(x, *args[1:])
-
-    x = args[0]
-    return jax.vmap(jax.vmap(per_example))(
-        jnp.stack([jnp.stack([x, 2 * x]), jnp.stack([-x, x + 1])])
-    )
-
-
-def per_example_gradients(f, args):
-    x, scale, bias = args
-    xs = jnp.stack([x, 2 * x + 1, -x])
-    one = jax.grad(lambda params, x: scalar(f(x, *params)))
-    return jax.vmap(one, (None, 0))((scale, bias), xs), jax.vmap(one, (None, -1), 1)(
-        (scale, bias), jnp.moveaxis(xs, 0, -1)
-    )
-
-
-def vmap_over_scale(f, args):
-    x, scale, bias = args
-    scales = jnp.stack([scale, 2 * scale])
-    batched = lambda x, scales, bias: jax.vmap(f, (None, 0, None))(x, scales, bias)
-    return grad(batched, (x, scales, bias))
-
-
-def gradients_of_some(f, args):
-    x, scale, bias = args
-    return (
-        jax.grad(lambda x: scalar(f(x, scale, bias)))(x),
-        jax.grad(lambda p: scalar(f(x, *p)))((scale, bias)),
-        jax.grad(lambda p: scalar(f(x, p, None)))(scale),
-        jax.grad(lambda x: scalar(f(x, None, None)))(x),
-    )
-
-
-def hessian_vector_product(f, args):
-    gradient = jax.grad(lambda *args: scalar(f(*args)), (0, 1, 2))
-    _, pullback = jax.vjp(lambda *args: gradient(*args), *args)
-    return jax.jvp(gradient, args, args)[1], pullback(args)
 
 
 def check(norm, transformation, rng):

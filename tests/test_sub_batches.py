@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from devices import collectives
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -15,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxnorm as jn
 import jaxnorm.linen
 import jaxnorm.nnx
+from benchmarks.collectives import collectives
 
 
 @pytest.fixture
