@@ -12,6 +12,7 @@ import jaxnorm as jn
 
 X, PARAMS = jnp.ones((8, 16)), jn.init_params(16)
 STATE = jn.init_batch_norm_state(16)
+MOMENTS = jn.moments(X, 0)
 batch_norm = functools.partial(jn.batch_norm, X, STATE, params=PARAMS)
 
 
@@ -20,11 +21,13 @@ batch_norm = functools.partial(jn.batch_norm, X, STATE, params=PARAMS)
     [
         lambda: jn.layer_norm(X, PARAMS),
         lambda: jn.moments(X, 0),
+        lambda: jn.merge_moments(MOMENTS, MOMENTS),
+        lambda: jn.update_batch_norm_state(STATE, MOMENTS),
         batch_norm,
         functools.partial(batch_norm, momentum=None, ddof=1),
         functools.partial(batch_norm, train=False),
     ],
-    ids=["layer", "moments", "batch", "batch-cumulative", "batch-eval"],
+    ids=["layer", "moments", "merge", "update", "batch", "batch-cumulative", "batch-eval"],
 )
 def test_it_is_one_program(f):
     """Each operation outside of a program would take as long as the whole norm."""

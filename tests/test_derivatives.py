@@ -58,8 +58,9 @@ def test_agrees_with_the_plain_formula(norm, transformation, masked, rng):
     assert_agrees(norm, transformation, rng, mask(rng) if masked else None)
 
 
+# One norm of rows and one of columns; test_kernel_devices.py has all of them in float32.
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("norm", [norm for norm in NORMS if norm.name != "batch"], ids=norm_id)
+@pytest.mark.parametrize("norm", [NORMS[1], NORMS[4]], ids=norm_id)
 def test_shard_map_over_the_batch(norm, check_vma, rng):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     data, all_ = PartitionSpec("data"), PartitionSpec()
@@ -76,7 +77,7 @@ def test_shard_map_over_the_batch(norm, check_vma, rng):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("norm", NORMS, ids=norm_id)
+@pytest.mark.parametrize("norm", NORMS[:2], ids=norm_id)
 def test_jit_over_a_sharded_batch(norm, axis_type, rng):
     args = arguments(norm, rng)
     expected = vjp(norm.plain, args), jvp(norm.plain, args)

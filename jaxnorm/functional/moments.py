@@ -96,6 +96,11 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
             "merge_moments must be given moments of one shape, got mean, var and count of shapes "
             f"{shapes[:3]} and {shapes[3:]}; measure both over the same features."
         )
+    return _merged(a, b)
+
+
+@jax.jit
+def _merged(a, b):
     mean, var, count = jax.tree.map(_stack, a, b)
     high, low, var, count = over_rows(merge, (mean, jnp.zeros_like(mean), var, count))
     return Moments(high + low, var, count)
