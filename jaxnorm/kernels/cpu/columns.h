@@ -1,7 +1,8 @@
-// Statistics of columns: groups that stand side by side in memory.
+// Norms of columns: the elements of a group are not contiguous in memory.
 //
-// An example is a matrix of s rows and g * k columns. Where those don't fill one vector, `fold` rows
-// are taken as one longer row, and its columns merged at the end; rows left over go one by one.
+// An example is a matrix of s rows and g * k columns. If the columns don't fill one vector, `fold`
+// rows are treated as one longer row, and its columns are merged at the end; the rows left over are
+// taken one by one.
 #pragma once
 
 #include "moments.h"
@@ -9,23 +10,24 @@
 namespace jaxnorm {
 namespace JAXNORM_LEVEL {
 
-constexpr int64_t kTileRows = 64;    // that stay in the first cache, and are added in float32:
-constexpr int64_t kRunRows = 16;     // first so many, then their sums
-constexpr int64_t kChunkRows = 256;  // at least, for what a chunk keeps to be small beside it
+constexpr int64_t kTileRows = 64;    // they stay in the first cache, and are added in float32:
+constexpr int64_t kRunRows = 16;     // first runs of this many, then the sums of the runs
+constexpr int64_t kChunkRows = 256;  // at least, so that the sums of a chunk are small beside it
 
 struct Matrix {
   Block block;
   int64_t fold = 1, width, rows, chunks;
 
   explicit Matrix(const Block& b) : block(b) {
-    while (b.features() < W && fold * b.features() % W) fold *= 2;
+    while (b.features() < kLanes && fold * b.features() % kLanes) fold *= 2;
     width = fold * b.features();
     rows = b.s / fold;
-    chunks = tasks_for(b.example(), larger(1, rows / kChunkRows));
+    chunks = num_tasks(b.example(), max(1, rows / kChunkRows));
   }
 
   int64_t begin(int64_t chunk) const { return rows * chunk / chunks; }
-  // body(at, size) for the rows of a chunk: where each begins. The last has those left over too.
+  // body(at, size) for each row of a chunk: where it begins, and its size. The last chunk has the
+  // rows left over too.
   template <class Body>
   void each_row(int64_t e, int64_t chunk, Body body) const {
     const int64_t start = e * block.example(), features = block.features();
@@ -34,22 +36,22 @@ struct Matrix {
     for (int64_t r = rows * fold; r < block.s; ++r) body(start + r * features, features);
   }
 
-  // Where an example is one chunk. A slot for each holds some bytes per column, so they have rows
-  // enough for those to be few beside them.
+  // For examples of one chunk. Each task has a slot of some bytes per column, so a task has enough
+  // rows for the slot to be small beside them.
   int64_t tasks() const {
-    const int64_t enough = larger(4, block.n * block.s / (2 * kChunkRows));
-    return tasks_for(block.n * block.example(), smaller(block.n, enough));
+    const int64_t enough = max(4, block.n * block.s / (2 * kChunkRows));
+    return num_tasks(block.n * block.example(), min(block.n, enough));
   }
   int64_t slots(int64_t tasks) const { return chunks == 1 ? tasks : block.n; }
 
-  // Measures each example, finishes the statistics of its groups, and writes its result. What is
-  // kept between the three is in a slot: an example that is small stays in the cache and in one
-  // thread, and passes the slot on to the next; large ones are divided into chunks of rows.
+  // Measures each example, finishes the statistics of its groups, and writes its result. A slot
+  // keeps what these steps share. A small example stays in the cache and in one thread, and the next
+  // one uses its slot; large examples are divided into chunks of rows.
   template <class Measure, class Finish, class Write>
   void each_example(Pool& pool, int64_t tasks, Measure measure, Finish finish, Write write) const {
     const int64_t n = block.n, parts = chunks;
     if (parts == 1) {
-      parallel(pool, tasks, [&](int64_t slot) {
+      parallel_for(pool, tasks, [&](int64_t slot) {
         for (int64_t e = n * slot / tasks; e < n * (slot + 1) / tasks; ++e) {
           measure(slot, e, 0);
           finish(slot, e, 0, block.g);
@@ -57,13 +59,13 @@ struct Matrix {
         }
       });
     } else {
-      parallel(pool, n * parts, [&](int64_t i) { measure(i / parts, i / parts, i % parts); });
-      parallel(pool, n * parts, [&](int64_t i) {
+      parallel_for(pool, n * parts, [&](int64_t i) { measure(i / parts, i / parts, i % parts); });
+      parallel_for(pool, n * parts, [&](int64_t i) {
         const int64_t part = i % parts;
         finish(i / parts, i / parts, block.g * part / parts, block.g * (part + 1) / parts);
       });
-      // The last first: what was read last may still be in the cache.
-      parallel(pool, n * parts, [&](int64_t i) {
+      // In reverse order: what was read last may still be in the cache.
+      parallel_for(pool, n * parts, [&](int64_t i) {
         const int64_t last = n * parts - 1 - i;
         write(last / parts, last / parts, last % parts);
       });
@@ -76,12 +78,12 @@ struct Count {
   static constexpr int value = N;
 };
 
-// body(j, count, lanes) for strips of columns: first of M vectors, then of one.
+// body(j, count, lanes) for strips of columns: of M vectors, then of one.
 template <int M, class Body>
 static inline BODY void strips(int64_t width, Body body) {
   int64_t j = 0;
-  for (; j + M * W <= width; j += M * W) body(j, Count<M>(), Whole());
-  for (; j + W <= width; j += W) body(j, Count<1>(), Whole());
+  for (; j + M * kLanes <= width; j += M * kLanes) body(j, Count<M>(), Whole());
+  for (; j + kLanes <= width; j += kLanes) body(j, Count<1>(), Whole());
   if (j < width) body(j, Count<1>(), Tail{width - j});
 }
 
@@ -90,25 +92,25 @@ template <class T>
 static void add_rows(float* origin, double* first, double* second, const T* x, int64_t width,
                      int64_t rows) {
   for (int64_t start = 0; start < rows; start += kTileRows) {
-    const int64_t n = smaller(kTileRows, rows - start);
+    const int64_t n = min(kTileRows, rows - start);
     const double rows_of_tile = n, before = start;
     strips<4>(width, [&](int64_t j, auto count, auto lanes) BODY {
       constexpr int N = decltype(count)::value;
       const T* from = x + start * width + j;
-      V pivot[N] = {}, d1[N] = {}, d2[N] = {};
+      VF32 pivot[N] = {}, d1[N] = {}, d2[N] = {};
       for (int64_t r = 0; start == 0 && r < n; ++r) {
-        for (int v = 0; v < N; ++v) pivot[v] += load(from + r * width + v * W, lanes);
+        for (int v = 0; v < N; ++v) pivot[v] += LoadN(from + r * width + v * kLanes, lanes);
       }
       for (int v = 0; v < N; ++v) {
-        const int64_t at = j + v * W;
+        const int64_t at = j + v * kLanes;
         pivot[v] = start == 0 ? pivot[v] / static_cast<float>(n)
-                              : narrow(wide(load(origin + at, lanes)) + load(first + at, lanes) / before);
+                              : DemoteTo(PromoteTo(LoadN(origin + at, lanes)) + LoadN(first + at, lanes) / before);
       }
       for (int64_t run = 0; run < n; run += kRunRows) {
-        V run1[N] = {}, run2[N] = {};
-        for (int64_t r = run; r < smaller(n, run + kRunRows); ++r) {
+        VF32 run1[N] = {}, run2[N] = {};
+        for (int64_t r = run; r < min(n, run + kRunRows); ++r) {
           for (int v = 0; v < N; ++v) {
-            V d = load(from + r * width + v * W, lanes) - pivot[v];
+            VF32 d = LoadN(from + r * width + v * kLanes, lanes) - pivot[v];
             run1[v] += d;
             run2[v] += d * d;
           }
@@ -116,11 +118,11 @@ static void add_rows(float* origin, double* first, double* second, const T* x, i
         for (int v = 0; v < N; ++v) d1[v] += run1[v], d2[v] += run2[v];
       }
       for (int v = 0; v < N; ++v) {
-        const int64_t at = j + v * W;
-        if (start == 0) store(origin + at, pivot[v], lanes);
-        const D shift = wide(pivot[v]) - wide(load(origin + at, lanes)), d = wide(d1[v]);
-        add(first + at, d + rows_of_tile * shift, lanes);
-        add(second + at, wide(d2[v]) + shift * (2 * d + rows_of_tile * shift), lanes);
+        const int64_t at = j + v * kLanes;
+        if (start == 0) StoreN(origin + at, pivot[v], lanes);
+        const VF64 shift = PromoteTo(pivot[v]) - PromoteTo(LoadN(origin + at, lanes)), d = PromoteTo(d1[v]);
+        add_to(first + at, d + rows_of_tile * shift, lanes);
+        add_to(second + at, PromoteTo(d2[v]) + shift * (2 * d + rows_of_tile * shift), lanes);
       }
     });
   }
@@ -129,9 +131,9 @@ static void add_rows(float* origin, double* first, double* second, const T* x, i
 template <class T>
 static void write_row(T* y, const T* x, const float* mean, const float* scale, const float* bias,
                       int64_t size, bool streamed) {
-  sweep(size, [&](int, int64_t j, auto lanes) BODY {
-    V d = load(x + j, lanes) - load(mean + j, lanes);
-    write(y + j, d * load(scale + j, lanes) + load(bias + j, lanes), lanes, streamed);
+  for_each_vector(size, [&](int, int64_t j, auto lanes) BODY {
+    VF32 d = LoadN(x + j, lanes) - LoadN(mean + j, lanes);
+    store_or_stream(y + j, d * LoadN(scale + j, lanes) + LoadN(bias + j, lanes), lanes, streamed);
   });
 }
 
@@ -170,11 +172,11 @@ static void columns_forward(const Forward& f, Pool& pool) {
       }
     }
     for (int64_t row = m.rows * m.fold; row < b.s; ++row) {
-      for (int64_t i = 0; i < b.k; ++i) total.add(1, get(from + row * features + i), 0, 0);
+      for (int64_t i = 0; i < b.k; ++i) total.add(1, load_scalar(from + row * features + i), 0, 0);
     }
     if (__builtin_isfinite(total.second)) return total;
     return wide_sums(b.s * b.k, true, [=](int64_t i) {
-      return static_cast<double>(get(from + i / b.k * features + i % b.k));
+      return static_cast<double>(load_scalar(from + i / b.k * features + i % b.k));
     });
   };
   auto finish_groups = [&](int64_t slot, int64_t e, int64_t begin, int64_t end) {
@@ -183,16 +185,16 @@ static void columns_forward(const Forward& f, Pool& pool) {
     for (int64_t g = begin; g < end; ++g) {
       const int64_t row = e * b.g + g;
       Moment moment = finish(group_sums(slot, e, g * b.k), f.epsilon, true);
-      f.stats.mean[row] = moment.mean;
-      f.stats.rest[row] = moment.rest;
+      f.stats.mean_high[row] = moment.mean_high;
+      f.stats.mean_low[row] = moment.mean_low;
       f.stats.var[row] = moment.var;
       f.stats.rstd[row] = moment.rstd;
       for (int64_t i = g * b.k; i < (g + 1) * b.k; ++i) {
         const float factor = f.scale ? f.scale[i] : 1;
         for (int64_t j = i; j < width; j += features) {
-          mean[j] = moment.mean;
-          scale[j] = plain(moment.rstd * factor);
-          bias[j] = plain((f.bias ? f.bias[i] : 0) - moment.rest * scale[j]);
+          mean[j] = moment.mean_high;
+          scale[j] = canonical_nan(moment.rstd * factor);
+          bias[j] = canonical_nan((f.bias ? f.bias[i] : 0) - moment.mean_low * scale[j]);
         }
       }
     }
@@ -202,7 +204,7 @@ static void columns_forward(const Forward& f, Pool& pool) {
     const float *scale = mean + width, *bias = scale + width;
     const int64_t elements = b.n * b.example();
     m.each_row(e, chunk, [&](int64_t at, int64_t size) {
-      write_row(y + at, x + at, mean, scale, bias, size, streams(y + at, elements));
+      write_row(y + at, x + at, mean, scale, bias, size, should_stream(y + at, elements));
     });
   };
   m.each_example(pool, tasks, measure, finish_groups, write_chunk);

@@ -11,21 +11,21 @@ template <class T>
 static void add_gradients(double* own, double* along, const float* mean, const float* rstd,
                           const T* x, const T* dy, int64_t width, int64_t rows) {
   for (int64_t start = 0; start < rows; start += kTileRows) {
-    const int64_t n = smaller(kTileRows, rows - start);
+    const int64_t n = min(kTileRows, rows - start);
     strips<2>(width, [&](int64_t j, auto count, auto lanes) BODY {
       constexpr int N = decltype(count)::value;
       const int64_t at = start * width + j;
-      V m[N], r[N], sum_d[N] = {}, sum_dh[N] = {};
+      VF32 m[N], r[N], sum_d[N] = {}, sum_dh[N] = {};
       for (int v = 0; v < N; ++v) {
-        m[v] = load(mean + j + v * W, lanes);
-        r[v] = load(rstd + j + v * W, lanes);
+        m[v] = LoadN(mean + j + v * kLanes, lanes);
+        r[v] = LoadN(rstd + j + v * kLanes, lanes);
       }
       for (int64_t run = 0; run < n; run += kRunRows) {
-        V run_d[N] = {}, run_dh[N] = {};
-        for (int64_t row = run; row < smaller(n, run + kRunRows); ++row) {
+        VF32 run_d[N] = {}, run_dh[N] = {};
+        for (int64_t row = run; row < min(n, run + kRunRows); ++row) {
           for (int v = 0; v < N; ++v) {
-            V d = load(dy + at + row * width + v * W, lanes);
-            V h = (load(x + at + row * width + v * W, lanes) - m[v]) * r[v];
+            VF32 d = LoadN(dy + at + row * width + v * kLanes, lanes);
+            VF32 h = (LoadN(x + at + row * width + v * kLanes, lanes) - m[v]) * r[v];
             run_d[v] += d;
             run_dh[v] += d * h;
           }
@@ -33,9 +33,9 @@ static void add_gradients(double* own, double* along, const float* mean, const f
         for (int v = 0; v < N; ++v) sum_d[v] += run_d[v], sum_dh[v] += run_dh[v];
       }
       for (int v = 0; v < N; ++v) {
-        const int64_t column = j + v * W;
-        add(own + column, wide(sum_d[v]), lanes);
-        add(along + column, wide(sum_dh[v]), lanes);
+        const int64_t column = j + v * kLanes;
+        add_to(own + column, PromoteTo(sum_d[v]), lanes);
+        add_to(along + column, PromoteTo(sum_dh[v]), lanes);
       }
     });
   }
@@ -48,10 +48,10 @@ static void write_gradient(T* dx, const T* x, const T* dy, const float* factors,
                            int64_t size, bool streamed) {
   const float *mean = factors, *rstd = mean + width, *scale = rstd + width;
   const float *along = scale + width, *own = along + width;
-  sweep(size, [&](int, int64_t j, auto lanes) BODY {
-    V h = (load(x + j, lanes) - load(mean + j, lanes)) * load(rstd + j, lanes);
-    V centred = load(along + j, lanes) * h + load(own + j, lanes);
-    write(dx + j, load(dy + j, lanes) * load(scale + j, lanes) + centred, lanes, streamed);
+  for_each_vector(size, [&](int, int64_t j, auto lanes) BODY {
+    VF32 h = (LoadN(x + j, lanes) - LoadN(mean + j, lanes)) * LoadN(rstd + j, lanes);
+    VF32 correction = LoadN(along + j, lanes) * h + LoadN(own + j, lanes);
+    store_or_stream(dx + j, LoadN(dy + j, lanes) * LoadN(scale + j, lanes) + correction, lanes, streamed);
   });
 }
 
@@ -69,17 +69,17 @@ static void columns_backward(const Backward& f, Pool& pool) {
   auto sums = [&](int64_t slot, int64_t chunk) {
     return chunk_sums + (slot * m.chunks + chunk) * 2 * width;
   };
-  auto spread = [&](int64_t slot, int64_t e) {
+  auto fill_columns = [&](int64_t slot, int64_t e) {
     float *mean = floats + slot * 5 * width, *rstd = mean + width;
     for (int64_t j = 0; j < width; ++j) {
       const int64_t row = e * b.g + j % features / b.k;
-      mean[j] = f.mean[row];
+      mean[j] = f.mean_high[row];
       rstd[j] = f.rstd[row];
     }
   };
-  if (m.chunks > 1) parallel(pool, b.n, [&](int64_t e) { spread(e, e); });
+  if (m.chunks > 1) parallel_for(pool, b.n, [&](int64_t e) { fill_columns(e, e); });
   auto measure = [&](int64_t slot, int64_t e, int64_t chunk) {
-    if (m.chunks == 1) spread(slot, e);
+    if (m.chunks == 1) fill_columns(slot, e);
     double* own = sums(slot, chunk);
     for (int64_t i = 0; i < 2 * width; ++i) own[i] = 0;
     const float *mean = floats + slot * 5 * width, *rstd = mean + width;
@@ -90,7 +90,7 @@ static void columns_backward(const Backward& f, Pool& pool) {
   auto finish_groups = [&](int64_t slot, int64_t e, int64_t begin, int64_t end) {
     float *scale = floats + (slot * 5 + 2) * width, *along = scale + width, *own = along + width;
     for (int64_t g = begin; g < end; ++g) {
-      const double mean = f.mean[e * b.g + g], rest = f.rest[e * b.g + g];
+      const double mean = f.mean_high[e * b.g + g], mean_low = f.mean_low[e * b.g + g];
       const double rstd = f.rstd[e * b.g + g];
       double group_own = 0, group_along = 0;
       for (int64_t i = g * b.k; i < (g + 1) * b.k; ++i) {
@@ -104,10 +104,10 @@ static void columns_backward(const Backward& f, Pool& pool) {
         }
         for (int64_t row = m.rows * m.fold; row < b.s; ++row) {
           const int64_t at = e * b.example() + row * features + i;
-          d += get(dy + at);
-          dh += get(dy + at) * ((get(x + at) - mean) * rstd);
+          d += load_scalar(dy + at);
+          dh += load_scalar(dy + at) * ((load_scalar(x + at) - mean) * rstd);
         }
-        dh -= rest * rstd * d;
+        dh -= mean_low * rstd * d;
         totals[slot * 2 * features + i] += dh;
         totals[(slot * 2 + 1) * features + i] += d;
         const double factor = f.scale ? f.scale[i] : 1;
@@ -115,13 +115,14 @@ static void columns_backward(const Backward& f, Pool& pool) {
         group_along += factor * dh;
       }
       const double n = static_cast<double>(b.s) * b.k;
-      const float of_h = -rstd * group_along / n, of_one = -rstd * group_own / n - rest * rstd * of_h;
+      const float of_h = -rstd * group_along / n;
+      const float of_one = -rstd * group_own / n - mean_low * rstd * of_h;
       for (int64_t i = g * b.k; i < (g + 1) * b.k; ++i) {
         const float of_d = rstd * (f.scale ? f.scale[i] : 1);
         for (int64_t j = i; j < width; j += features) {
-          scale[j] = plain(of_d);
-          along[j] = plain(of_h);
-          own[j] = plain(of_one);
+          scale[j] = canonical_nan(of_d);
+          along[j] = canonical_nan(of_h);
+          own[j] = canonical_nan(of_one);
         }
       }
     }
@@ -130,7 +131,7 @@ static void columns_backward(const Backward& f, Pool& pool) {
     const float* factors = floats + slot * 5 * width;
     const int64_t elements = b.n * b.example();
     m.each_row(e, chunk, [&](int64_t at, int64_t size) {
-      write_gradient(dx + at, x + at, dy + at, factors, width, size, streams(dx + at, elements));
+      write_gradient(dx + at, x + at, dy + at, factors, width, size, should_stream(dx + at, elements));
     });
   };
   m.each_example(pool, tasks, measure, finish_groups, write_chunk);
@@ -141,7 +142,7 @@ static void columns_backward(const Backward& f, Pool& pool) {
       dscale += totals[slot * 2 * features + i];
       dbias += totals[(slot * 2 + 1) * features + i];
     }
-    put(f, i, dscale, dbias);
+    store_feature_gradients(f, i, dscale, dbias);
   }
 }
 

@@ -1,4 +1,4 @@
-// The door: XLA's FFI calls come in here, are checked, and go to the best level of the machine.
+// XLA's FFI calls: checked, and passed to the best level that runs on this machine.
 #include <atomic>
 #include <cstring>
 #include <exception>
@@ -44,7 +44,7 @@ bool holds(const ffi::Buffer<ffi::F32>& buffer, int64_t size) {
   return static_cast<int64_t>(buffer.element_count()) == size;
 }
 
-// What is not there, or not wanted, is empty.
+// An array that is missing, or not wanted, is empty.
 bool fits(const ffi::Buffer<ffi::F32>& buffer, int64_t size) {
   return holds(buffer, 0) || holds(buffer, size);
 }
@@ -54,11 +54,11 @@ auto* data_or_null(Buffer& buffer, int64_t offset = 0) {
   return buffer.element_count() ? buffer.typed_data() + offset : nullptr;
 }
 
-ffi::Error check(const ffi::AnyBuffer& x, const Block& block, int64_t maps) {
-  if (maps < 1 || block.n < 1 || block.s < 1 || block.g < 1 || block.k < 1) {
+ffi::Error check(const ffi::AnyBuffer& x, const Block& block, int64_t batch) {
+  if (batch < 1 || block.n < 1 || block.s < 1 || block.g < 1 || block.k < 1) {
     return wrong("a block with an empty axis");
   }
-  int64_t size = maps;
+  int64_t size = batch;
   for (int64_t axis : {block.n, block.s, block.g, block.k}) {
     if (__builtin_mul_overflow(size, axis, &size)) return wrong("a block that is too large");
   }
@@ -88,13 +88,13 @@ ffi::Error guarded(Run run) {
 using Float32 = ffi::Buffer<ffi::F32>;
 
 ffi::Error forward(ffi::ThreadPool threads, ffi::AnyBuffer x, Float32 scale, Float32 bias,
-                   ffi::Result<ffi::AnyBuffer> y, ffi::Result<Float32> mean,
-                   ffi::Result<Float32> rest, ffi::Result<Float32> var, ffi::Result<Float32> rstd,
-                   int64_t n, int64_t s, int64_t g, int64_t k, double epsilon, bool centred) {
+                   ffi::Result<ffi::AnyBuffer> y, ffi::Result<Float32> mean_high,
+                   ffi::Result<Float32> mean_low, ffi::Result<Float32> var, ffi::Result<Float32> rstd,
+                   int64_t n, int64_t s, int64_t g, int64_t k, double epsilon, bool subtract_mean) {
   const Block block = {n, s, g, k};
   if (ffi::Error error = check(x, block, 1); error.failure()) return error;
-  const int64_t means = centred ? block.groups() : 0;
-  if (!holds(*mean, means) || !holds(*rest, means) || !holds(*var, block.groups()) ||
+  const int64_t means = subtract_mean ? block.groups() : 0;
+  if (!holds(*mean_high, means) || !holds(*mean_low, means) || !holds(*var, block.groups()) ||
       !holds(*rstd, block.groups())) {
     return wrong("statistics of another size");
   }
@@ -105,27 +105,27 @@ ffi::Error forward(ffi::ThreadPool threads, ffi::AnyBuffer x, Float32 scale, Flo
     return wrong("a result unlike x");
   }
   return guarded([&] {
-    Forward call = {block, epsilon, centred, x.untyped_data(), data_or_null(scale),
+    Forward call = {block, epsilon, subtract_mean, x.untyped_data(), data_or_null(scale),
                     data_or_null(bias), y->untyped_data(),
-                    {data_or_null(*mean), data_or_null(*rest), var->typed_data(), rstd->typed_data()}};
+                    {data_or_null(*mean_high), data_or_null(*mean_low), var->typed_data(), rstd->typed_data()}};
     Team team(threads);
     level_in_use.load()->forward(element_of(x), call, team);
   });
 }
 
-// `maps` such blocks, each with a dscale and dbias of its own.
+// `batch` such blocks, each with its own dscale and dbias: what jax.vmap adds.
 ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy, Float32 scale,
-                    Float32 mean, Float32 rest, Float32 rstd, ffi::Result<ffi::AnyBuffer> dx,
-                    ffi::Result<Float32> dscale, ffi::Result<Float32> dbias, int64_t maps,
-                    int64_t n, int64_t s, int64_t g, int64_t k, bool centred) {
+                    Float32 mean_high, Float32 mean_low, Float32 rstd, ffi::Result<ffi::AnyBuffer> dx,
+                    ffi::Result<Float32> dscale, ffi::Result<Float32> dbias, int64_t batch,
+                    int64_t n, int64_t s, int64_t g, int64_t k, bool subtract_mean) {
   const Block block = {n, s, g, k};
-  if (ffi::Error error = check(x, block, maps); error.failure()) return error;
-  const int64_t groups = block.groups(), means = centred ? maps * groups : 0;
-  if (!holds(mean, means) || !holds(rest, means) || !holds(rstd, maps * groups)) {
+  if (ffi::Error error = check(x, block, batch); error.failure()) return error;
+  const int64_t groups = block.groups(), means = subtract_mean ? batch * groups : 0;
+  if (!holds(mean_high, means) || !holds(mean_low, means) || !holds(rstd, batch * groups)) {
     return wrong("statistics of another size");
   }
-  if (!fits(scale, block.features()) || !fits(*dscale, maps * block.features()) ||
-      !fits(*dbias, maps * block.features())) {
+  if (!fits(scale, block.features()) || !fits(*dscale, batch * block.features()) ||
+      !fits(*dbias, batch * block.features())) {
     return wrong("a scale or bias of another size");
   }
   for (const ffi::AnyBuffer& like : {dy, *dx}) {
@@ -134,19 +134,19 @@ ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy
     }
   }
   return guarded([&] {
-    const int64_t bytes = x.size_bytes() / maps;
+    const int64_t bytes = x.size_bytes() / batch;
     Team team(threads);
-    for (int64_t map = 0; map < maps; ++map) {
-      const int64_t feature = map * block.features();
+    for (int64_t i = 0; i < batch; ++i) {
+      const int64_t feature = i * block.features();
       Backward call = {block,
-                       centred,
-                       static_cast<const char*>(x.untyped_data()) + map * bytes,
-                       static_cast<const char*>(dy.untyped_data()) + map * bytes,
+                       subtract_mean,
+                       static_cast<const char*>(x.untyped_data()) + i * bytes,
+                       static_cast<const char*>(dy.untyped_data()) + i * bytes,
                        data_or_null(scale),
-                       data_or_null(mean, map * groups),
-                       data_or_null(rest, map * groups),
-                       data_or_null(rstd, map * groups),
-                       static_cast<char*>(dx->untyped_data()) + map * bytes,
+                       data_or_null(mean_high, i * groups),
+                       data_or_null(mean_low, i * groups),
+                       data_or_null(rstd, i * groups),
+                       static_cast<char*>(dx->untyped_data()) + i * bytes,
                        data_or_null(*dscale, feature),
                        data_or_null(*dbias, feature)};
       level_in_use.load()->backward(element_of(x), call, team);
@@ -199,12 +199,12 @@ XLA_FFI_DEFINE_HANDLER(kBackward, jaxnorm::backward,
 EXPORT XLA_FFI_Error* jaxnorm_forward(XLA_FFI_CallFrame* frame) { return kForward(frame); }
 EXPORT XLA_FFI_Error* jaxnorm_backward(XLA_FFI_CallFrame* frame) { return kBackward(frame); }
 
-// Of the headers that this was compiled with. XLA takes no library of a newer one than its own.
+// The version of the headers that this was compiled with. XLA refuses a version newer than its own.
 EXPORT int jaxnorm_api_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
 
 EXPORT const char* jaxnorm_level() { return jaxnorm::level_in_use.load()->name; }
 
-// For tests: another level, if the machine has it.
+// For tests: use another level, if it runs on this machine.
 EXPORT bool jaxnorm_use_level(const char* name) {
   for (const jaxnorm::Level* level : jaxnorm::kLevels) {
     if (!std::strcmp(level->name, name) && jaxnorm::runs_here(*level)) {

@@ -1,4 +1,4 @@
-// All kernels, compiled once for each level of the machine.
+// All kernels; compiled once for each level of hardware.
 #include "columns.h"
 #include "columns_backward.h"
 #include "rows_backward.h"
@@ -6,36 +6,36 @@
 namespace jaxnorm {
 namespace JAXNORM_LEVEL {
 
-// Rows, where the elements of a group stand side by side.
+// Whether the elements of a group are contiguous in memory.
 static bool is_rows(const Block& block) { return block.s == 1; }
 
-template <bool kCentred, class T>
+template <bool kSubtractMean, class T>
 static void forward(const Forward& f, Pool& pool) {
-  if (f.scale && f.bias) return rows_forward<kCentred, true, true, T>(f, pool);
-  if (f.scale) return rows_forward<kCentred, true, false, T>(f, pool);
-  if (f.bias) return rows_forward<kCentred, false, true, T>(f, pool);
-  rows_forward<kCentred, false, false, T>(f, pool);
+  if (f.scale && f.bias) return rows_forward<kSubtractMean, true, true, T>(f, pool);
+  if (f.scale) return rows_forward<kSubtractMean, true, false, T>(f, pool);
+  if (f.bias) return rows_forward<kSubtractMean, false, true, T>(f, pool);
+  rows_forward<kSubtractMean, false, false, T>(f, pool);
 }
 
-template <bool kCentred, class T>
+template <bool kSubtractMean, class T>
 static void backward(const Backward& f, Pool& pool) {
   const bool columns = f.dscale || f.dbias;
-  if (f.scale && columns) return rows_backward<kCentred, true, true, T>(f, pool);
-  if (f.scale) return rows_backward<kCentred, true, false, T>(f, pool);
-  if (columns) return rows_backward<kCentred, false, true, T>(f, pool);
-  rows_backward<kCentred, false, false, T>(f, pool);
+  if (f.scale && columns) return rows_backward<kSubtractMean, true, true, T>(f, pool);
+  if (f.scale) return rows_backward<kSubtractMean, true, false, T>(f, pool);
+  if (columns) return rows_backward<kSubtractMean, false, true, T>(f, pool);
+  rows_backward<kSubtractMean, false, false, T>(f, pool);
 }
 
 template <class T>
 static void forward_of(const Forward& f, Pool& pool) {
   if (!is_rows(f.block)) return columns_forward<T>(f, pool);
-  f.centred ? forward<true, T>(f, pool) : forward<false, T>(f, pool);
+  f.subtract_mean ? forward<true, T>(f, pool) : forward<false, T>(f, pool);
 }
 
 template <class T>
 static void backward_of(const Backward& f, Pool& pool) {
   if (!is_rows(f.block)) return columns_backward<T>(f, pool);
-  f.centred ? backward<true, T>(f, pool) : backward<false, T>(f, pool);
+  f.subtract_mean ? backward<true, T>(f, pool) : backward<false, T>(f, pool);
 }
 
 static void any_forward(Element element, const Forward& f, Pool& pool) {

@@ -1,13 +1,13 @@
-// Mean and variance, centred twice (docs/numerics.md).
+// Mean and variance, with the mean subtracted twice (docs/numerics.md).
 //
-// Elements are taken in tiles that stay in the first cache. Of each are taken the sums of d = x - m
-// and of d * d, which lose nothing to a large mean: m is the mean of the tiles before, rounded. (So
-// the squares of what tiles are apart are at most twice those of which the variance consists.) The
-// first tile is read twice, once for its own mean. Tiles are put together in float64, as distances
-// from that.
+// Elements are taken in tiles that stay in the first cache. Each tile is summed as d = x - m and
+// d * d, which lose nothing to a large mean: m is the rounded mean of the tiles before. (The squares
+// of the distances between tiles are at most twice the squares that the variance consists of.) The
+// first tile is read twice, once for its own mean. The sums of tiles are merged in float64, as
+// distances from the mean of the first.
 #pragma once
 
-#include "simd.h"
+#include "schedule.h"
 
 namespace jaxnorm {
 namespace JAXNORM_LEVEL {
@@ -32,17 +32,17 @@ struct Sums {
 };
 
 struct Moment {
-  float mean, rest, var, rstd;
+  float mean_high, mean_low, var, rstd;
 };
 
-static inline Moment finish(const Sums& sums, double epsilon, bool centred) {
+static inline Moment finish(const Sums& sums, double epsilon, bool subtract_mean) {
   Moment result = {};
   double var = sums.second / sums.count;
-  if (centred) {
-    double beyond = sums.first / sums.count;
-    result.mean = static_cast<float>(sums.origin + beyond);
-    result.rest = static_cast<float>((sums.origin - result.mean) + beyond);
-    var -= beyond * beyond;
+  if (subtract_mean) {
+    double offset = sums.first / sums.count;  // of the mean from the origin
+    result.mean_high = static_cast<float>(sums.origin + offset);
+    result.mean_low = static_cast<float>((sums.origin - result.mean_high) + offset);
+    var -= offset * offset;
     if (var < 0) var = 0;  // NaN stays NaN
   }
   result.var = static_cast<float>(var);
@@ -51,11 +51,11 @@ static inline Moment finish(const Sums& sums, double epsilon, bool centred) {
   return result;
 }
 
-// Element by element in float64, for what overflows otherwise. `at(i)` is the i-th of n.
+// Each element in float64, for data whose squares overflow float32. `at(i)` is element i of n.
 template <class At>
-static __attribute__((noinline)) Sums wide_sums(int64_t n, bool centred, At at) {
+static __attribute__((noinline)) Sums wide_sums(int64_t n, bool subtract_mean, At at) {
   double total = 0, first = 0, second = 0;
-  for (int64_t i = 0; centred && i < n; ++i) total += at(i);
+  for (int64_t i = 0; subtract_mean && i < n; ++i) total += at(i);
   double mean = static_cast<float>(total / n);
   for (int64_t i = 0; i < n; ++i) {
     double d = at(i) - mean;

@@ -1,7 +1,8 @@
-// What a level offers, and what it needs. Nothing here is compiled more than once.
+// The interface of a level. What is declared here is compiled once.
 //
-// A level must not use inline functions of the standard library: the linker keeps one copy of
-// them, and that of a high level would run on machines that lack it.
+// A level is the same source compiled for other hardware. It must not use inline functions of the
+// standard library: the linker keeps one copy of them, and if it is that of a higher level, machines
+// without that hardware fail.
 #pragma once
 
 #include <cstdint>
@@ -17,16 +18,16 @@ struct Block {
   int64_t groups() const { return n * g; }
 };
 
-// Of shape (n, g) each. mean + rest is the mean to twice the precision; unless centred, they are
-// neither read nor written.
+// Arrays of shape (n, g). mean_high + mean_low is the mean to twice the precision; they are neither
+// read nor written unless the mean is subtracted.
 struct Statistics {
-  float *mean, *rest, *var, *rstd;
+  float *mean_high, *mean_low, *var, *rstd;
 };
 
 struct Forward {
   Block block;
   double epsilon;
-  bool centred;
+  bool subtract_mean;
   const void* x;
   const float *scale, *bias;  // null: one, zero
   void* y;
@@ -35,10 +36,10 @@ struct Forward {
 
 struct Backward {
   Block block;
-  bool centred;
+  bool subtract_mean;
   const void *x, *dy;
   const float* scale;
-  const float *mean, *rest, *rstd;
+  const float *mean_high, *mean_low, *rstd;
   void* dx;
   float *dscale, *dbias;  // null: not wanted
 };

@@ -1,8 +1,8 @@
 // The threads of one call: the one that calls, and helpers from XLA's own pool.
 //
-// Waking a thread takes as long as normalizing a hundred thousand elements. So the helpers are asked
-// for once per call, and wait for the next phase awake; and nobody waits for one that has not come:
-// the thread that calls takes tasks like the others, until all are taken.
+// Waking a thread takes as long as normalizing a hundred thousand elements. So helpers are requested
+// once per call, and spin until the next phase. No thread waits for a helper that has not started:
+// the calling thread takes tasks too, until all are taken.
 #pragma once
 
 #include <algorithm>
@@ -43,7 +43,7 @@ class Team final : public Pool {
   static constexpr int kMostPhases = 8;
   static constexpr int kPatience = 2000;  // pauses: some tens of microseconds
 
-  // Its tasks are taken one by one. Who comes late finds none, and looks at nothing else.
+  // Threads take its tasks one by one. A thread that is late finds none, and reads nothing else.
   struct Phase {
     int64_t tasks = 0;
     void (*task)(const void*, int64_t) = nullptr;
@@ -58,7 +58,7 @@ class Team final : public Pool {
     }
   };
 
-  // Outlives the call, as helpers may come when it is over.
+  // Outlives the call, because helpers may start after it.
   struct Shared {
     Phase phase[kMostPhases];
     std::atomic<int> phases{0};
@@ -85,7 +85,7 @@ class Team final : public Pool {
     }
   }
 
-  // Whether there are any.
+  // Whether there are helpers.
   bool call_helpers(int64_t tasks) {
     if (!shared_) {
       const int64_t helpers = std::min<int64_t>(threads_.num_threads(), tasks) - 1;

@@ -1,0 +1,56 @@
+// How the work of one call is divided into tasks, and the memory that the tasks need.
+#pragma once
+
+#include "norms.h"
+#include "simd.h"
+
+namespace jaxnorm {
+namespace JAXNORM_LEVEL {
+
+// The standard library's are inline, which a level must not use (norms.h).
+static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// How many tasks. It depends on the shape alone, so that sums are added in the same order on every
+// machine. `most` limits what the tasks allocate for themselves.
+static inline int64_t num_tasks(int64_t elements, int64_t most) {
+  constexpr int64_t kElements = 1 << 16;
+  return max(1, min(min(elements / kElements, 64), most));
+}
+
+// task(i) for each i, in parallel.
+template <class Task>
+static void parallel_for(Pool& pool, int64_t tasks, const Task& task) {
+  pool.run(
+      tasks,
+      [](const void* context, int64_t i) {
+        (*static_cast<const Task*>(context))(i);
+        FlushStream();
+      },
+      &task);
+}
+
+// Memory for one call, filled with zeros.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size) : data_(new T[size]()) {}
+  ~Scratch() { delete[] data_; }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* operator+(int64_t offset) const { return data_ + offset; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_;
+};
+
+// The gradients of scale and bias of one feature, if they are wanted.
+static inline void store_feature_gradients(const Backward& f, int64_t feature, double dscale,
+                                           double dbias) {
+  if (f.dscale) f.dscale[feature] = static_cast<float>(dscale);
+  if (f.dbias) f.dbias[feature] = static_cast<float>(dbias);
+}
+
+}  // namespace JAXNORM_LEVEL
+}  // namespace jaxnorm
