@@ -1,8 +1,8 @@
 """The CPU kernel under the sanitizers of addresses, of undefined behaviour, and of threads.
 
 Everything in the library runs: handlers, threads, and one level. The levels are one source compiled
-for different vectors, so each sanitizer sees one of them. Compiling takes a minute, so this runs only
-where JAXNORM_SANITIZERS=1 asks for it, as .ci/run does.
+for different vectors, so each sanitizer sees one of them. Compiling takes a minute, so this runs
+only where JAXNORM_SANITIZERS=1 asks for it, as .ci/run does.
 """
 
 import os
