@@ -11,7 +11,6 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxnorm.kernels import cpu
 
@@ -23,6 +22,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same examples in every run; each shape compiles, so there is no telling how long one takes.
 hypothesis.settings.register_profile("jaxnorm", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("jaxnorm")
+
+
+def pytest_configure(config):
+    """Keep compiled programs in pytest's cache: for all workers, and for the next run.
+
+    A second run takes half as long. The key of a program is its text, so no other is found;
+    `pytest --cache-clear` removes them.
+    """
+    settings = {"jax_compilation_cache_dir": str(config.cache.mkdir("compiled"))}
+    settings |= {"jax_persistent_cache_min_compile_time_secs": 0.05}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)  # for processes of their own
 
 
 @pytest.fixture
@@ -62,24 +74,6 @@ def kernel():
     """Skips a test where there is no kernel."""
     if cpu.missing():
         pytest.skip(f"there is no kernel: {cpu.missing()}")
-
-
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """Keeps what takes long to compile, for programs that are started again and again."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    settings = {"jax_compilation_cache_dir": folder}
-    settings |= {"jax_persistent_cache_min_compile_time_secs": 0.2}
-    before = {name: getattr(jax.config, name) for name in settings}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-            patch.setenv(name.upper(), str(value))  # for processes of their own
-        compilation_cache.reset_cache()
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture

@@ -26,12 +26,11 @@ def study():
     return compare_norms
 
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 TINY = ["--norms", "none,batch", "--batch-sizes", "4,16", "--seeds", "2", "--steps", "3"]
 
 
 @pytest.fixture(scope="module")
-def finished(study, tmp_path_factory, compiled_once):
+def finished(study, tmp_path_factory):
     """Return the folder of a tiny study."""
     out = tmp_path_factory.mktemp("finished")
     assert study.main([*TINY, "--out", str(out)]) == 0

@@ -23,7 +23,6 @@ from data_parallel import main
 from image_datasets import Labelled, draw_batch
 
 pytestmark = [
-    pytest.mark.usefixtures("compiled_once"),
     # Where a checkpoint is damaged, orbax leaves coroutines whose errors come up when collected.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -85,8 +84,8 @@ def kill(process, number, when):
 
 def test_two_processes_are_one_and_may_be_killed_at_any_moment(tmp_path):
     one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
-    # Slow enough not to be chaotic: at 0.1, rounding grows a hundred thousand times in 50 steps.
-    rate = ("--learning-rate", 0.02)
+    # Slow enough not to be chaotic: at 0.02 one machine's rounding grew to 1e-4 in 50 steps.
+    rate = ("--learning-rate", 0.005)
     finish(one, *rate)
     whole = finish(two, *rate, "--processes", 2)
     (_, right), (_, ours) = last_state(one), last_state(two)

@@ -93,4 +93,4 @@ def test_the_code_runs():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", "-c", program]
     subprocess.run(command, env=os.environ | flags, check=True)
-    assert len(BLOCKS) == 3
+    assert BLOCKS

@@ -19,19 +19,20 @@ def test_passes():
 """
 
 
-@pytest.mark.parametrize("processes", [[], ["-n", "2"]], ids=["one", "two"])
 @pytest.mark.parametrize(
-    ("expected", "said"),
+    ("expected", "said", "processes"),
     [
-        ("# a comment\n2 no torch\n", None),
-        ("", "2 tests skipped where skips.txt expects 0: no torch"),
-        ("1 no torch\n", "2 tests skipped where skips.txt expects 1: no torch"),
-        ("2 no torch\n1 no onnx\n", "0 tests skipped where skips.txt expects 1: no onnx"),
-        (None, None),
+        ("# a comment\n2 no torch\n", None, []),
+        ("# a comment\n2 no torch\n", None, ["-n", "2"]),
+        ("", "2 tests skipped where skips.txt expects 0: no torch", []),
+        ("", "2 tests skipped where skips.txt expects 0: no torch", ["-n", "2"]),
+        ("1 no torch\n", "2 tests skipped where skips.txt expects 1: no torch", []),
+        ("2 no torch\n1 no onnx\n", "0 tests skipped where skips.txt expects 1: no onnx", []),
+        (None, None, []),
     ],
-    ids=["expected", "another", "more", "fewer", "unchecked"],
+    ids=["expected", "expected-n2", "another", "another-n2", "more", "fewer", "unchecked"],
 )
-def test_only_expected_skips_pass(tmp_path, processes, expected, said):
+def test_only_expected_skips_pass(tmp_path, expected, said, processes):
     (tmp_path / "test_some.py").write_text(TESTS)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "JAXNORM_"))}
     env["PYTHONPATH"] = str(Path(__file__).parent)
