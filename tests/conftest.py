@@ -37,6 +37,12 @@ def pytest_configure(config):
         os.environ[name.upper()] = str(value)  # for processes of their own
 
 
+def pytest_collection_modifyitems(items):
+    """Put a test's levels of the kernel side by side: a worker compiles their program once."""
+    at = lambda item: (item.location[0], item.location[1] or 0)
+    items.sort(key=lambda item: (at(item), item.nodeid.replace("kernel-avx2", "kernel-baseline")))
+
+
 @pytest.fixture
 def x64():
     """Float64 for one test."""
