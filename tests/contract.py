@@ -82,9 +82,9 @@ def truth(norm, example, epsilon):
     difference of two equal numbers. A sum's is what it would be if signs were random.
     """
     a = Example._make(map(oracle.wide, example))
-    axes = norm.shared(a.x.ndim)
+    axes = norm.reduction_axes(a.x.ndim)
     along = tuple(range(a.x.ndim - a.scale.ndim))  # that the parameters don't span
-    split, how = norm.split, {"centred": norm.centred}
+    split, how = norm.split, {"subtract_mean": norm.subtract_mean}
     h, rstd, _ = oracle.standardized(split(a.x), axes, epsilon, **how)
     h = h.reshape(a.x.shape)
 

@@ -25,7 +25,7 @@ class Norm:
     truth: Callable
     options: dict[str, Any]
     groups: int | None = None
-    centred: bool = True
+    subtract_mean: bool = True
 
     def __call__(self, x, scale=None, bias=None, where=None, **options):
         params = jn.NormParams(scale, bias)
@@ -43,7 +43,7 @@ class Norm:
         axes = self.options.get("axis", -1)
         return tuple(shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)))
 
-    def shared(self, ndim):
+    def reduction_axes(self, ndim):
         """The axes that share statistics, in an array whose last axis is split into groups."""
         if self.name == "batch":
             return tuple(range(ndim - 1))
@@ -62,10 +62,14 @@ class Norm:
 
     def plain(self, x, scale=None, bias=None, where=None, epsilon=1e-6):
         """The textbook's formula, for JAX to differentiate in float64."""
-        v, axes = self.split(x), self.shared(x.ndim)
+        v, axes = self.split(x), self.reduction_axes(x.ndim)
         w = jnp.broadcast_to(True if where is None else self.split(where), v.shape)
         n = jnp.sum(w, axes, keepdims=True).astype(v.real.dtype)
-        mean = jnp.sum(v, axes, where=w, keepdims=True) / n.astype(v.dtype) if self.centred else 0
+        mean = (
+            jnp.sum(v, axes, where=w, keepdims=True) / n.astype(v.dtype)
+            if self.subtract_mean
+            else 0
+        )
         var = jnp.sum(jnp.abs(v - mean) ** 2, axes, where=w, keepdims=True) / n
         h = (v - mean) * lax.rsqrt(var + epsilon).astype(v.dtype)
         y = h.reshape(x.shape)
@@ -89,7 +93,7 @@ NORMS = [
     Norm("batch", _batch, oracle.batch_norm, {"epsilon": 1e-6}),
     Norm("layer", jn.layer_norm, oracle.layer_norm, {"axis": -1}),
     Norm("layer", jn.layer_norm, oracle.layer_norm, {"axis": (-2, -1)}),
-    Norm("rms", jn.rms_norm, oracle.rms_norm, {"axis": -1}, centred=False),
+    Norm("rms", jn.rms_norm, oracle.rms_norm, {"axis": -1}, subtract_mean=False),
     Norm("group", jn.group_norm, oracle.group_norm, {"num_groups": 2}, groups=2),
     Norm("instance", jn.instance_norm, oracle.instance_norm, {}),
 ]

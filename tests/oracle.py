@@ -14,32 +14,32 @@ def wide(a):
     return np.asarray(a, np.complex128 if np.iscomplexobj(a) else np.float64)
 
 
-def statistics(x, axes, where=None, centred=True):
+def statistics(x, axes, where=None, subtract_mean=True):
     """Mean, variance and count over axes, which stay with size one."""
     w = np.broadcast_to(True if where is None else where, x.shape)
     n = w.sum(axes, keepdims=True)
     mean = np.where(w, x, 0).sum(axes, keepdims=True) / np.maximum(n, 1)
-    if not centred:
+    if not subtract_mean:
         mean = np.zeros_like(mean)
     var = np.where(w, np.abs(x - mean) ** 2, 0).sum(axes, keepdims=True) / np.maximum(n, 1)
     return mean, var, n
 
 
-def standardized(x, axes, epsilon, where=None, centred=True):
+def standardized(x, axes, epsilon, where=None, subtract_mean=True):
     """h and rstd; both zero where nothing counts."""
     x = wide(x)
-    mean, var, n = statistics(x, axes, where, centred)
+    mean, var, n = statistics(x, axes, where, subtract_mean)
     with np.errstate(divide="ignore"):
         rstd = np.where((n > 0) & (var + epsilon > 0), 1 / np.sqrt(var + epsilon), 0)
     return (x - mean) * rstd, rstd, n
 
 
-def gradient(x, g, axes, epsilon, where=None, centred=True):
+def gradient(x, g, axes, epsilon, where=None, subtract_mean=True):
     """The cotangent of x, for g that of the standardized x: with the statistics' own terms."""
     w = np.broadcast_to(True if where is None else where, np.shape(x))
-    h, rstd, n = standardized(x, axes, epsilon, where, centred)
+    h, rstd, n = standardized(x, axes, epsilon, where, subtract_mean)
     own = h * (g * h).sum(axes, keepdims=True)
-    if centred:
+    if subtract_mean:
         own = own + g.sum(axes, keepdims=True)
     return rstd * (g - w * own / np.maximum(n, 1))
 
@@ -67,7 +67,7 @@ def layer_norm(x, scale=None, bias=None, *, axis=-1, epsilon=1e-6, where=None):
 def rms_norm(x, scale=None, bias=None, *, axis=-1, epsilon=1e-6, where=None):
     """Zhang and Sennrich, 2019."""
     axes = tuple(a % np.ndim(x) for a in np.atleast_1d(axis))
-    return affine(standardized(x, axes, epsilon, where, centred=False)[0], scale, bias, axes)
+    return affine(standardized(x, axes, epsilon, where, subtract_mean=False)[0], scale, bias, axes)
 
 
 def group_norm(

@@ -62,7 +62,7 @@ def exchanged(how, masked, groups=None):
 @on_devices
 def test_batch_norm_exchanges_once_forward_and_once_backward(how, masked):
     forward, backward, training = exchanged(how, masked)
-    # Mean, rest and variance; how many count is known, unless a mask decides it.
+    # The mean (high and low part) and variance; the count is known unless there is a mask.
     table = ("all-gather", (4 if masked else 3) * C, 8)
     assert forward == [table]
     assert backward == [table, ("all-reduce", 2 * C, 8)]
@@ -133,13 +133,13 @@ def test_features_over_devices_exchange_statistics_alone(norm, axis_type, rng):
     with jax.set_mesh(mesh):
         rows, features = (NamedSharding(mesh, jax.P(*axes, "data")) for axes in ([None], []))
         args = jax.device_put((x, scale, bias, weights), (rows, features, features, rows))
-        # The numbers of a row: mean, rest and variance; then t_mean and q (core/moments.py).
+        # The numbers of a row: the mean (high and low part) and variance; then t_mean and q (core/moments.py).
         forward = collectives(norm.__call__, *args[:3])
         for found, numbers in ((forward, 3), (collectives(backward, *args), 5)):
             assert {c.kind for c in found} == {"all-reduce"}
             assert sum(c.numbers for c in found) <= numbers * len(x)
         y, dx = jax.jit(backward)(*args)
-    truth = oracle.gradient(x, weights * scale, (1,), 1e-6, centred=norm.centred)
+    truth = oracle.gradient(x, weights * scale, (1,), 1e-6, subtract_mean=norm.subtract_mean)
     # The roundings of a few operations, and of sums of 16 terms.
     assert oracle.units(y, norm.truth(x, scale, bias)) < 4
     assert oracle.units(dx, truth) < 4

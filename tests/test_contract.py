@@ -63,7 +63,7 @@ def test_constants(norm, implementation):
 @KERNELS
 @EACH_NORM
 def test_values_that_drift(norm, implementation, rng):
-    """Each tile is centred by the mean of those before, which may be far from its own."""
+    """The kernel subtracts the mean of the tiles before, which may be far from the tile's own."""
     positions = np.arange(2**14)
     drifts = [1e4 * (positions < 70), 1e3 * (positions // 64 % 2), 1e4 * positions / positions.size]
     for drift in drifts:

@@ -126,7 +126,7 @@ def test_means_of_the_devices_1e4_apart_or_all_of_them_1e4(how, apart, rng):
 @masked_or_not
 @every_map
 def test_more_features_than_a_table_may_hold(how, masked, rng):
-    shape = (8, 2, LARGEST_TABLE // (8 * 3 * 4) + 1)  # mean, rest and variance in float32
+    shape = (8, 2, LARGEST_TABLE // (8 * 3 * 4) + 1)  # three statistics in float32
     mask = rng.random(shape) < 0.7
     mask[3], mask[0] = False, True
     args = problem(rng, mask if masked else None, shape)

@@ -177,7 +177,7 @@ def test_empty_input(norm, shape):
         assert not gradient.any()
 
 
-@pytest.mark.parametrize("norm", [norm for norm in NORMS if norm.centred], ids=norm_id)
+@pytest.mark.parametrize("norm", [norm for norm in NORMS if norm.subtract_mean], ids=norm_id)
 def test_a_constant_becomes_zero_even_with_epsilon_zero(norm):
     x = jnp.full((4, 6, 8), 1.1)
     np.testing.assert_array_equal(norm(x, epsilon=0.0), jnp.zeros_like(x))

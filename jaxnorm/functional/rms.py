@@ -1,4 +1,4 @@
-"""Root-mean-square normalization: layer norm that does not centre."""
+"""Root-mean-square normalization: layer norm that does not subtract the mean."""
 
 import jax
 from jax.typing import ArrayLike
