@@ -26,12 +26,12 @@ HERE = Path(__file__).parent
 NORMS: dict[str, Any] = {"jaxnorm": jaxnorm.linen.BatchNorm, "Flax": nn.BatchNorm}
 FEATURES = 256  # in the table
 MEASURED = range(2, 9)  # numbers of devices to compile for
-ON_PAPER = (16, 64, 256, 1024, 4096)
+CALCULATED = (16, 64, 256, 1024, 4096)
 # From the palette of Okabe and Ito, which is safe for colour-blind readers.
 LOOKS = {"jaxnorm": ("#D55E00", "-"), "Flax": ("#000000", "--")}
 DEVICES = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7")
 CAPTION = """\
-C features; h is the normalized x; mean + rest is the mean to twice the precision.
+C features; h is the normalized x; high + low is the mean to twice the precision.
 With a mask each device also sends its counts: 4C numbers."""
 
 
@@ -53,7 +53,7 @@ def compiled(library: str, features: int, devices: int) -> list[Collective]:
     return collectives(jax.grad(loss, has_aux=True), x)
 
 
-def on_paper(library: str, features: int, devices: int) -> list[Collective]:
+def calculated(library: str, features: int, devices: int) -> list[Collective]:
     """The same collectives, calculated for any number of devices."""
 
     def exchange(kind, times):
@@ -74,11 +74,11 @@ def bytes_sent(exchanges: list[Collective]) -> float:
     return sum(exchange.bytes_sent for exchange in exchanges)
 
 
-def table(exchanges: Any = on_paper) -> str:
+def table(exchanges: Any = calculated) -> str:
     """The Markdown table, calculated or with the collectives that another function returns."""
     libraries = [f"{library}: collectives | bytes sent" for library in NORMS]
     lines = [f"| devices | source | {' | '.join(libraries)} |", "|---:|---" + "|---:" * 4 + "|"]
-    for devices in (*MEASURED, *ON_PAPER):
+    for devices in (*MEASURED, *CALCULATED):
         cells = [f"{devices:,}", "compiled" if devices in MEASURED else "calculated"]
         for library in NORMS:
             found = exchanges(library, FEATURES, devices)
@@ -138,7 +138,7 @@ def draw_exchange(axes: Any) -> None:
         axes.text(x, 57.5, f"device {device}", ha="center")
     shards(54, "x: a part of the\nbatch on each")
     arrows(51.4)
-    boxes(47.9, "mean", "rest", "var", words="each measures\nits own part")
+    boxes(47.9, "high", "low", "var", words="each measures\nits own part")
     exchange(42.9, "forward: one all-gather, 3C numbers from each")
     for sender, color in enumerate(DEVICES):
         boxes(38.3 - 1.5 * sender, *[""] * 3, colors=[color] * 4, height=1.5)
@@ -156,10 +156,10 @@ def draw_exchange(axes: Any) -> None:
 
 def draw_bytes(axes: Any) -> None:
     """Lines are calculated; dots are from the compiled programs."""
-    counts = range(2, ON_PAPER[-1] + 1)
+    counts = range(2, CALCULATED[-1] + 1)
     for features in (64, 256, 2048):
         for library, (color, line) in LOOKS.items():
-            sent = [bytes_sent(on_paper(library, features, devices)) for devices in counts]
+            sent = [bytes_sent(calculated(library, features, devices)) for devices in counts]
             axes.loglog(counts, sent, line, color=color, lw=1.6)
             sent = [bytes_sent(compiled(library, features, devices)) for devices in MEASURED]
             axes.loglog(MEASURED, sent, "o", color=color, ms=4)
@@ -172,7 +172,7 @@ def draw_bytes(axes: Any) -> None:
     axes.set_yticks([10**k for k in range(3, 7)], ["1 kB", "10 kB", "100 kB", "1 MB"])
     axes.minorticks_off()
     axes.set(xlim=(1.8, 4600), ylim=(700, 3e6), xlabel="devices")
-    axes.set_title("Bytes that each device sends per step\n(lines: on paper; dots: compiled)")
+    axes.set_title("Bytes that each device sends per step\n(lines: calculated; dots: compiled)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -184,7 +184,7 @@ def main() -> int:
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", MEASURED[-1])
-    rows = table(lambda *case: (compiled if case[-1] in MEASURED else on_paper)(*case))
+    rows = table(lambda *case: (compiled if case[-1] in MEASURED else calculated)(*case))
     print(rows)
     if arguments.write:
         page, new = (HERE / "devices.md").read_text(), HERE / "devices.new"

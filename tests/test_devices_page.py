@@ -14,10 +14,10 @@ from devices import (
     MEASURED,
     NORMS,
     bytes_sent,
+    calculated,
     committed,
     compiled,
     main,
-    on_paper,
     table,
 )
 from jax.sharding import AxisType
@@ -33,14 +33,14 @@ LIBRARY = pytest.mark.parametrize("library", NORMS)
 
 @LIBRARY
 @pytest.mark.parametrize("devices", MEASURED)
-def test_the_paper_is_what_the_compiled_program_has(library, devices):
-    assert compiled(library, FEATURES, devices) == on_paper(library, FEATURES, devices)
+def test_the_calculation_is_what_the_compiled_program_has(library, devices):
+    assert compiled(library, FEATURES, devices) == calculated(library, FEATURES, devices)
 
 
 @pytest.mark.parametrize("features", [21845, 21846])  # the last table of 4 devices in 1 MiB
 def test_so_it_is_where_the_table_gives_way_to_sums(features):
     exchanges = compiled("jaxnorm", features, 4)
-    assert exchanges == on_paper("jaxnorm", features, 4)
+    assert exchanges == calculated("jaxnorm", features, 4)
     assert len(exchanges) == (2 if features == 21845 else 3)
 
 
@@ -51,18 +51,18 @@ def test_bytes_are_those_of_a_ring(library):
         right = 2 * (devices - 1) / devices * sums * FEATURES * 4
         if library == "jaxnorm" and devices <= 341:
             right += (devices - 1) * 3 * FEATURES * 4
-        assert bytes_sent(on_paper(library, FEATURES, devices)) == pytest.approx(right)
+        assert bytes_sent(calculated(library, FEATURES, devices)) == pytest.approx(right)
 
 
 def test_the_page_holds_what_the_formulas_give():
-    assert committed(PAGE) == table(on_paper)
-    ours, flax = (bytes_sent(on_paper(library, FEATURES, 256)) for library in NORMS)
+    assert committed(PAGE) == table(calculated)
+    ours, flax = (bytes_sent(calculated(library, FEATURES, 256)) for library in NORMS)
     assert f"{ours / flax:.0f} times the bytes of Flax" in PAGE
     for features in (64, 256, 2048):
         devices = LARGEST_TABLE // (12 * features)
         assert re.search(rf"\b{devices:,}\s(devices\s)?for\s{features:,}\b", PAGE)
-        assert len(on_paper("jaxnorm", features, devices)) == 2
-        assert len(on_paper("jaxnorm", features, devices + 1)) == 3
+        assert len(calculated("jaxnorm", features, devices)) == 2
+        assert len(calculated("jaxnorm", features, devices + 1)) == 3
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
