@@ -30,6 +30,8 @@ def pytest_configure(config):
     A second run takes half as long. The key of a program is its text, so no other is found;
     `pytest --cache-clear` removes them.
     """
+    if not config.pluginmanager.has_plugin("cacheprovider"):
+        return
     settings = {"jax_compilation_cache_dir": str(config.cache.mkdir("compiled"))}
     settings |= {"jax_persistent_cache_min_compile_time_secs": 0.05}
     for name, value in settings.items():
