@@ -30,22 +30,29 @@ class Collective(NamedTuple):
         """The least number of bytes that each device sends, with a ring algorithm."""
         others = self.devices - 1
         rounds = {"all-gather": others, "all-reduce": 2 * others / self.devices}
+        rounds["collective-permute"] = 1
         return self.bytes * rounds.get(self.kind, others / self.devices)
 
 
 def collectives(f: Any, *args: Any) -> list[Collective]:
     """The collectives in the compiled program of `jax.jit(f)` for these arguments."""
-    text = jax.jit(f).lower(*args).compile().as_text() or ""
-    found = re.findall(rf"= (.*?) ({'|'.join(KINDS)})\((.*)", text)
-    return [_collective(shapes, kind, rest) for shapes, kind, rest in found]
+    return collectives_of(jax.jit(f).lower(*args).compile().as_text() or "")
 
 
-def _collective(result: str, kind: str, rest: str) -> Collective:
+def collectives_of(text: str) -> list[Collective]:
+    """The collectives in the text of a compiled program."""
+    found = re.findall(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\((.*)", text)
+    return [_collective(shapes, kind, rest, bool(start)) for shapes, kind, start, rest in found]
+
+
+def _collective(result: str, kind: str, rest: str, start: bool) -> Collective:
     devices = _group_size(rest)
     arrays = [
         (BYTES[dtype], math.prod(map(int, filter(None, sizes.split(",")))))
         for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", result)
     ]
+    if start and kind == "all-gather":
+        arrays = arrays[len(arrays) // 2 :]  # the operands come first
     # Result and contribution differ in size by the number of devices.
     share = {"all-gather": 1 / devices, "reduce-scatter": devices}.get(kind, 1)
     numbers = round(share * sum(count for _, count in arrays))
@@ -63,4 +70,6 @@ def _group_size(rest: str) -> int:
     if mesh := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(.*?\))? \{(.*?)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", mesh[2]))
+    if "source_target_pairs=" in rest:
+        return 2
     raise ValueError(f"unknown replica groups: {rest}")

@@ -95,6 +95,9 @@ def truth(norm, example, epsilon):
         return (split(g) * rstd).reshape(a.x.shape)
 
     terms = a.dy * h
+    # x less the mean is the difference of two such numbers: of x less the mean's high part, and of
+    # its low part.
+    difference = np.abs(h) + EPS * steep(np.abs(a.x))
     results = Results(
         h * a.scale + a.bias,
         of_x(a.dy * a.scale),
@@ -103,9 +106,9 @@ def truth(norm, example, epsilon):
         of_x(a.tx) * a.scale + h * a.tscale + a.tbias,
     )
     scales = Results(
-        results.y,
+        difference * a.scale,
         steep(a.dy * a.scale),
-        np.sqrt((terms**2).sum(along)),
+        np.sqrt(((a.dy * difference) ** 2).sum(along)),
         np.sqrt((a.dy**2).sum(along)),
         steep(a.tx) * a.scale,
     )

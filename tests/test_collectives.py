@@ -145,6 +145,14 @@ def test_features_over_devices_exchange_statistics_alone(norm, axis_type, rng):
     assert oracle.units(dx, truth) < 4
 
 
+def test_a_sample_of_explicitly_sharded_features_is_not_moved():
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.ones((15, 1024)), NamedSharding(mesh, jax.P(None, "data")))
+        found = collectives(jn.layer_norm, x)
+    assert [(c.kind, c.numbers) for c in found] == [("all-reduce", 15), ("all-reduce", 30)]
+
+
 @either_axis_type
 def test_batch_norm_of_features_over_devices_exchanges_nothing(axis_type):
     mesh = jax.make_mesh((8,), ("data",), (axis_type,))

@@ -1,9 +1,9 @@
 """Which elements share statistics: static, hashable, checked once for each shape and axes.
 
-The norms differ only in their `Layout`. Group norm splits its feature axis into (groups, features
-of a group), and ghost batch norm its batch axis into (sub-batches, examples of a sub-batch); every
-other norm views the array as it is. All later code works on that view, and on statistics that keep
-the reduction axes with size one, so that they broadcast.
+The norms differ only in their `Layout`. Statistics keep the reduction axes with size one, so that
+they broadcast. Group norm divides its feature axis into groups, and ghost batch norm its batch axis
+into sub-batches: there the statistics have as many elements as there are parts. x itself is never
+divided. A part that does not fill a tile of a TPU's memory would make XLA copy it.
 """
 
 import dataclasses
@@ -13,12 +13,18 @@ from collections.abc import Callable
 from typing import TypeVar, cast
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from jaxnorm.core.arithmetic import as_array
 from jaxnorm.core.axes import Axes, canonical_axes, check_divisor, other_axes
 
 F = TypeVar("F", bound=Callable)
+
+SAMPLE = 8  # one of so many elements is in the sample
+LEAST = 128  # of fewer elements there is no sample
+TILE = 128  # elements in a row of a TPU's tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,17 +33,17 @@ class Layout:
 
     Attributes:
       shape: the shape of x.
-      view: the shape after splitting the axis `split` in two; else `shape`.
-      reduction_axes: axes of the view over which statistics are shared.
-      feature_axes: axes of the view that scale and bias span.
-      split: the first of the two axes of the view that are one axis of `shape`, or None.
+      reduction_axes: axes of x over which statistics are shared.
+      feature_axes: axes of x that scale and bias span.
+      split: one of the reduction axes, if statistics are shared only within equal parts of it.
+      parts: how many parts that axis has.
     """
 
     shape: tuple[int, ...]
-    view: tuple[int, ...]
     reduction_axes: tuple[int, ...]
     feature_axes: tuple[int, ...]
     split: int | None = None
+    parts: int = 1
 
     @property
     def sub_batches(self) -> bool:
@@ -45,51 +51,119 @@ class Layout:
         return self.split is not None and self.split not in self.feature_axes
 
     @property
+    def rows(self) -> bool:
+        """Whether the elements that share statistics are the last axis, or several."""
+        ndim = len(self.shape)
+        last = tuple(range(ndim - len(self.reduction_axes), ndim))
+        return self.split is None and self.reduction_axes == last
+
+    @property
     def count(self) -> int:
         """How many elements share one mean and variance, where nothing is masked."""
-        return math.prod(self.view[axis] for axis in self.reduction_axes)
+        return math.prod(self.shape[axis] for axis in self.reduction_axes) // self.parts
 
     @property
     def statistics_shape(self) -> tuple[int, ...]:
-        """The shape of the statistics: that of the view, with reduction axes of size one."""
-        axes = self.reduction_axes
-        return tuple(1 if axis in axes else size for axis, size in enumerate(self.view))
+        """The shape of the statistics: that of x, with reduction axes of size one."""
+        shape = [1 if axis in self.reduction_axes else n for axis, n in enumerate(self.shape)]
+        if self.split is not None:
+            shape[self.split] = self.parts
+        return tuple(shape)
 
     @functools.cached_property
     def feature_shape(self) -> tuple[int, ...]:
         """The shape of scale and bias: the sizes of their axes of x, in the order of x."""
-        sizes = tuple(self.view[axis] for axis in self.feature_axes)
-        # The groups and the features of a group are one axis of x.
-        return (math.prod(sizes),) if self.split in self.feature_axes else sizes
+        return tuple(self.shape[axis] for axis in self.feature_axes)
 
     @functools.cached_property
     def block(self) -> tuple[int, int, int, int] | None:
-        """The view in memory as (n, s, g, k), or None if its axes are in another order.
+        """x in memory as (n, s, g, k), or None if its axes are in another order.
 
         n independent examples, s positions, g groups of k features: statistics are shared over s
         and k, parameters span g and k.
         """
         sizes = [1, 1, 1, 1]
         last = 0
-        for axis, size in enumerate(self.view):
+        for axis, size in enumerate(self.shape):
             if not isinstance(size, int):
                 return None  # a symbolic shape, of jax.export
-            if size == 1:
-                continue
-            place = (axis in self.reduction_axes) + 2 * (axis in self.feature_axes)
-            if place < last:
-                return None
-            last = place
-            sizes[place] *= size
+            reduced, features = axis in self.reduction_axes, 2 * (axis in self.feature_axes)
+            pieces = [(size, reduced + features)]
+            if axis == self.split:
+                pieces = [(self.parts, features), (size // self.parts, 1 + features)]
+            for length, place in pieces:
+                if length == 1:
+                    continue
+                if place < last:
+                    return None
+                last = place
+                sizes[place] *= length
         return sizes[0], sizes[1], sizes[2], sizes[3]
 
+    def sum(self, a: jax.Array, where: jax.Array | None = None) -> jax.Array:
+        """Sums of an array of the shape of x, over the elements that share statistics.
+
+        They are taken in steps that XLA does not merge: of each example, of all examples, of the
+        parts of an axis. Of all elements at once, XLA for GPUs divides a sum over a number of
+        positions that suits no kernel by itself, and writes what it sums to memory.
+        """
+        axes = tuple(axis for axis in self.reduction_axes if axis != self.split)
+        if axes[:1] == (0,) and len(axes) > 1:
+            a, where = jnp.sum(a, axes[1:], where=where, keepdims=True), None
+            a, axes = lax.optimization_barrier(a), (0,)
+        total = jnp.sum(a, axes, where=where, keepdims=True)
+        if self.split is None:
+            return total
+        before, after = total.shape[: self.split], total.shape[self.split + 1 :]
+        size = total.shape[self.split] // self.parts
+        return jnp.sum(total.reshape(*before, self.parts, size, *after), self.split + 1)
+
+    def spread(self, statistic: jax.Array) -> jax.Array:
+        """A statistic so that it broadcasts against x."""
+        if self.split is None or statistic.shape[self.split] == 1:
+            return statistic
+        size = self.shape[self.split] // self.parts
+        one = jnp.expand_dims(statistic, self.split + 1)
+        shape = (*one.shape[: self.split + 1], size, *one.shape[self.split + 2 :])
+        many = jnp.broadcast_to(one, shape)
+        return many.reshape(*shape[: self.split], self.parts * size, *shape[self.split + 2 :])
+
+    def sample(self, x: jax.Array) -> jax.Array:
+        """An eighth or more of the elements that share statistics, the same for all of them.
+
+        Along the last axis these are the eighth in the middle, because memory is read in pieces of
+        32 bytes or more; along another axis every eighth index. It is all of x if no axis can be
+        divided: those of a symbolic shape, split axes, and axes that are sharded explicitly.
+        Of few elements all are taken, because the mean of a small sample may be far off.
+        """
+        sharding = jax.typeof(x).sharding.spec
+        axes = [
+            axis
+            for axis in self.reduction_axes
+            if axis != self.split and isinstance(self.shape[axis], int) and not sharding[axis]
+        ]
+        if not axes or self.count < LEAST:
+            return x
+        last = x.ndim - 1
+        # The batch comes last but for the features: it may be sharded.
+        rank = lambda axis: (min(self.shape[axis], SAMPLE - 1), axis != last, axis != 0, -axis)
+        axis = max(axes, key=rank)
+        size = self.shape[axis]
+        length = -(-size // SAMPLE)
+        if axis != last:
+            return lax.slice_in_dim(x, (size - 1) % SAMPLE // 2, size, SAMPLE, axis)
+        start = (size - length) // 2
+        # Where the eighth is at least one row of a TPU's tile, it starts with a tile.
+        start -= start % TILE if length >= TILE else 0
+        return lax.slice_in_dim(x, start, start + length, 1, axis)
+
     def broadcast(self, param: jax.Array) -> jax.Array:
-        """A scale, bias or running statistic, reshaped to broadcast against the view."""
+        """A scale, bias or running statistic, reshaped to broadcast against x."""
         axes = self.feature_axes
-        return param.reshape([size if axis in axes else 1 for axis, size in enumerate(self.view)])
+        return param.reshape([size if axis in axes else 1 for axis, size in enumerate(self.shape)])
 
     def mask(self, where: ArrayLike | None) -> jax.Array | None:
-        """`where`, checked and reshaped to broadcast against the view."""
+        """`where`, checked and reshaped to broadcast against x."""
         if where is None:
             return None
         where = as_array(where)
@@ -103,12 +177,7 @@ class Layout:
                 f"where must broadcast to x: x has shape {self.shape}, where has shape "
                 f"{where.shape}; add axes of size one where x has axes that where lacks."
             )
-        where = where.reshape((1,) * (len(self.shape) - where.ndim) + where.shape)
-        if self.split is None:
-            return where
-        axis = self.split
-        parts = (1, 1) if where.shape[axis] == 1 else self.view[axis : axis + 2]
-        return where.reshape(where.shape[:axis] + parts + where.shape[axis + 1 :])
+        return where.reshape((1,) * (len(self.shape) - where.ndim) + where.shape)
 
 
 def once_per_kind(function: F) -> F:
@@ -146,14 +215,7 @@ def make_layout(
     """
     reduction_axes = canonical_axes(reduction_axes, len(shape))
     feature_axes = canonical_axes(feature_axes, len(shape))
-    if split is None:
-        return Layout(shape, shape, reduction_axes, feature_axes)
-    view = (*shape[:split], parts, shape[split] // parts, *shape[split + 1 :])
-    features = tuple(axis + (axis > split) for axis in feature_axes)
-    if split in feature_axes:
-        features = tuple(sorted((*features, split + 1)))
-    reduced = tuple(axis + (axis >= split) for axis in reduction_axes)
-    return Layout(shape, view, reduced, features, split)
+    return Layout(shape, reduction_axes, feature_axes, split, parts)
 
 
 @once_per_kind

@@ -6,6 +6,9 @@ of d is the part that rounding m lost. Wherever a mean is used again, it is kept
 sum of a high and a low part, (mean_high, mean_low) = (m, c), as in double-double arithmetic
 (Dekker, 1971).
 
+A pass over x costs more than anything else here. So m need not be the mean: any number near it will
+do, and `_at_once` takes the mean of a sample.
+
 The derivative of the statistics is written by hand. With e = x - mean, r = (var + epsilon)**-1/2,
 h = e r, and avg the average over the counted elements (and the devices), the tangents are
 
@@ -79,79 +82,145 @@ class Statistics(NamedTuple):
 
         Those of sub-batches are merged, on this device and over the devices.
         """
-        parts, axes = self[:4], layout.reduction_axes
+        parts, axis = self[:4], layout.split
         if layout.sub_batches:
-            assert layout.split is not None
-            axes = (*axes, layout.split)
-            rows = jax.tree.map(lambda a: jnp.swapaxes(a[None], 0, 1 + axes[-1]), parts)
+            assert axis is not None
+            rows = jax.tree.map(lambda a: jnp.swapaxes(a[None], 0, 1 + axis), parts)
             add = functools.partial(devices.sum, group=devices.group())
             parts = merge(add, over_rows(merge, rows))
         mean_high, mean_low, var, count = parts
         assert mean_high is not None
         assert mean_low is not None
-        squeeze = functools.partial(jnp.squeeze, axis=axes)
+        squeeze = functools.partial(jnp.squeeze, axis=layout.reduction_axes)
         return Moments(squeeze(mean_high + mean_low), squeeze(var), squeeze(count))
 
 
 def statistics(spec: NormSpec, x: jax.Array, where: jax.Array | None = None) -> Statistics:
     """The statistics of x over the elements in `where`, and over the devices."""
-    return _measured(spec, x, where, spec.statistics_devices.group())
+    return _statistics(spec, x, where, spec.statistics_devices.group())
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _measured(spec, x, where, group):
-    x = spec.prepare(x)
-    count = _count(spec, where)
-    mean_high = mean_low = None
-    if spec.subtract_mean:
-        mean_high = drop_last_bit(_average(spec, x, where, count))
-        mean_low = _average(spec, x - mean_high, where, count)
-    scale = _square_scale(spec)
-    e = subtract(x, mean_high, mean_low) * scale.astype(x.dtype)
-    var = _average(spec, square(e), where, count * scale**2)
-    parts = (mean_high, mean_low, var, count)
-    mean_high, mean_low, var, count = spec.statistics_devices.merge(merge, parts, group)
-    count = jnp.broadcast_to(count, var.shape)
-    return Statistics(mean_high, mean_low, var, count, reciprocal_std(var, spec.epsilon, count))
+def _statistics(spec, x, where, group):
+    return measured(spec, x, where, group)
 
 
-@_measured.defjvp
-def _measured_jvp(spec, primals, tangents):
+@_statistics.defjvp
+def _statistics_jvp(spec, primals, tangents):
     x, where, group = primals
-    stats = _measured(spec, x, where, group)
-    return stats, _tangents(spec, x, where, group, stats, tangents[0])
+    stats = _statistics(spec, x, where, group)
+    kept = Kept(x, where, group, stats)
+    moved = computed_again(spec, functools.partial(averages, spec), kept, tangents[0])
+    return stats, tangents_of(stats, *moved)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def known_statistics(spec: NormSpec, x: jax.Array, stats: Statistics) -> Statistics:
-    """`stats`, which must be `statistics(spec, x)`: its derivative without measuring x again."""
-    del spec, x
-    return stats
+def measured(
+    spec: NormSpec, x: jax.Array, where: jax.Array | None, group: jax.Array | None
+) -> Statistics:
+    """The statistics; their derivative is not that of this function, but `averages`."""
+    count = _count(spec, where)
+    high = low = None
+    if not spec.subtract_mean:
+        var = _mean_square(spec, spec.prepare(x), where, count)
+    elif where is None and spec.layout.rows and not spec.differentiated:
+        # If nothing but y is wanted, XLA for GPUs keeps each row in one kernel, and reads it once:
+        # not for a part of the row, but for any number of sums that follow each other.
+        by_steps, at_once = (
+            functools.partial(f, spec, where=None, count=count) for f in (_in_three_sums, _at_once)
+        )
+        high, low, var = lax.platform_dependent(x, cuda=by_steps, rocm=by_steps, default=at_once)
+    else:
+        high, low, var = _at_once(spec, x, where, count)
+    high, low, var, total = spec.statistics_devices.merge(merge, (high, low, var, count), group)
+    rstd = reciprocal_std(var, spec.epsilon, None if where is None else total)
+    return Statistics(high, low, var, jnp.broadcast_to(total, var.shape), rstd)
 
 
-@known_statistics.defjvp
-def _known_statistics_jvp(spec, primals, tangents):
-    x, stats = primals
-    stats = known_statistics(spec, x, stats)
-    return stats, _tangents(spec, x, None, None, stats, tangents[0])
+def _at_once(spec, x, where, count) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The mean's high and low part and the variance, by one pass over x and one over a sample.
+
+    With p the mean of the sample and d = x - p, the low part is avg(d) and the variance
+    avg(d**2) - avg(d)**2. What cancels there is bounded for any data: if the sample has k of n
+    elements, (p - mean)**2 <= var (n / k - 1), since sum((x - mean)**2) over the sample is at least
+    k (p - mean)**2, and over the others, whose sum of distances is the same but for the sign, at
+    least k**2 / (n - k) times that.
+    """
+    # The sample is taken before the cast, or XLA writes x in float32.
+    sample = x if where is not None else spec.layout.sample(x)
+    part = count if sample is x else count * (sample.size / x.size)
+    pivot = drop_last_bit(_average(spec, spec.prepare(sample), where, part))
+    d = spec.prepare(x) - spec.layout.spread(pivot)
+    low = _average(spec, d, where, count)
+    # The mean is pivot + near. Of `low` itself, XLA would take the square of the sum before it is
+    # divided, which may overflow.
+    near = drop_last_bit(low)
+    var = _mean_square(spec, d, where, count) - real_product(near, low + (low - near))
+    rounding = 8 * jnp.finfo(var.dtype).eps * square(near)
+    high = pivot + near
+    return high, (pivot - high) + near, jnp.where(var > rounding, var, 0)
 
 
-def _tangents(spec, x, where, group, stats, tx):
-    # checkpoint: the backward pass keeps x, in its own dtype, and computes h again.
-    @jax.checkpoint
-    def averages(tx, x, where, stats):
-        tx = spec.prepare(tx)
-        h = subtract(spec.prepare(x), stats.mean_high, stats.mean_low)
-        h = h * stats.rstd.astype(spec.compute_dtype)
-        q = _average(spec, real_product(tx, h), where, stats.count)
-        t_mean = _average(spec, tx, where, stats.count) if spec.subtract_mean else None
-        return t_mean, q
+def _in_three_sums(spec, x, where, count) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same, each by a pass of its own."""
+    high = drop_last_bit(_average(spec, spec.prepare(x), where, count))
+    low = _average(spec, less_mean(spec, x, high, None), where, count)
+    return high, low, _mean_square(spec, less_mean(spec, x, high, low), where, count)
 
-    t_mean, q = spec.statistics_devices.sum(averages(tx, x, where, stats), group)
+
+class Kept(NamedTuple):
+    """What the derivative of a norm needs: all that is kept for the backward pass."""
+
+    x: jax.Array
+    where: jax.Array | None
+    group: jax.Array | None
+    stats: Statistics
+    params: Any = None
+
+
+def computed_again(spec: NormSpec, tangent: Callable, kept: Kept, tangents: Any) -> Any:
+    """`tangent(kept, tangents)`, whose transpose computes again what follows from `kept`.
+
+    The barrier keeps XLA from finding that the forward pass has computed the same, and keeping
+    that. It holds back what is kept and not the tangents: their transpose, dy, may be fused with
+    whatever computes it, such as a matmul.
+    """
+    if spec.devices.under_vmap:
+        return tangent(kept, tangents)  # JAX could not differentiate its `psum` again
+    function = lambda kept, tangents: tangent(lax.optimization_barrier(kept), tangents)
+    return jax.checkpoint(function, prevent_cse=False)(kept, tangents)
+
+
+def averages(spec: NormSpec, kept: Kept, tx: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+    """avg(tx), or None if the mean is not subtracted, and avg(tx h)."""
+    x, where, group, stats, _ = kept
+    tx = spec.prepare(tx)
+    q = _average(spec, real_product(tx, standardized(spec, x, stats)), where, stats.count)
+    t_mean = _average(spec, tx, where, stats.count) if spec.subtract_mean else None
+    return spec.statistics_devices.sum((t_mean, q), group)
+
+
+def tangents_of(stats: Statistics, t_mean: jax.Array | None, q: jax.Array) -> Statistics:
+    """The tangents of the statistics."""
     t_low = None if stats.mean_low is None else jnp.zeros_like(stats.mean_low)
     t_var = 2 * q * reciprocal_or_zero(stats.rstd)
-    t_count = jnp.zeros_like(stats.count)
-    return Statistics(t_mean, t_low, t_var, t_count, -(stats.rstd**2) * q)
+    return Statistics(t_mean, t_low, t_var, jnp.zeros_like(stats.count), -(stats.rstd**2) * q)
+
+
+def standardized(spec: NormSpec, x: jax.Array, stats: Statistics) -> jax.Array:
+    """h = (x - mean) * rstd."""
+    e = less_mean(spec, x, stats.mean_high, stats.mean_low)
+    return e * spec.layout.spread(spec.prepare(stats.rstd))
+
+
+def less_mean(
+    spec: NormSpec, x: jax.Array, high: jax.Array | None, low: jax.Array | None
+) -> jax.Array:
+    """x less the mean: first its high part, which is nearly exact, then its low part."""
+    e = spec.prepare(x)
+    for part in (high, low):
+        if part is not None:
+            e = e - spec.layout.spread(part)
+    return e
 
 
 def merge(add: Callable, parts: tuple) -> tuple[Any, Any, jax.Array, jax.Array]:
@@ -180,19 +249,11 @@ def merge(add: Callable, parts: tuple) -> tuple[Any, Any, jax.Array, jax.Array]:
     return high_of_all, low_of_all, jnp.maximum(power - square(low_of_all), 0), total
 
 
-def subtract(x: jax.Array, high: jax.Array | None, low: jax.Array | None) -> jax.Array:
-    """x less the mean: first its high part, which is nearly exact, then its low part."""
-    for part in (high, low):
-        if part is not None:
-            x = x - part
-    return x
-
-
 def count_all(spec: NormSpec) -> Count:
     """The count where nothing is masked."""
     dtype, count = real_dtype(spec.compute_dtype), spec.layout.count
     if isinstance(count, int):
-        return np.full([1] * len(spec.layout.view), count, dtype)  # the same on all devices
+        return np.full([1] * len(spec.layout.shape), count, dtype)  # the same on all devices
     # A symbolic shape, of jax.export.
     return jnp.broadcast_to(jnp.asarray(count, dtype), spec.layout.statistics_shape)
 
@@ -201,14 +262,17 @@ def _count(spec: NormSpec, where: jax.Array | None) -> Count:
     if where is None:
         return count_all(spec)
     # Summed as integers: float32 stops counting at 2**24.
-    counted = jnp.broadcast_to(where, spec.layout.view).astype(jnp.int32)
-    total = jnp.sum(counted, spec.layout.reduction_axes, keepdims=True)
-    return total.astype(real_dtype(spec.compute_dtype))
+    counted = jnp.broadcast_to(where, spec.layout.shape).astype(jnp.int32)
+    return spec.layout.sum(counted).astype(real_dtype(spec.compute_dtype))
 
 
 def _average(spec: NormSpec, a: jax.Array, where: jax.Array | None, count: Count) -> jax.Array:
-    total = jnp.sum(a, spec.layout.reduction_axes, where=where, keepdims=True)
-    return total / jnp.where(count > 0, count, 1).astype(a.dtype)
+    return spec.layout.sum(a, where) / jnp.where(count > 0, count, 1).astype(a.dtype)
+
+
+def _mean_square(spec, a, where, count):
+    scale = _square_scale(spec)
+    return _average(spec, square(a * scale.astype(a.dtype)), where, count * scale**2)
 
 
 def _square_scale(spec: NormSpec) -> jax.Array:

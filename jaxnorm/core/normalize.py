@@ -21,7 +21,7 @@ from jaxnorm.core.devices import LOCAL, Devices
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.moments import Moments, Statistics
 from jaxnorm.core.spec import NormSpec
-from jaxnorm.core.standardize import NormParams, measure_and_standardize, standardize
+from jaxnorm.core.standardize import NormParams, measure_and_standardize, standardize_by
 
 
 class Arrays(NamedTuple):
@@ -29,7 +29,7 @@ class Arrays(NamedTuple):
 
     x: jax.Array
     params: NormParams
-    where: jax.Array | None  # broadcasts against the view of x
+    where: jax.Array | None  # broadcasts against x
 
 
 def program(function: Callable, static_argnums: tuple[int, ...] = (0,)) -> Callable:
@@ -119,7 +119,7 @@ def _normalize_with(spec, x, mean, var, params):
         mean = spec.layout.broadcast(mean).astype(spec.compute_dtype)
         var = spec.layout.broadcast(var).astype(real_dtype(spec.compute_dtype))
         rstd = reciprocal_std(var, spec.epsilon)
-        return standardize(spec, x, mean, None, rstd, params)
+        return standardize_by(spec, x, mean, None, rstd, params)
 
 
 def _spec(

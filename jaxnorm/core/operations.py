@@ -4,15 +4,14 @@
     tangent(x, params, statistics, tx, tparams)    -> ty, tstatistics     linear in the last two
     cotangent(x, params, statistics, dy)           -> dx, dparams         its transpose
 
-A formula is the truth. The tangent is `jax.jvp` of the value with known statistics, and the
-cotangent `jax.vjp` of it, so the derivatives are those of moments.py and are written once. A kernel
-computes the value or the cotangent of the block (n, s, g, k) that the norm is in memory; only
-here are the core's objects turned into the plain arrays and numbers that kernels take.
+A formula is the truth. The tangent is that of standardize.py and the cotangent is its transpose, so
+the derivatives are written once. A kernel computes the value or the cotangent of the block
+(n, s, g, k) that the norm is in memory; only here are the core's objects turned into the plain
+arrays and numbers that kernels take.
 
 All functions take a `NormSpec` first, and return lists of arrays.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,9 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnorm.core.moments import Statistics, count_all, known_statistics
+from jaxnorm.core.moments import Kept, Statistics, count_all
 from jaxnorm.core.spec import NormSpec
-from jaxnorm.core.standardize import NormParams, measure_and_standardize, standardize
+from jaxnorm.core.standardize import NormParams, measure_and_standardize, norm_tangents
 from jaxnorm.kernels import Kernel
 
 
@@ -47,22 +46,16 @@ def value(spec: NormSpec, x: jax.Array, params: NormParams) -> list[jax.Array]:
 def tangent(spec, x, params, stats, tx, tparams) -> list[jax.Array]:
     """The tangents of y and of the statistics; `tparams` None is zero."""
     tparams = jax.tree.map(jnp.zeros_like, params) if tparams is None else tparams
-    f = functools.partial(_value_of_known, spec, stats)
-    return jax.jvp(f, (x, params), (tx, tparams))[1]
+    kept = Kept(x, None, None, statistics_of(spec, stats), params)
+    ty, tstats = norm_tangents(spec, kept, tx, tparams)
+    return [ty, *arrays_of(tstats)]
 
 
 def cotangent(spec, x, params, stats, dy) -> list[jax.Array]:
     """The cotangents of x and, if they are wanted, of the parameters."""
-    f = functools.partial(_value_of_known, spec, stats)
-    dx, dparams = jax.vjp(lambda *args: f(*args)[0], x, params)[1](dy)
+    linear = lambda tx, tparams: tangent(spec, x, params, stats, tx, tparams)[0]
+    dx, dparams = jax.linear_transpose(linear, x, params)(dy)
     return [dx, *(jax.tree.leaves(dparams) if spec.param_gradients else ())]
-
-
-def _value_of_known(spec, stats, x, params):
-    """The value, without measuring x again."""
-    stats = known_statistics(spec, x, statistics_of(spec, stats))
-    y = standardize(spec, x, stats.mean_high, stats.mean_low, stats.rstd, params)
-    return [y, *arrays_of(stats)]
 
 
 def request(spec: NormSpec, dtype: jnp.dtype, masked: bool = False) -> dict[str, Any]:

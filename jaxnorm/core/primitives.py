@@ -130,7 +130,7 @@ cotangent = Operation(
 
 def _value_derivative(primals, tangents, *, tree, spec):
     x, params = tree.unflatten(primals)
-    y, *stats = value(spec, x, params)
+    y, *stats = value(spec._replace(differentiated=True), x, params)
     tx, *tparams = tangents
     if all(type(t) is ad.Zero for t in tparams):
         tparams = None

@@ -22,6 +22,7 @@ class NormSpec(NamedTuple):
       devices: the devices that share the moments.
       implementation: "xla" for the formula; None for a kernel if one supports this, else the
         formula; "kernel" if it is an error that none does.
+      differentiated: whether the statistics are kept for a derivative, or y alone is wanted.
       batch_dims: how many leading axes `vmap` has added to x, to the statistics and to the
         (co)tangents of both; the parameters have none of them.
       param_gradients: whether the cotangents of the parameters are wanted.
@@ -35,6 +36,7 @@ class NormSpec(NamedTuple):
     subtract_mean: bool = True
     devices: Devices = LOCAL
     implementation: str | None = None
+    differentiated: bool = False
     batch_dims: int = 0
     param_gradients: bool = True
 
@@ -44,5 +46,5 @@ class NormSpec(NamedTuple):
         return LOCAL if self.layout.sub_batches else self.devices
 
     def prepare(self, x: jax.Array) -> jax.Array:
-        """x in the arithmetic's dtype and in the shape of the view."""
-        return x.astype(self.compute_dtype).reshape(self.layout.view)
+        """x, a statistic or a parameter in the arithmetic's dtype."""
+        return x.astype(self.compute_dtype)

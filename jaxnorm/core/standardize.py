@@ -13,7 +13,16 @@ import jax.numpy as jnp
 from jax import export
 from jax.typing import DTypeLike
 
-from jaxnorm.core.moments import Statistics, statistics, subtract
+from jaxnorm.core.moments import (
+    Kept,
+    Statistics,
+    averages,
+    computed_again,
+    less_mean,
+    measured,
+    standardized,
+    tangents_of,
+)
 from jaxnorm.core.spec import NormSpec
 
 
@@ -61,7 +70,6 @@ def init_params(
     )
 
 
-@functools.partial(jax.checkpoint, static_argnums=0)
 def standardize(
     spec: NormSpec,
     x: jax.Array,
@@ -70,18 +78,72 @@ def standardize(
     rstd: jax.Array,
     params: NormParams,
 ) -> jax.Array:
-    """The equation, in the arithmetic's dtype; the result is of the shape of x."""
-    y = subtract(spec.prepare(x), mean_high, mean_low) * rstd.astype(spec.compute_dtype)
+    """The equation, in the arithmetic's dtype."""
+    spread, prepare = spec.layout.spread, spec.prepare
+    factor, offset = spread(prepare(rstd)), None
     if params.scale is not None:
-        y = y * spec.layout.broadcast(params.scale).astype(spec.compute_dtype)
+        factor = factor * prepare(spec.layout.broadcast(params.scale))
     if params.bias is not None:
-        y = y + spec.layout.broadcast(params.bias).astype(spec.compute_dtype)
-    return y.reshape(spec.layout.shape).astype(spec.dtype)
+        offset = prepare(spec.layout.broadcast(params.bias))
+    if mean_low is not None and x.dtype.itemsize == 2:
+        # x - high is exact, so the low part may come last, with the bias. For batch norm this is
+        # one operation less for each element; with more, a TPU's compiler does not repeat them in
+        # each matmul that needs y, and writes y out.
+        low = spread(mean_low) * factor
+        offset, mean_low = (-low if offset is None else offset - low), None
+    y = less_mean(spec, x, mean_high, mean_low) * factor
+    return (y if offset is None else y + offset).astype(spec.dtype)
+
+
+# With statistics that are given. The backward pass computes again what this computes.
+standardize_by = jax.checkpoint(standardize, static_argnums=0)
 
 
 def measure_and_standardize(
     spec: NormSpec, x: jax.Array, params: NormParams, where: jax.Array | None = None
 ) -> tuple[jax.Array, Statistics]:
     """y, and the statistics of x: the formula of every norm."""
-    stats = statistics(spec, x, where)
+    return _norm(spec, x, params, where, spec.statistics_devices.group())
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _norm(spec, x, params, where, group):
+    stats = measured(spec, x, where, group)
     return standardize(spec, x, stats.mean_high, stats.mean_low, stats.rstd, params), stats
+
+
+@_norm.defjvp
+def _norm_jvp(spec, primals, tangents):
+    x, params, where, group = primals
+    y, stats = _norm(spec._replace(differentiated=True), *primals)
+    kept = Kept(x, where, group, stats, params)
+    return (y, stats), norm_tangents(spec, kept, *tangents[:2])
+
+
+def norm_tangents(
+    spec: NormSpec, kept: Kept, tx: jax.Array, tparams: NormParams
+) -> tuple[jax.Array, Statistics]:
+    """The tangents of y and of the statistics."""
+    tangent = functools.partial(_tangents, spec)
+    ty, *moved = computed_again(spec, tangent, kept, (tx, tparams))
+    return ty, tangents_of(kept.stats, *moved)
+
+
+def _tangents(spec, kept, tangents):
+    tx, tparams = tangents
+    stats, params = kept.stats, kept.params
+    spread, prepare = spec.layout.spread, spec.prepare
+    t_mean, q = averages(spec, kept, tx)
+    param = lambda a: prepare(spec.layout.broadcast(a))
+    factor = spread(prepare(stats.rstd))
+    if params.scale is not None:
+        factor = factor * param(params.scale)
+    # As one sum each, sum(g) and sum(g h) would not be fused with what computes g on a GPU.
+    of_h = factor * spread(prepare(q))
+    if params.scale is not None:
+        of_h = of_h - param(tparams.scale)
+    tx = prepare(tx) if t_mean is None else prepare(tx) - spread(t_mean)
+    ty = factor * tx - of_h * standardized(spec, kept.x, stats)
+    if params.bias is not None:
+        ty = ty + param(tparams.bias)
+    return ty.astype(spec.dtype), t_mean, q

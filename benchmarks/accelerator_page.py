@@ -1,0 +1,193 @@
+"""The results of `python -m benchmarks.accelerators` as JSON, table and figure."""
+
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+OURS, PEER = "jaxnorm", "Flax"
+COLORS = {"before": "#999999", "now": "#D55E00"}  # of Okabe and Ito
+LIMIT = 1.02  # of Flax's bytes
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The results of earlier runs, which new ones are added to."""
+    return json.loads(path.read_text()) if path.exists() else {"rows": []}
+
+
+def key(row: dict[str, Any]) -> tuple[str, ...]:
+    """What a row is about."""
+    return row["chip"], row["case"], row["program"], row["library"]
+
+
+def write(report: dict[str, Any], folder: Path) -> None:
+    """Write results.json, table.md and, with matplotlib, the figure.
+
+    Where the folder has a before.json, of an earlier version, its ratios stand beside the new ones.
+    """
+    before = read(folder / "before.json")["rows"]
+    save(report, folder)
+    _replace(folder / "table.md", "\n".join(tables(report["rows"], before)) + "\n")
+    if importlib.util.find_spec("matplotlib"):
+        draw(report["rows"], before, folder / "bytes.png")
+
+
+def save(report: dict[str, Any], folder: Path) -> None:
+    """Write results.json."""
+    _replace(folder / "results.json", json.dumps(report, indent=1))
+
+
+def ratios(rows: Iterable[dict[str, Any]], program: str, what: str = "bytes") -> dict:
+    """For each chip and case: ours over Flax's."""
+    found = {key(row): row[what] for row in rows if row["program"] == program}
+    return {
+        (chip, case): value / found[chip, case, program, PEER]
+        for (chip, case, _, library), value in found.items()
+        if library == OURS and found.get((chip, case, program, PEER))
+    }
+
+
+def tables(rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[str]:
+    """All tables, in Markdown."""
+    lines = ["# Bytes over Flax's, in context and in whole training steps", ""]
+    lines += overview(rows, before)
+    chips = list(dict.fromkeys(row["chip"] for row in rows))
+    for chip in chips:
+        own = [row for row in rows if row["chip"] == chip]
+        lines += ["", f"## {chip}", "", *norm_table(own)]
+        lines += step_table([row for row in own if row["program"] == "step"])
+        lines += device_table([row for row in own if row["program"].endswith("of 8")])
+    return lines
+
+
+def overview(rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[str]:
+    """Ours over Flax's: for each case and chip, before and now."""
+    chips = list(dict.fromkeys(row["chip"] for row in rows))
+    lines = [f"| case | {' | '.join(chips)} |", "|---" + "|---:" * len(chips) + "|"]
+    for program in ("context", "step"):
+        now, old = ratios(rows, program), ratios(before, program)
+        for case in dict.fromkeys(case for _, case in now):
+            cells = []
+            for chip in chips:
+                parts = [
+                    f"{found[chip, case]:.3f}" for found in (old, now) if (chip, case) in found
+                ]
+                cells.append(" → ".join(parts))
+            lines.append(f"| {case} | {' | '.join(cells)} |")
+    return lines
+
+
+def norm_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Forward and backward over the least that must move; scratch, passes, and what is kept."""
+    lines = [
+        "| case | library | forward | backward | context, over x | passes in context | "
+        "scratch: forward | backward | kept over x |",
+        "|---|---|" + "---:|" * 7,
+    ]
+    found = {key(row)[1:]: row for row in rows}
+    for case, library in dict.fromkeys(
+        (row["case"], row["library"]) for row in rows if row["program"] == "context"
+    ):
+        forward, backward, context = (
+            found[case, program, library] for program in ("forward", "backward", "context")
+        )
+        cells = [
+            f"{forward['bytes'] / forward['least']:.2f}",
+            f"{backward['bytes'] / backward['least']:.2f}",
+            f"{context['bytes'] / context['x']:.2f}",
+            f"{context['passes']:g}",
+            f"{forward['scratch'] / forward['x']:.2f}",
+            f"{backward['scratch'] / backward['x']:.2f}",
+            f"{forward['kept'] / forward['x']:.2f}",
+        ]
+        lines.append(f"| {case} | {library} | {' | '.join(cells)} |")
+    return lines if len(lines) > 2 else []
+
+
+def step_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Whole training steps: bytes and scratch."""
+    if not rows:
+        return []
+    lines = ["", "| training step | library | GiB moved | GiB in VMEM | MiB of scratch |"]
+    lines.append("|---|---|---:|---:|---:|")
+    for row in rows:
+        moved, on_chip = row["bytes"] / 2**30, row["on_chip"] / 2**30
+        cells = f"{moved:.2f} | {on_chip:.2f} | {row['scratch'] / 2**20:,.0f}"
+        lines.append(f"| {row['case']} | {row['library']} | {cells} |")
+    return lines
+
+
+def device_table(rows: list[dict[str, Any]]) -> list[str]:
+    """The collectives of eight chips."""
+    if not rows:
+        return []
+    lines = ["", "| on eight chips | program | library | collectives | bytes of each |"]
+    lines.append("|---|---|---|---|---:|")
+    for row in rows:
+        kinds = ", ".join(each["kind"] for each in row["collectives"])
+        sizes = ", ".join(f"{each['bytes']:,}" for each in row["collectives"])
+        program = row["program"].removesuffix(" of 8")
+        lines.append(f"| {row['case']} | {program} | {row['library']} | {kinds} | {sizes} |")
+    return lines
+
+
+def sentences(rows: list[dict[str, Any]]) -> list[str]:
+    """What the results say, for each chip."""
+    said = []
+    for chip in dict.fromkeys(row["chip"] for row in rows):
+        for program, words in (("context", "in context"), ("step", "in whole training steps")):
+            found = {case: r for (c, case), r in ratios(rows, program).items() if c == chip}
+            if not found:
+                continue
+            mean = math.exp(sum(map(math.log, found.values())) / len(found))
+            worst = max(found, key=lambda case, found=found: found[case])
+            said.append(
+                f"{chip}: {words}, jaxnorm moves {mean:.2f} times the bytes of Flax (geometric "
+                f"mean of {len(found)} cases); most for {worst}: {found[worst]:.2f}."
+            )
+    return said
+
+
+def draw(rows: list[dict[str, Any]], before: list[dict[str, Any]], path: Path) -> None:
+    """Draw our bytes over Flax's, for each case and chip."""
+    from matplotlib.figure import Figure
+
+    now, old = ({**ratios(r, "context"), **ratios(r, "step")} for r in (rows, before))
+    if not now:
+        return
+    chips = list(dict.fromkeys(chip for chip, _ in now))
+    cases = list(dict.fromkeys(case for _, case in now))
+    figure = Figure(figsize=(3.5 + 2.1 * len(chips), 1.8 + 0.24 * len(cases)), dpi=130)
+    figure.set_layout_engine("constrained")
+    panels = figure.subplots(1, len(chips), sharex=True, sharey=True, squeeze=False)[0]
+    for chip, axes in zip(chips, panels, strict=True):
+        for found, label in ((old, "before"), (now, "now")):
+            points = [(r, cases.index(case)) for (c, case), r in found.items() if c == chip]
+            x, y = zip(*points, strict=True) if points else ((), ())
+            axes.plot(x, y, "o", color=COLORS[label], ms=5, label=label)
+        axes.axvline(1, color="#333333", lw=1)
+        axes.set_title(chip, size=10)
+        axes.grid(axis="y", alpha=0.3)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(cases)), cases)
+    panels[0].set_ylim(len(cases) - 0.5, -0.5)
+    figure.supxlabel("bytes moved by jaxnorm / bytes moved by Flax", size=9)
+    figure.suptitle(
+        "Norm, matmul and backward pass, and whole training steps: 1 is as many bytes as Flax",
+        size=10,
+    )
+    if old:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower right", ncols=2)
+    new = path.with_suffix(".new")
+    figure.savefig(new, format="png")
+    os.replace(new, path)
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    os.replace(new, path)

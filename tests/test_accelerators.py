@@ -1,0 +1,154 @@
+"""What the compiler for TPUs makes of the norms; it is in the extra `tpu` and needs no TPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import accelerator_page as page
+from benchmarks import accelerators, training_steps
+from benchmarks.cases import Problem
+from benchmarks.chips import CHIPS, Chip, compiled
+
+# conftest.py keeps compiled programs; those of a chip that is not there can't be loaded again.
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
+
+CHIP = CHIPS["v5e"]
+# Too large for VMEM.
+PROBLEMS = {
+    "batch": (256, 28, 28, 256),
+    "layer": (32768, 4096),
+    "rms": (32768, 4096),
+    "group": (64, 64, 64, 320),
+    "instance": (64, 64, 64, 256),
+}
+
+
+@pytest.fixture(autouse=True)
+def lenient():
+    """As Flax has it."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def tpu():
+    """Skips a test where there is no compiler for TPUs."""
+    if CHIP.missing:
+        pytest.skip("libtpu is in the extra 'tpu'")
+    return CHIP
+
+
+@pytest.mark.parametrize("norm", PROBLEMS)
+def test_a_norm_passes_over_x_once_and_keeps_nothing_but_x(norm, tpu):
+    problem = Problem(norm, "any", PROBLEMS[norm], "bfloat16")
+    forward, backward, context = accelerators.norm_rows(tpu, problem, ["jaxnorm"])
+    (flax,) = accelerators.norm_rows(tpu, problem, ["Flax"], ["context"])
+    assert forward["passes"] == 2  # once for the statistics, once for y
+    assert backward["passes"] == 4  # x and dy, for the sums and for dx
+    assert forward["scratch"] <= 0.05 * forward["x"]
+    assert backward["scratch"] <= 0.05 * backward["x"]
+    assert forward["kept"] <= 1.01 * forward["x"]
+    assert context["bytes"] <= page.LIMIT * flax["bytes"]
+
+
+def test_collectives_of_batch_norm(tpu):
+    found = {}
+    for row in accelerators.device_rows(tpu):
+        how = row["case"].rpartition(", ")[2]
+        kinds = [each["kind"] for each in row["collectives"]]
+        found[row["library"], how, row["program"]] = kinds
+    assert found["jaxnorm", "shard_map", "forward of 8"] == ["all-gather"]
+    assert found["jaxnorm", "shard_map", "both of 8"] == ["all-gather", "all-reduce"]
+    # The mean of the sample, and the sums about it; backward one more.
+    assert found["jaxnorm", "jit", "forward of 8"] == ["all-reduce"] * 2
+    assert found["jaxnorm", "jit", "both of 8"] == ["all-reduce"] * 3
+
+
+def test_y_alone_is_one_kernel_of_a_row_for_gpus():
+    chip = CHIPS["H100"]
+    if chip.missing:
+        pytest.skip("the compiler for NVIDIA GPUs is in the extra 'cuda'")
+    for norm in ("layer", "rms"):
+        x, params, _ = accelerators.arguments(Problem(norm, "any", (8192, 4096), "bfloat16"))
+        call = accelerators.jaxnorm_norm(Problem(norm, "any", x.shape, "bfloat16")).apply
+        program = compiled(chip, lambda x, params, call=call: call(x, params, None)[0], (x, params))
+        row = accelerators.measure(program, x, 2 * accelerators.size_of(x))
+        assert row["bytes"] <= 1.01 * row["least"]
+
+
+SMALL = {step.name: step for step in training_steps.steps(small=True)}
+
+
+@pytest.mark.parametrize("name", ["ResNet-50", "transformer, layer norm, scan and remat"])
+def test_training_steps_run_and_learn_the_same_in_both_libraries(name):
+    losses = {}
+    for library in training_steps.LIBRARIES:
+        update, shapes = training_steps.training_step(SMALL[name], library)
+        key = iter(jax.random.split(jax.random.key(0), 1000))
+        draw = lambda a, key=key: (
+            jax.random.randint(next(key), a.shape, 0, 200)
+            if jnp.issubdtype(a.dtype, jnp.integer)
+            else 0.1 * jax.random.normal(next(key), a.shape, a.dtype)
+        )
+        state, *batch = jax.tree.map(draw, shapes)
+        state, first = jax.jit(update)(state, *batch)
+        _, second = jax.jit(update)(state, *batch)
+        losses[library] = float(first), float(second)
+    ours, theirs = losses["jaxnorm"], losses["Flax"]
+    assert ours == pytest.approx(theirs, rel=0.02)  # bfloat16 has a precision of 0.4 %
+
+
+@pytest.fixture
+def rows():
+    """Results of one chip: ours and Flax's."""
+    row = {"chip": "v5e", "case": "layer/any/bfloat16", "x": 100, "least": 200, "on_chip": 0}
+    row |= {"scratch": 0, "kept": 100, "passes": 2, "collectives": []}
+    return [
+        row | {"library": library, "program": program, "bytes": size}
+        for program in ("forward", "backward", "context", "step")
+        for library, size in (("jaxnorm", 110), ("Flax", 100))
+    ]
+
+
+def test_the_page_compares_with_flax_and_with_before(rows, tmp_path):
+    before = [row | {"bytes": 2 * row["bytes"]} for row in rows if row["library"] == "jaxnorm"]
+    before += [row for row in rows if row["library"] == "Flax"]
+    text = "\n".join(page.tables(rows, before))
+    assert "| layer/any/bfloat16 | 2.200 → 1.100 |" in text
+    assert "moves 1.10 times the bytes of Flax" in page.sentences(rows)[0]
+    page.write({"rows": rows}, tmp_path)
+    assert page.read(tmp_path / "results.json") == {"rows": rows}
+    assert (tmp_path / "table.md").read_text().startswith("# Bytes over Flax's")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--chips", "v5x"], "--chips must be some of v5e, v5p, v6e, 7x, H100, B300, got 'v5x'"),
+        (["--parts", "nrms"], "--parts must be some of norms, steps, devices, got 'nrms'"),
+        (["--only", "("], "--only must be a regular expression, got '('"),
+        (["--replot"], "--replot must find"),
+    ],
+)
+def test_a_wrong_flag_is_one_sentence(flags, sentence, tmp_path, capsys):
+    assert accelerators.main([*flags, "--out", str(tmp_path / "out")]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_chip_without_compiler_is_left_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Chip, "missing", "libtpu is in the extra 'tpu'")
+    assert accelerators.main(["--chips", "v5e", "--out", str(tmp_path)]) == 2
+    assert "v5e: left out, libtpu is in the extra 'tpu'" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_what_was_counted(rows, tmp_path, capsys, monkeypatch):
+    def compile_all(chip, parts, only, report, folder):
+        report["rows"] += rows
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Chip, "missing", None)
+    monkeypatch.setattr(accelerators, "compile_all", compile_all)
+    assert accelerators.main(["--chips", "v5e", "--out", str(tmp_path)]) == 130
+    assert page.read(tmp_path / "results.json")["rows"] == rows
+    assert "Interrupted" in capsys.readouterr().err
