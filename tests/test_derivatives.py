@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -21,6 +22,8 @@ from transformations import (
     reverse_over_reverse,
     vjp,
 )
+
+import jaxnorm as jn
 
 pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
 
@@ -121,3 +124,11 @@ def test_export_with_symbolic_shapes(norm, rng):
     args = arguments(norm, rng)
     exported = export.export(gradient)(x, *args[1:])
     assert_same(exported.call(*args), vjp(norm.plain, args))
+
+
+def test_export_with_a_symbolic_batch_of_small_images(rng):
+    """How many elements share statistics is then not known to be more than any number."""
+    x = rng.standard_normal((5, 4, 4, 8), np.float32)
+    norm = jax.jit(lambda x: jn.batch_norm(x, jn.init_batch_norm_state(8))[0])
+    shape = jax.ShapeDtypeStruct(export.symbolic_shape("batch, 4, 4, 8"), np.float32)
+    np.testing.assert_allclose(export.export(norm)(shape).call(x), norm(x), atol=1e-6)

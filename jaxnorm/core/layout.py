@@ -132,17 +132,13 @@ class Layout:
         """An eighth or more of the elements that share statistics, the same for all of them.
 
         Along the last axis these are the eighth in the middle, because memory is read in pieces of
-        32 bytes or more; along another axis every eighth index. It is all of x if no axis can be
-        divided: those of a symbolic shape, split axes, and axes that are sharded explicitly.
-        Of few elements all are taken, because the mean of a small sample may be far off.
+        32 bytes or more; along another axis every eighth index. It is all of x if the shape is
+        symbolic, if each axis is split or sharded explicitly, and if the elements are few, because
+        the mean of a small sample may be far off.
         """
         sharding = jax.typeof(x).sharding.spec
-        axes = [
-            axis
-            for axis in self.reduction_axes
-            if axis != self.split and isinstance(self.shape[axis], int) and not sharding[axis]
-        ]
-        if not axes or self.count < LEAST:
+        axes = [axis for axis in self.reduction_axes if axis != self.split and not sharding[axis]]
+        if not axes or not isinstance(self.count, int) or self.count < LEAST:
             return x
         last = x.ndim - 1
         # The batch comes last but for the features: it may be sharded.
