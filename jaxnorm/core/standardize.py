@@ -86,9 +86,9 @@ def standardize(
     if params.bias is not None:
         offset = prepare(spec.layout.broadcast(params.bias))
     if mean_low is not None and x.dtype.itemsize == 2:
-        # x - high is exact, so the low part may come last, with the bias. For batch norm this is
-        # one operation less for each element; with more, a TPU's compiler does not repeat them in
-        # each matmul that needs y, and writes y out.
+        # x - high is nearly exact, so the low part may come last, with the bias. For batch norm
+        # this is one operation less for each element; with more, a TPU's compiler does not repeat
+        # them in each matmul that needs y, and writes y out.
         low = spread(mean_low) * factor
         offset, mean_low = (-low if offset is None else offset - low), None
     y = less_mean(spec, x, mean_high, mean_low) * factor
