@@ -37,17 +37,22 @@ class Tiny:
     def level(self):
         return "tiny"
 
+    def unproven(self):
+        return None
+
     def declines(self, *, block, subtract_mean, masked, exported, **_):
         rows = block is not None and block[1:3] == (1, 1)
         return None if rows and subtract_mean and not masked and not exported else "it is tiny"
 
-    def value(self, x, scale, bias, *, block, epsilon, subtract_mean):
+    def value(self, x, residual, scale, bias, *, block, epsilon, subtract_mean):
+        assert residual is None
         assert bias is None
         assert subtract_mean
         y, *stats = tiny_value(x.reshape(block[0], block[3]), scale[None], epsilon)
-        return y.reshape(x.shape), *stats
+        return y.reshape(x.shape), None, *stats
 
-    def cotangent(self, x, dy, scale, mean_high, mean_low, rstd, *, block, batch, wanted):
+    def cotangent(self, x, dy, dtotal, scale, mean_high, mean_low, rstd, *, block, batch, wanted):
+        assert dtotal is None
         rows = (batch, block[0], block[3])
         dx, dscale = tiny_cotangent(x.reshape(rows), dy.reshape(rows), scale, mean_high, rstd)
         return dx.reshape(x.shape), dscale if wanted[0] else None, None
@@ -108,6 +113,20 @@ def test_a_kernel_is_reached_where_another_could_not_be_built(table, no_compiler
     formula = layer_norm(X, SCALE, epsilon=0.25, implementation="xla")
     np.testing.assert_array_equal(layer_norm(X, SCALE, epsilon=0.25), formula)
     assert jn.implementations()["cpu"] == "xla: no compiler was found"
+    assert jn.implementations()["tpu"] == "kernel: tiny"
+
+
+@pytest.mark.usefixtures("kernel")
+def test_an_unproven_kernel_is_used_only_where_it_is_asked_for(table, monkeypatch):
+    tiny = Tiny()
+    monkeypatch.setattr(tiny, "unproven", lambda: "it was never run on a real chip")
+    table(tpu=tiny)
+    assert "tiny_value" not in lowered(layer_norm, "tpu", X, SCALE)
+    asked = functools.partial(layer_norm, implementation="kernel")
+    assert "tiny_value" in lowered(asked, "tpu", X, SCALE)
+    assert jn.implementations()["tpu"] == "xla: it was never run on a real chip"
+    monkeypatch.setenv(kernels.VARIABLE, "kernel")
+    assert "tiny_value" in lowered(layer_norm, "tpu", X, SCALE)
     assert jn.implementations()["tpu"] == "kernel: tiny"
 
 

@@ -65,6 +65,7 @@ def request(spec: NormSpec, dtype: jnp.dtype, masked: bool = False) -> dict[str,
         "dtype": dtype,
         "result_dtype": spec.dtype,
         "subtract_mean": spec.subtract_mean,
+        "adds": False,
         "masked": masked,
         "over_devices": bool(spec.statistics_devices.names),
     }
@@ -75,8 +76,9 @@ def value_by_kernel(
 ) -> list[jax.Array]:
     """The value; the axes that `vmap` has added are more examples of the block."""
     batch, (n, s, g, k) = x.shape[: spec.batch_dims], _block(spec)
-    y, *stats = kernel.value(
+    y, _, *stats = kernel.value(
         x,
+        None,
         *_flat(params),
         block=(math.prod(batch) * n, s, g, k),
         epsilon=spec.epsilon,
@@ -103,6 +105,7 @@ def cotangent_by_kernel(
     dx, *grads = kernel.cotangent(
         x,
         dy,
+        None,
         scale,
         high,
         low,

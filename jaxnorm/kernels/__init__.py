@@ -9,7 +9,10 @@ The argument `implementation` of the functions chooses what computes a norm:
     "xla"       the formulas, which XLA compiles for any platform
     "kernel"    the platform's kernel; an error if there is none, or if it declines
     None        the environment variable JAXNORM_IMPLEMENTATION if set, else the kernel if it
-                supports the input, else XLA
+                supports the input and was proven on such hardware, else XLA
+
+A kernel is proven where it was run on a real chip, right and faster than XLA. Elsewhere it has to
+be asked for.
 
 What the kernel supports is decided twice. The call is traced with the formula alone if no platform
 has a kernel for it. Otherwise each platform decides when the program is lowered for it, so one
@@ -48,6 +51,10 @@ class Kernel(Protocol):
         """What hardware it is compiled for."""
         ...
 
+    def unproven(self) -> str | None:
+        """Why it has to be asked for here, or None if it is used unasked."""
+        ...
+
     def declines(
         self,
         *,
@@ -55,6 +62,7 @@ class Kernel(Protocol):
         dtype: Any,
         result_dtype: Any,
         subtract_mean: bool,
+        adds: bool,
         masked: bool,
         over_devices: bool,
         exported: bool,
@@ -66,6 +74,7 @@ class Kernel(Protocol):
           dtype: of x.
           result_dtype: of y.
           subtract_mean: whether the mean is subtracted.
+          adds: whether a residual is added to x, and the sum is normalized.
           masked: whether some elements do not count.
           over_devices: whether the statistics are shared over devices.
           exported: whether the program may run where jaxnorm is not installed.
@@ -75,20 +84,29 @@ class Kernel(Protocol):
     def value(
         self,
         x: jax.Array,
+        residual: jax.Array | None,
         scale: jax.Array | None,
         bias: jax.Array | None,
         *,
         block: tuple[int, int, int, int],
         epsilon: float,
         subtract_mean: bool,
-    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array, jax.Array]:
-        """y, the mean's high and low part (None if it is not subtracted), variance and rstd."""
+    ) -> tuple[
+        jax.Array, jax.Array | None, jax.Array | None, jax.Array | None, jax.Array, jax.Array
+    ]:
+        """y, the sum, the mean's high and low part, variance and rstd.
+
+        A residual has the shape and dtype of x. It is added in float32, and this sum is normalized;
+        it is returned in the dtype of x, or None without a residual. The parts of the mean are None
+        if it is not subtracted.
+        """
         ...
 
     def cotangent(
         self,
         x: jax.Array,
         dy: jax.Array,
+        dtotal: jax.Array | None,
         scale: jax.Array | None,
         mean_high: jax.Array | None,
         mean_low: jax.Array | None,
@@ -99,6 +117,9 @@ class Kernel(Protocol):
         wanted: tuple[bool, ...],
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         """The gradients of x, and of scale and bias where they are `wanted`.
+
+        Where x is the sum with a residual, `dtotal` is the cotangent of that sum; it is added to
+        the gradient of x in float32.
 
         x and dy hold `batch` such blocks, and the statistics have shape (batch, n, g). Each block
         has its own gradients of scale and bias: they have shape (batch, g * k) and are float32.
@@ -115,7 +136,7 @@ def implementations() -> dict[str, str]:
 
     Returns:
       For each platform "kernel: " and what hardware the kernel is compiled for, or "xla: " or
-      "none: " and the reason.
+      "none: " and the reason. "xla: " is also said of a kernel that has to be asked for.
 
     Examples:
       >>> import jaxnorm as jn
@@ -125,13 +146,13 @@ def implementations() -> dict[str, str]:
     wanted = check_implementation(None)
 
     def told(platform: str) -> str:
-        kernel = KERNELS.get(platform)
-        missing = kernel.missing() if kernel else "there is no kernel"
         if wanted == "xla":
             return f"xla: {VARIABLE}=xla"
-        if missing and wanted == "kernel":
-            return f"none: {VARIABLE} asks for the kernel, but {missing}"
-        return f"xla: {missing}" if missing or not kernel else f"kernel: {kernel.level()}"
+        kernel = KERNELS.get(platform)
+        reason = _not_here(kernel, required=wanted == "kernel")
+        if reason and wanted == "kernel":
+            return f"none: {VARIABLE} asks for the kernel, but {reason}"
+        return f"xla: {reason}" if reason or not kernel else f"kernel: {kernel.level()}"
 
     return {"cpu": told("cpu"), "gpu": told("cuda"), "tpu": told("tpu")}
 
@@ -159,7 +180,10 @@ def supported(request: dict[str, Any], *, required: bool) -> bool:
     Raises:
       ValueError: none does, and one is required.
     """
-    reasons = {platform: _declines(kernel, request) for platform, kernel in KERNELS.items()}
+    reasons = {
+        platform: _declines(kernel, request, required=required)
+        for platform, kernel in KERNELS.items()
+    }
     if None in reasons.values():
         return True
     if required:
@@ -185,14 +209,23 @@ def for_program(
         reason = f"there is no kernel for {platform or 'the platform of this program'}"
     else:
         exported = ctx.module_context.lowering_parameters.for_export
-        reason = _declines(kernel, request, exported=exported) or _sharded(ctx)
+        reason = _declines(kernel, request, required=required, exported=exported) or _sharded(ctx)
     if reason and required:
         refuse(reason)
     return None if reason else kernel
 
 
-def _declines(kernel: Kernel, request: dict[str, Any], exported: bool = False) -> str | None:
-    return kernel.missing() or kernel.declines(**request, exported=exported)
+def _not_here(kernel: Kernel | None, *, required: bool) -> str | None:
+    """Why the kernel is not used at all, whatever the input."""
+    if kernel is None:
+        return "there is no kernel"
+    return kernel.missing() or (None if required else kernel.unproven())
+
+
+def _declines(
+    kernel: Kernel, request: dict[str, Any], *, required: bool, exported: bool = False
+) -> str | None:
+    return _not_here(kernel, required=required) or kernel.declines(**request, exported=exported)
 
 
 def _sharded(ctx: mlir.LoweringRuleContext) -> str | None:

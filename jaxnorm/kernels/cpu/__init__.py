@@ -70,6 +70,10 @@ def use_level(name: str) -> bool:
     return _library().jaxnorm_use_level(name.encode())
 
 
+def unproven() -> None:
+    """Nothing: docs/benchmarks.md has its times."""
+
+
 @functools.cache
 def declines(
     *,
@@ -77,11 +81,14 @@ def declines(
     dtype: Any,
     result_dtype: Any,
     subtract_mean: bool,
+    adds: bool,
     masked: bool,
     over_devices: bool,
     exported: bool,
 ) -> str | None:
     """Why it does not support such a call, or None if it does."""
+    if adds:
+        return "it does not add a residual"
     if over_devices:
         return "it does not share statistics over an axis_name"
     if masked:
@@ -107,14 +114,16 @@ def declines(
 
 def value(
     x: jax.Array,
+    residual: jax.Array | None,
     scale: jax.Array | None,
     bias: jax.Array | None,
     *,
     block: tuple[int, int, int, int],
     epsilon: float,
     subtract_mean: bool,
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array, jax.Array]:
+) -> tuple[jax.Array, None, jax.Array | None, jax.Array | None, jax.Array, jax.Array]:
     """y and the statistics."""
+    assert residual is None  # else it has declined
     n, _, g, _ = block
     statistic = jax.ShapeDtypeStruct((n, g), jnp.float32)
     mean = statistic if subtract_mean else _NOTHING
@@ -129,12 +138,13 @@ def value(
         epsilon=np.float64(epsilon),
         subtract_mean=subtract_mean,
     )
-    return (y, high, low, var, rstd) if subtract_mean else (y, None, None, var, rstd)
+    return (y, None, *((high, low) if subtract_mean else (None, None)), var, rstd)
 
 
 def cotangent(
     x: jax.Array,
     dy: jax.Array,
+    dtotal: jax.Array | None,
     scale: jax.Array | None,
     mean_high: jax.Array | None,
     mean_low: jax.Array | None,
@@ -145,6 +155,7 @@ def cotangent(
     wanted: tuple[bool, ...],
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """The gradients, of `batch` blocks."""
+    assert dtotal is None
     _, _, g, k = block
     of_features = jax.ShapeDtypeStruct((batch, g * k), jnp.float32)
     dx, *grads = jax.ffi.ffi_call(
