@@ -138,7 +138,8 @@ def value(
         epsilon=np.float64(epsilon),
         subtract_mean=subtract_mean,
     )
-    return (y, None, *((high, low) if subtract_mean else (None, None)), var, rstd)
+    high, low = (high, low) if subtract_mean else (None, None)
+    return y, None, high, low, var, rstd
 
 
 def cotangent(

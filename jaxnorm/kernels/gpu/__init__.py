@@ -1,0 +1,143 @@
+"""The kernel for NVIDIA GPUs, in Pallas, by its backend Mosaic GPU.
+
+It takes rows of the last axes (layer and rms norm) that registers can hold: rows.py, by the numbers
+of tiles.py.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxnorm.kernels.gpu.tiles import LANES, LONGEST, WARPS, tile
+
+OLDEST_JAX = (0, 11)  # older ones can't interpret it, so it was not tested with them
+PROVEN = "9.0"  # the compute capability of the GPU that it was measured on, an H100
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why there is no kernel here, or None if there is one."""
+    if jax.__version_info__ < OLDEST_JAX:
+        needed = ".".join(map(str, OLDEST_JAX))
+        return f"it needs jax {needed} or newer, and this is jax {jax.__version__}"
+    return None
+
+
+def level() -> str:
+    """What it is compiled by."""
+    return "Pallas (Mosaic GPU)"
+
+
+@functools.cache
+def unproven() -> str | None:
+    """Why it has to be asked for here, or None if it is used unasked."""
+    try:
+        device = jax.devices("cuda")[0]
+    except RuntimeError:
+        return "there is no NVIDIA GPU here to run it by default"
+    if device.compute_capability != PROVEN:
+        return f"it was measured on an H100 only, not on {device.device_kind}"
+    return None
+
+
+@functools.cache
+def declines(
+    *,
+    block: tuple[int, int, int, int] | None,
+    dtype: Any,
+    result_dtype: Any,
+    subtract_mean: bool,
+    adds: bool,
+    masked: bool,
+    over_devices: bool,
+    exported: bool,
+) -> str | None:
+    """Why it does not support such a call, or None if it does."""
+    del subtract_mean, adds
+    if over_devices:
+        return "it does not share statistics over an axis_name"
+    if masked:
+        return "it takes no mask"
+    if dtype not in (jnp.float32, jnp.bfloat16) or result_dtype != dtype:
+        return (
+            f"it takes float32 or bfloat16, for x and the result alike, and x is of {dtype}, the "
+            f"result of {result_dtype}"
+        )
+    if block is None or block[1] > 1 or block[2] > 1:
+        return "it takes layer and rms norm over the last axes only"
+    n, _, _, k = block
+    if not n * k:
+        return "x has no elements"
+    if tile(n, k) is None:
+        return (
+            f"it takes rows of a multiple of {LANES} elements (of {WARPS * LANES}, if {WARPS} does "
+            f"not divide their number), up to {LONGEST}, and x has {n} rows of {k}"
+        )
+    if exported:
+        return "Mosaic's code is not promised to run by other versions of JAX than exported it"
+    return None
+
+
+def value(
+    x: jax.Array,
+    residual: jax.Array | None,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    *,
+    block: tuple[int, int, int, int],
+    epsilon: float,
+    subtract_mean: bool,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None, jax.Array, jax.Array]:
+    """y, the sum with the residual, and the statistics."""
+    from jaxnorm.kernels.gpu import rows  # Pallas takes a second to import
+
+    n, _, _, k = block
+    y, total, *mean, var, rstd = rows.forward(
+        x.reshape(n, k),
+        None if residual is None else residual.reshape(n, k),
+        _row(scale),
+        _row(bias),
+        epsilon=epsilon,
+        subtract_mean=subtract_mean,
+    )
+    total = None if total is None else total.reshape(x.shape)
+    high, low = (None if a is None else a.reshape(n, 1) for a in mean)
+    return y.reshape(x.shape), total, high, low, var.reshape(n, 1), rstd.reshape(n, 1)
+
+
+def cotangent(
+    x: jax.Array,
+    dy: jax.Array,
+    dtotal: jax.Array | None,
+    scale: jax.Array | None,
+    mean_high: jax.Array | None,
+    mean_low: jax.Array | None,
+    rstd: jax.Array,
+    *,
+    block: tuple[int, int, int, int],
+    batch: int,
+    wanted: tuple[bool, ...],
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """The gradients, of `batch` blocks."""
+    from jaxnorm.kernels.gpu import rows
+
+    n, _, _, k = block
+    shape = (batch * n, k)
+    dx, dscale, dbias = rows.backward(
+        x.reshape(shape),
+        dy.reshape(shape),
+        None if dtotal is None else dtotal.reshape(shape),
+        _row(scale),
+        None if mean_high is None else mean_high.reshape(-1),
+        None if mean_low is None else mean_low.reshape(-1),
+        rstd.reshape(-1),
+        batch=batch,
+        wanted=wanted,
+    )
+    return dx.reshape(x.shape), dscale, dbias
+
+
+def _row(a: jax.Array | None) -> jax.Array | None:
+    return None if a is None else a.astype(jnp.float32)[None]

@@ -1,0 +1,314 @@
+"""Layer and rms norm of rows, forward and backward, for Mosaic GPU.
+
+Rows are kept in registers, so memory is read and written once. tiles.py has how they are divided.
+
+Backward, each program takes every P-th tile of rows, and adds up what they give the gradients of
+scale and bias. XLA adds the sums of the programs.
+"""
+
+import functools
+import math
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxnorm.kernels.gpu.tiles import LANES, VECTOR_BYTES, WARPS, Tile, tile
+
+interpret: Any = None  # tests run the kernels without a GPU
+
+
+class Rows(Tile):
+    """A tile, and how it is loaded, stored and summed.
+
+    Arrays of rows are handled as arrays of segments, which are rows if a row has one.
+    """
+
+    @property
+    def layout(self) -> Any:
+        """Which lane has which elements: a segment belongs to one warp."""
+        tiling = plgpu.Tiling(((WARPS, LANES * self.vector), (self.vector,)))
+        return plgpu.Layout.TILED(tiling, (-3,), (-2,), -1)
+
+    def segment(self) -> Any:
+        """The first segment of a row that this warpgroup has."""
+        return lax.axis_index("warpgroup") * WARPS if self.segments > 1 else 0
+
+    def load(self, ref: Any, start: Any) -> jax.Array:
+        """Rows of an array, in float32."""
+        return _load(ref.at[self._slice(start), :], self.layout).astype(jnp.float32)
+
+    def store(self, ref: Any, start: Any, a: jax.Array) -> None:
+        """The inverse of `load`."""
+        ref[self._slice(start), :] = a.astype(ref.dtype)
+
+    def load_param(self, ref: Any) -> jax.Array:
+        """A number for each feature, for each element."""
+        if self.segments > 1:
+            return self.load(ref, 0)
+        return self._wide(_load(ref.at[0, :], self.layout.reduce(0)), 1)
+
+    def load_statistic(self, ref: Any, start: Any) -> jax.Array:
+        """A number for each row."""
+        if self.segments > 1:
+            return ref[start]
+        return _load(ref.at[pl.ds(start, self.rows)], self.layout.reduce(1))
+
+    def store_statistic(self, ref: Any, start: Any, a: jax.Array) -> None:
+        """The inverse of `load_statistic`."""
+        if self.segments == 1:
+            ref[pl.ds(start, self.rows)] = a
+            return
+
+        @pl.when(lax.axis_index("warpgroup") == 0)  # all have the same
+        def _():
+            ref[start] = a
+
+    def along(self, a: jax.Array) -> jax.Array:
+        """A number for each row, for each element."""
+        return a if self.segments > 1 else self._wide(a, 0)
+
+    def means(self, shared: Any, slot: Any, *arrays: jax.Array) -> list[jax.Array]:
+        """The mean of each row, of each of the arrays.
+
+        Args:
+          shared: shared memory and a barrier, if rows have segments.
+          slot: 0 and 1 in turns, so that no warpgroup writes what another still reads.
+          *arrays: up to two.
+        """
+        sums = [jnp.sum(a, axis=1) for a in arrays]
+        if self.segments > 1:
+            memory, barrier = shared
+            place = lambda number: (2 * slot + number) * self.segments
+            for number, a in enumerate(sums):
+                memory[pl.ds(place(number) + self.segment(), WARPS)] = a
+            plgpu.barrier_arrive(barrier)
+            plgpu.barrier_wait(barrier)
+            total = lambda at: functools.reduce(
+                operator.add, (memory[at + segment] for segment in range(self.segments))
+            )
+            sums = [total(place(number)) for number in range(len(arrays))]
+        return [a / self.k for a in sums]
+
+    def _slice(self, start):
+        return pl.ds(start * self.segments + self.segment(), self.shape[0])
+
+    def _wide(self, a, axis):
+        return plgpu.layout_cast(lax.broadcast_in_dim(a, self.shape, (axis,)), self.layout)
+
+
+def forward(
+    x: jax.Array,
+    residual: jax.Array | None,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    *,
+    epsilon: float,
+    subtract_mean: bool,
+) -> list[Any]:
+    """y, the sum with the residual, and the statistics, of x of shape (rows, k)."""
+    rows, k = x.shape
+    t = tile(rows, k, VECTOR_BYTES // x.dtype.itemsize)
+    assert t  # else it was declined
+    t = Rows(*t)
+    statistic = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    # About 1 / sqrt(k), so that sums of scaled squares don't overflow; exact, a power of two.
+    small = 2.0 ** -math.ceil(math.log2(k) / 2)
+
+    def body(refs, results, shared):
+        start = lax.axis_index("tile") * t.rows
+        d = t.load(refs["x"], start)
+        if "residual" in refs:
+            d = d + t.load(refs["residual"], start)
+            t.store(results["total"], start, d)
+        if subtract_mean:
+            (high,) = t.means(shared, 0, d)
+            d = d - t.along(high)
+            low, power = t.means(shared, 1, d, square(d))
+            var = jnp.maximum(power / small**2 - low * low, 0.0)
+            d = d - t.along(low)
+            t.store_statistic(results["high"], start, high)
+            t.store_statistic(results["low"], start, low)
+        else:
+            (power,) = t.means(shared, 0, square(d))
+            var = power / small**2
+        rstd = _reciprocal_root(var + epsilon)
+        t.store_statistic(results["var"], start, var)
+        t.store_statistic(results["rstd"], start, rstd)
+        y = d * t.along(rstd)
+        if "scale" in refs:
+            y = y * t.load_param(refs["scale"])
+        if "bias" in refs:
+            y = y + t.load_param(refs["bias"])
+        t.store(results["y"], start, y)
+
+    def square(d):
+        scaled = d * small
+        return scaled * scaled
+
+    like_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    of_mean = statistic if subtract_mean else None
+    found = _call(
+        t,
+        body,
+        {"x": x, "residual": residual, "scale": scale, "bias": bias},
+        {
+            "y": like_x,
+            "total": None if residual is None else like_x,
+            "high": of_mean,
+            "low": of_mean,
+            "var": statistic,
+            "rstd": statistic,
+        },
+        {"tile": rows // t.rows},
+    )
+    return [found.get(name) for name in ("y", "total", "high", "low", "var", "rstd")]
+
+
+def backward(
+    x: jax.Array,
+    dy: jax.Array,
+    dtotal: jax.Array | None,
+    scale: jax.Array | None,
+    high: jax.Array | None,
+    low: jax.Array | None,
+    rstd: jax.Array,
+    *,
+    batch: int,
+    wanted: tuple[bool, ...],
+) -> list[Any]:
+    """The gradients of x, of shape (rows, k), and of scale and bias, of each of `batch` parts."""
+    rows, k = x.shape
+    each = rows // batch
+    t = tile(each, k, 4)  # Mosaic adds no more over warps
+    assert t  # else it was declined
+    t = Rows(*t)
+    tiles = each // t.rows
+    programs = min(t.programs, tiles)
+
+    def body(refs, results, shared):
+        part, program = lax.axis_index("part"), lax.axis_index("program")
+        param = t.load_param(refs["scale"]) if "scale" in refs else None
+
+        def step(i, sums):
+            start = part * each + (program + i * programs) * t.rows
+            h, d = t.load(refs["x"], start), t.load(refs["dy"], start)
+            if "high" in refs:
+                h = h - t.along(t.load_statistic(refs["high"], start))
+                h = h - t.along(t.load_statistic(refs["low"], start))
+            r = t.along(t.load_statistic(refs["rstd"], start))
+            h = h * r
+            g = d if param is None else d * param
+            if "high" in refs:
+                along, own = t.means(shared, i % 2, g * h, g)
+                dx = (g - t.along(own) - h * t.along(along)) * r
+            else:
+                (along,) = t.means(shared, i % 2, g * h)
+                dx = (g - h * t.along(along)) * r
+            if "dtotal" in refs:
+                dx = dx + t.load(refs["dtotal"], start)
+            t.store(results["dx"], start, dx)
+            terms = {"dscale": d * h, "dbias": d}
+            return {name: a + terms[name] for name, a in sums.items()}
+
+        names = [name for name in ("dscale", "dbias") if name in results]
+        zeros = lambda: plgpu.layout_cast(jnp.zeros(t.shape, jnp.float32), t.layout)
+        steps = (tiles - program + programs - 1) // programs
+        sums = lax.fori_loop(0, steps, step, {name: zeros() for name in names})
+        for name in names:
+            own = results[name].at[part * programs + program]
+            if t.segments > 1:
+                own[pl.ds(t.segment(), WARPS), :] = sums[name]
+            else:
+                own[0, :] = jnp.sum(sums[name], axis=0)
+
+    of_features = jax.ShapeDtypeStruct((batch * programs, t.segments, k // t.segments), jnp.float32)
+    found = _call(
+        t,
+        body,
+        {
+            "x": x,
+            "dy": dy,
+            "dtotal": dtotal,
+            "scale": scale,
+            "high": high,
+            "low": low,
+            "rstd": rstd,
+        },
+        {
+            "dx": jax.ShapeDtypeStruct(x.shape, x.dtype),
+            "dscale": of_features if wanted[0] else None,
+            "dbias": of_features if wanted[1] else None,
+        },
+        {"part": batch, "program": programs},
+    )
+    sums = [found.get(name) for name in ("dscale", "dbias")]
+    return [
+        found["dx"],
+        *(None if a is None else jnp.sum(a.reshape(batch, programs, k), 1) for a in sums),
+    ]
+
+
+def _call(
+    t: Rows, body, operands: dict[str, Any], results: dict[str, Any], grid: dict[str, int]
+) -> dict[str, jax.Array]:
+    """Run `body(operands, results, shared)` in a grid; those that are None are left out.
+
+    Arrays of rows come to it as arrays of segments; parameters are rows.
+    """
+    segment = t.k // t.segments
+    operands = {
+        name: a.reshape(-1, segment) if a.ndim == 2 else a
+        for name, a in operands.items()
+        if a is not None
+    }
+    results = {name: a for name, a in results.items() if a is not None}
+    in_segments = [
+        jax.ShapeDtypeStruct((a.shape[0] * t.segments, segment), a.dtype) if a.ndim == 2 else a
+        for a in results.values()
+    ]
+
+    def jaxnorm_rows(*refs):
+        given, rest = refs[: len(operands)], refs[len(operands) :]
+        made, shared = rest[: len(results)], rest[len(results) :]
+        body(dict(zip(operands, given, strict=True)), dict(zip(results, made, strict=True)), shared)
+
+    shared = [plgpu.SMEM((4 * t.segments,), jnp.float32), plgpu.Barrier(num_arrivals=t.warpgroups)]
+    kernel = plgpu.kernel(
+        jaxnorm_rows,
+        out_type=in_segments,
+        scratch_types=shared if t.segments > 1 else (),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=t.warpgroups,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            # A sum over the rows of a warpgroup goes through shared memory.
+            reduction_scratch_bytes=4 * max(512, t.k if t.segments == 1 else 0),
+        ),
+        interpret=interpret,
+    )
+    found = kernel(*operands.values())
+    return {
+        name: a.reshape(like.shape) for (name, like), a in zip(results.items(), found, strict=True)
+    }
+
+
+def _load(ref: Any, layout: Any) -> jax.Array:
+    load: Any = plgpu.load  # older versions of JAX have other arguments
+    return load(ref, layout=layout, optimized=False)  # only shared memory has optimized loads
+
+
+def _reciprocal_root(a: jax.Array) -> jax.Array:
+    """a**-1/2, and zero for zero: the hardware's estimate and a step of Newton's method."""
+    zero = a <= 0
+    positive = jnp.where(zero, 1.0, a)
+    estimate = lax.rsqrt(positive)
+    error = 1 - (positive * estimate) * estimate
+    better = jnp.where(error == error, estimate + 0.5 * estimate * error, estimate)  # infinity
+    return jnp.where(zero, 0.0, better)

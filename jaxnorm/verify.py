@@ -1,0 +1,239 @@
+"""python -m jaxnorm.verify: is the kernel right, and faster than XLA, on the device at hand?
+
+Each case runs by the kernel and by XLA. Results are compared with NumPy in float64, in units of
+float32: an error of 1 is the distance of the largest result to the next float32. Times are medians
+of interleaved rounds; a rate is the least that must be moved, over the time, over the rate of a
+copy of the same array.
+"""
+
+import argparse
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxnorm as jn
+from jaxnorm.kernels import KERNELS
+
+LIMIT = 4.0  # units: rounding of the mean, of rstd, and of the operations of the formula
+ROUNDS, CALLS = 7, 10
+
+
+class Case(NamedTuple):
+    """A norm of rows of k elements, drawn with a mean and a standard deviation."""
+
+    norm: str
+    rows: int
+    k: int
+    dtype: str
+    mean: float = 0.0
+    std: float = 1.0
+    epsilon: float = 1e-6
+
+    def __str__(self) -> str:
+        data = f", {self.mean:g} ± {self.std:g}" if (self.mean, self.std) != (0, 1) else ""
+        return f"{self.norm}_norm {self.rows} x {self.k} {self.dtype}{data}"
+
+    @property
+    def centred(self) -> bool:
+        """Whether the norm subtracts the mean."""
+        return self.norm == "layer"
+
+    def arrays(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """x, scale, bias, and a cotangent of y."""
+        keys = jax.random.split(jax.random.key(0), 4)
+        draw = lambda key, *shape: jax.random.normal(key, shape, jnp.float32)
+        x = self.mean + self.std * draw(keys[0], self.rows, self.k)
+        dy = draw(keys[1], self.rows, self.k)
+        scale, bias = 1 + draw(keys[2], self.k), draw(keys[3], self.k)
+        return x.astype(self.dtype), scale, bias, dy.astype(self.dtype)
+
+    def function(self, implementation: str) -> Callable:
+        """y of x, scale and bias."""
+        norm = functools.partial(
+            getattr(jn, f"{self.norm}_norm"), epsilon=self.epsilon, implementation=implementation
+        )
+        return lambda x, scale, bias: norm(x, jn.NormParams(scale, bias))
+
+
+def right_cases() -> Iterator[Case]:
+    """Data that is hard for a norm, in shapes that are hard for a kernel."""
+    for norm in ("layer", "rms"):
+        for rows, k in ((64, 128), (7, 768), (1, 4096), (1000, 1024), (96, 8192), (5, 1000)):
+            yield Case(norm, rows, k, "float32")
+        for dtype, (rows, k) in (("bfloat16", (4096, 768)), ("float32", (4096, 768))):
+            yield Case(norm, rows, k, dtype, mean=1.0)
+        yield Case(norm, 64, 2048, "float32", mean=1e4)
+        yield Case(norm, 64, 2048, "float32", std=1e18, epsilon=0.0)
+        yield Case(norm, 64, 2048, "float32", std=1e-15, epsilon=0.0)
+        yield Case(norm, 64, 2048, "float32", mean=3.0, std=0.0)
+
+
+def fast_cases(megabytes: int) -> Iterator[Case]:
+    """Rows of many lengths; x has so many MiB."""
+    for norm in ("layer", "rms"):
+        for dtype in ("bfloat16", "float32"):
+            for k in (768, 1024, 2048, 4096, 8192, 16384):
+                rows = (megabytes << 20) // (k * jnp.dtype(dtype).itemsize)
+                yield Case(norm, rows // 8 * 8, k, dtype)
+
+
+def truth(case: Case, x: Any, scale: Any, bias: Any, dy: Any) -> list[tuple[np.ndarray, Any]]:
+    """y and the gradients in float64, and of each the size of what it is a sum or difference of."""
+    wide = lambda a: np.asarray(a.astype(jnp.float32), np.float64)
+    x, scale, bias, dy = map(wide, (x, scale, bias, dy))
+    mean = lambda a: a.mean(-1, keepdims=True)
+    e = x - mean(x) if case.centred else x
+    padded = mean(e**2) + case.epsilon
+    rstd = np.where(padded > 0, 1 / np.sqrt(np.where(padded > 0, padded, 1)), 0)
+    h, g = e * rstd, dy * scale
+    dx = rstd * (g - h * mean(g * h) - (mean(g) if case.centred else 0))
+    along = lambda a: np.sqrt((a**2).sum(0)).max()
+    return [
+        (h * scale + bias, np.abs(h * scale).max()),
+        (dx, np.abs(rstd * g).max()),
+        ((dy * h).sum(0), along(dy * h)),
+        (dy.sum(0), along(dy)),
+    ]
+
+
+def errors(case: Case, implementation: str) -> list[float]:
+    """Of y, dx, dscale and dbias, in units of float32 that the rounding of bfloat16 leaves."""
+    x, scale, bias, dy = case.arrays()
+
+    @jax.jit
+    def results(x, scale, bias, dy):
+        y, pullback = jax.vjp(case.function(implementation), x, scale, bias)
+        return (y, *pullback(dy))
+
+    found = []
+    for a, (right, size) in zip(
+        results(x, scale, bias, dy), truth(case, x, scale, bias, dy), strict=True
+    ):
+        size = max(size, np.abs(right).max(), np.finfo(np.float32).tiny)
+        # Rounding to the dtype of the result is no error.
+        rounding = 0.0 if a.dtype == jnp.float32 else 0.51 * float(jnp.finfo(a.dtype).eps)
+        error = np.abs(np.asarray(a.astype(jnp.float32), np.float64) - right).max() / size
+        found.append(max(0.0, error - rounding) / float(np.finfo(np.float32).eps))
+    return found
+
+
+def programs(case: Case, implementation: str) -> dict[str, Callable]:
+    """The forward pass as training runs it, and the backward pass; ready to be called."""
+    x, scale, bias, dy = case.arrays()
+    function = case.function(implementation)
+    given = (x, scale, bias)
+
+    @jax.jit
+    def forward(*given):
+        y, pullback = jax.vjp(function, *given)
+        kept = jax.tree.leaves(pullback)
+        return y, [a for a in kept if not any(a is b for b in given)]
+
+    pullback = jax.jit(lambda *given: jax.vjp(function, *given)[1])(*given)
+    backward = jax.jit(lambda pullback, dy: pullback(dy))
+    return {"forward": lambda: forward(*given), "backward": lambda: backward(pullback, dy)}
+
+
+def medians(calls: dict[str, Callable]) -> dict[str, float]:
+    """Seconds of a call of each; calls are queued, as in training."""
+    seconds = {name: [] for name in calls}
+    for call in calls.values():
+        jax.block_until_ready(call())
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            start, results = time.perf_counter(), None
+            for _ in range(CALLS):
+                results = call()
+            jax.block_until_ready(results)
+            seconds[name].append((time.perf_counter() - start) / CALLS)
+    return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+def times(case: Case) -> dict[str, float]:
+    """Seconds of the kernel and of XLA, forward and backward, and of a copy."""
+    x = case.arrays()[0]
+    copy = jax.jit(jnp.negative)
+    calls = {"copy": lambda: copy(x)}
+    for implementation in ("kernel", "xla"):
+        for name, call in programs(case, implementation).items():
+            calls[f"{implementation} {name}"] = call
+    return medians(calls)
+
+
+def report(case: Case) -> tuple[str, bool]:
+    """A line about a case, and whether the kernel is as right as it must be."""
+    found = errors(case, "kernel")
+    numbers = " ".join(f"{error:6.2f}" for error in found)
+    return f"{case!s:<52} {numbers}   XLA {max(errors(case, 'xla')):6.2f}", max(found) <= LIMIT
+
+
+def speed(case: Case) -> tuple[str, list[float]]:
+    """A line about a case, and how many times as fast as XLA the kernel is."""
+    t = times(case)
+    size = case.rows * case.k * jnp.dtype(case.dtype).itemsize
+    line, gains = f"{case!s:<42}", []
+    for name, moved in (("forward", 2), ("backward", 3)):
+        kernel, xla = t[f"kernel {name}"], t[f"xla {name}"]
+        share = moved / 2 * t["copy"] / kernel
+        line += f"  {name} {kernel * 1e6:7.0f} µs {share:5.0%} of a copy, {xla / kernel:4.2f} x XLA"
+        gains.append(xla / kernel)
+    return f"{line}  (copy {2 * size / t['copy'] / 1e9:.0f} GB/s)", gains
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxnorm.verify",
+        description="Is the kernel right, and faster than XLA, on the device at hand?",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--megabytes", type=int, default=256, metavar="N", help="of x, when timed; default: 256")
+    options = parser.parse_args(argv)
+    if options.megabytes < 1:
+        print(f"--megabytes must be at least 1, got {options.megabytes}.", file=sys.stderr)
+        return 2
+    backend = jax.default_backend()
+    kernel = KERNELS.get("cuda" if backend == "gpu" else backend)
+    if kernel is None or kernel.missing():
+        why = kernel.missing() if kernel else "there is none for it"
+        print(f"{backend}: no kernel to verify, {why}.", file=sys.stderr)
+        return 2
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {jn.implementations()[backend]}")
+    print(f"\nErrors in units of float32, at most {LIMIT:g}:")
+    print(f"{'':<52} {'y':>6} {'dx':>6} {'dscale':>6} {'dbias':>6}")
+    right = min(_told(right_cases(), report), default=False)
+    print("\nTimes:")
+    gains = [gain for pair in _told(fast_cases(options.megabytes), speed) for gain in pair]
+    gain = statistics.geometric_mean(gains) if gains else 0.0
+    slower = sum(each < 1 for each in gains)
+    verdict = "within the limit" if right else "NOT within the limit"
+    print(f"\nThe kernel's errors are {verdict}. It is {gain:.2f} times as fast as XLA (geometric")
+    print(f"mean), and slower in {slower} of {len(gains)} programs.")
+    return 0 if right else 1
+
+
+def _told(cases: Iterator[Case], tell: Callable) -> Iterator[Any]:
+    """Print a line for each case; yield what else `tell` returns."""
+    for case in cases:
+        try:
+            line, result = tell(case)
+        except ValueError as error:
+            if "implementation='kernel'" not in str(error):
+                raise
+            reason = str(error).partition("but ")[2].partition(";")[0]
+            print(f"{case!s:<52} declined: {reason}", flush=True)
+            continue
+        print(line, flush=True)
+        yield result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""The GPU's kernel: interpreted on the CPU, and compiled for a GPU that is not there."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import Results, assert_kept, compute, example_of
+from norms import NORMS, norm_id
+
+import jaxnorm as jn
+from benchmarks.chips import CHIPS, compiled, compiled_over
+from jaxnorm import kernels
+from jaxnorm.kernels import gpu
+from jaxnorm.kernels.gpu.tiles import LONGEST, tile
+
+# conftest.py keeps compiled programs; those of a chip that is not there can't be loaded again.
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
+
+ROWS = [norm for norm in NORMS if norm.name in ("layer", "rms") and norm.options["axis"] == -1]
+EACH_NORM = pytest.mark.parametrize("norm", ROWS, ids=norm_id)
+
+
+@pytest.fixture
+def interpreted(monkeypatch, capfd):
+    """The kernel's functions run on the CPU, and no two warpgroups may race.
+
+    They are called directly: what interprets them calls back to Python in order, which JAX does not
+    allow inside of a primitive.
+    """
+    if gpu.missing():
+        pytest.skip("Mosaic GPU is interpreted from jax 0.11 on")
+    from jax.experimental.pallas import mosaic_gpu
+
+    from jaxnorm.kernels.gpu import rows
+
+    plgpu: Any = mosaic_gpu  # older versions of JAX lack the interpreter
+    monkeypatch.setattr(rows, "interpret", plgpu.InterpretGPUParams(detect_races=True))
+    yield
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+def results_of(norm, example, epsilon, batch=1):
+    """As `compute` gives them; the tangent is the formula's. Sums are of each of `batch` parts."""
+    k = example.scale.size
+    rows = example.x.size // k
+    scale, bias = (jnp.asarray(a, jnp.float32) for a in (example.scale, example.bias))
+    y, _, high, low, _, rstd = gpu.value(
+        jnp.asarray(example.x),
+        None,
+        scale,
+        bias,
+        block=(rows, 1, 1, k),
+        epsilon=epsilon,
+        subtract_mean=norm.subtract_mean,
+    )
+    gradients: Any = gpu.cotangent(
+        jnp.asarray(example.x),
+        jnp.asarray(example.dy),
+        None,
+        scale,
+        high,
+        low,
+        rstd,
+        block=(rows // batch, 1, 1, k),
+        batch=batch,
+        wanted=(True, True),
+    )
+    dx, dscale, dbias = gradients
+    if batch == 1:
+        dscale, dbias = dscale[0], dbias[0]
+    return Results(y, dx, dscale, dbias, compute(norm, "xla", epsilon, example).ty)
+
+
+# Of one warp and of all; of several warpgroups; a number of rows that the warps do not divide.
+SHAPES = {"short": (8, 2, 256), "odd": (3, 1, 384), "narrow": (2, 2, 96), "long": (2, 1, 8192)}
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@EACH_NORM
+def test_the_contract(norm, shape):
+    kinds = [("float32", 1e4, 1), ("bfloat16", 1, 1), ("float32", 0, 1e18), ("float32", 3, 0)]
+    for dtype, mean, std in kinds:
+        example = example_of(norm, shape, dtype, mean=mean, std=std)
+        epsilon = 0.0 if std > 1 else 1e-6
+        results = results_of(norm, example, epsilon)
+        assert_kept(norm, example, results, epsilon, formula=True)  # its sums are in float32
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_numbers_that_are_none_are_where_the_formula_has_them():
+    (layer, _) = ROWS
+    example = example_of(layer, (4, 1, 128))
+    example.x.reshape(-1, 128)[0, 3], example.x.reshape(-1, 128)[2, 5] = np.nan, np.inf
+    right = compute(layer, "xla", 1e-6, example)
+    for ours, formula in zip(results_of(layer, example, 1e-6), right, strict=True):
+        np.testing.assert_array_equal(np.isnan(ours), np.isnan(formula))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_each_part_of_a_batch_has_its_own_gradients():
+    (layer, _) = ROWS
+    example = example_of(layer, (3, 8, 128))
+    together = results_of(layer, example, 1e-6, batch=3)
+    for part in range(3):
+        own = {name: getattr(example, name)[part] for name in ("x", "tx", "dy")}
+        alone = results_of(layer, example._replace(**own), 1e-6)
+        np.testing.assert_array_equal(together.dscale[part], alone.dscale)
+        np.testing.assert_array_equal(together.dbias[part], alone.dbias)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_the_sum_with_a_residual_is_normalized_before_it_is_rounded(rng):
+    rows, k = 4, 128
+    x, residual = (jnp.asarray(rng.standard_normal((rows, k)), jnp.bfloat16) for _ in range(2))
+    block = (rows, 1, 1, k)
+    y, total, high, low, _, rstd = gpu.value(
+        x, residual, None, None, block=block, epsilon=1e-6, subtract_mean=True
+    )
+    assert total is not None
+    exact = x.astype(jnp.float32) + residual.astype(jnp.float32)
+    np.testing.assert_array_equal(total, exact.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(y, jn.layer_norm(exact, implementation="xla").astype(y.dtype))
+    dy = jnp.ones_like(x)
+    gradient = lambda dtotal: gpu.cotangent(
+        total, dy, dtotal, None, high, low, rstd, block=block, batch=1, wanted=(False, False)
+    )[0]
+    assert not np.array_equal(gradient(None), gradient(dy))
+    np.testing.assert_allclose(
+        *(a.astype(jnp.float32) for a in (gradient(dy) - gradient(None), dy)), rtol=0, atol=0.02
+    )
+
+
+def test_tiles():
+    for k in (32, 96, 768, 1024, 2048, 4096, 5120, 12288, LONGEST):
+        for rows in (8, 4096, 7):
+            t = tile(rows, k)
+            if rows == 7 and k % 128:
+                assert t is None
+                continue
+            assert t
+            assert rows % t.rows == 0
+            assert t.segments == 1 or t.rows == 1
+            lanes = 128 * t.vector * t.warpgroups
+            assert t.rows * k % lanes == 0
+    assert tile(8, LONGEST + 128) is None
+    assert tile(8, 1000) is None
+
+
+def test_refusals(monkeypatch):
+    monkeypatch.setattr(gpu, "missing", lambda: None)
+    monkeypatch.setitem(kernels.KERNELS, "cpu", gpu)
+    x = jnp.ones((8, 128))
+    for norm, sentence in (
+        (lambda x: jn.layer_norm(x[:, :100], implementation="kernel"), "a multiple of 32"),
+        (lambda x: jn.layer_norm(x, where=x > 0, implementation="kernel"), "it takes no mask"),
+        (lambda x: jn.instance_norm(x[None], implementation="kernel"), "layer and rms norm"),
+        (lambda x: jn.rms_norm(x.astype(jnp.float16), implementation="kernel"), "float32 or bf"),
+    ):
+        with pytest.raises(ValueError, match=f"implementation='kernel' must.*{sentence}"):
+            norm(x)
+
+
+def test_without_a_gpu_it_has_to_be_asked_for():
+    assert "no NVIDIA GPU here" in (gpu.unproven() or "")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_compiles_for_an_h100(dtype):
+    chip = CHIPS["H100"]
+    if chip.missing:
+        pytest.skip("the compiler for NVIDIA GPUs is in the extra 'cuda'")
+    if gpu.missing():
+        pytest.skip("Mosaic GPU is interpreted from jax 0.11 on")
+    like = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+
+    def both(x, scale):
+        f = lambda x, scale: jn.layer_norm(x, jn.NormParams(scale), implementation="kernel")
+        y, pullback = jax.vjp(f, x, scale)
+        return pullback(y)
+
+    for k in (768, 4096, LONGEST):
+        x = jax.ShapeDtypeStruct((1056, k), dtype)
+        text = compiled(chip, both, (x, like((k,)))).as_text()
+        assert text.count("mosaic_gpu") >= 2
+    x = jax.ShapeDtypeStruct((1056, 768), dtype)
+    program = compiled_over(chip, both, (x, like((768,))), (True, False), 8, "data")
+    assert "all-gather" not in program.as_text()
