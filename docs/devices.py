@@ -1,9 +1,10 @@
 """What the devices send each other: from the compiled programs, and by calculation.
 
-    python docs/devices.py            prints the table
-    python docs/devices.py --write    also updates docs/devices.md and docs/devices.png
+    python docs/devices.py            prints the tables
+    python docs/devices.py --write    also updates docs/devices.md and its two pictures
 
-It takes about 10 seconds on two CPU cores, and 35 with --write.
+It takes about 10 seconds on two CPU cores, and 35 with --write. What the devices send is compiled
+or calculated. How long it takes is predicted by the model of jaxnorm/core/network.py.
 """
 
 import argparse
@@ -20,19 +21,14 @@ from jax.sharding import PartitionSpec as P
 
 import jaxnorm.linen
 from benchmarks.collectives import Collective, collectives
-from jaxnorm.core.devices import LARGEST_TABLE
+from jaxnorm.core.network import MACHINES, Machine, gather_is_faster
 
 HERE = Path(__file__).parent
 NORMS: dict[str, Any] = {"jaxnorm": jaxnorm.linen.BatchNorm, "Flax": nn.BatchNorm}
 FEATURES = 256  # in the table
 MEASURED = range(2, 9)  # numbers of devices to compile for
 CALCULATED = (16, 64, 256, 1024, 4096)
-# From the palette of Okabe and Ito, which is safe for colour-blind readers.
-LOOKS = {"jaxnorm": ("#D55E00", "-"), "Flax": ("#000000", "--")}
-DEVICES = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7")
-CAPTION = """\
-C features; h is the normalized x; high + low is the mean to twice the precision.
-With a mask each device also sends its counts: 4C numbers."""
+PREDICTED = (8, *CALCULATED)
 
 
 def compiled(library: str, features: int, devices: int) -> list[Collective]:
@@ -55,18 +51,32 @@ def compiled(library: str, features: int, devices: int) -> list[Collective]:
 
 def calculated(library: str, features: int, devices: int) -> list[Collective]:
     """The same collectives, calculated for any number of devices."""
+    gather = gather_is_faster(devices, 4 * 3 * features)
+    way = "Flax" if library == "Flax" else "table" if gather else "sums"
+    # The sums of dy and of dy times the standardized x.
+    return [*forward(way, features, devices), exchange("all-reduce", 2 * features, devices)]
 
-    def exchange(kind, times):
-        return Collective(kind, times * features, 4 * times * features, devices)
 
-    backward = exchange("all-reduce", 2)  # sums of dy and of dy times the standardized x
-    if library == "Flax":
-        return [exchange("all-reduce", 2), backward]  # means of x and of its square
-    table = exchange("all-gather", 3)  # mean (high and low part) and variance
-    if table.bytes * devices <= LARGEST_TABLE:
-        return [table, backward]
-    # The sum of the means; then the sums of their low parts and of the squares.
-    return [exchange("all-reduce", 1), exchange("all-reduce", 2), backward]
+def forward(way: str, features: int, devices: int) -> list[Collective]:
+    """The collectives of the forward pass: by a table or by sums, or those of Flax."""
+    kinds = {
+        "table": [("all-gather", 3)],  # mean (high and low part) and variance
+        # The sum of the means; then the sums of their low parts and of the squares.
+        "sums": [("all-reduce", 1), ("all-reduce", 2)],
+        "Flax": [("all-reduce", 2)],  # means of x and of its square
+    }
+    return [exchange(kind, times * features, devices) for kind, times in kinds[way]]
+
+
+def exchange(kind: str, numbers: int, devices: int) -> Collective:
+    """A collective of so many float32 numbers from each device."""
+    return Collective(kind, numbers, 4 * numbers, devices)
+
+
+def microseconds(machine: Machine, exchanges: list[Collective]) -> float:
+    """The predicted time of collectives that follow each other."""
+    times = {"all-gather": machine.gather, "all-reduce": machine.sum}
+    return sum(times[one.kind](one.devices, one.bytes) for one in exchanges)
 
 
 def bytes_sent(exchanges: list[Collective]) -> float:
@@ -87,111 +97,48 @@ def table(exchanges: Any = calculated) -> str:
     return "\n".join(lines)
 
 
-def committed(page: str) -> str:
-    """The table in the page."""
-    _, _, rest = page.partition("<!-- table -->\n")
-    return rest.partition("\n<!-- end of table -->")[0]
+def times() -> str:
+    """The Markdown table of the predicted times of the forward collectives."""
+    heads = [f"{machine}: {library}" for machine in MACHINES for library in NORMS]
+    lines = [f"| devices | {' | '.join(heads)} |", "|---:" * (1 + len(heads)) + "|"]
+    for devices in PREDICTED:
+        cells = [f"{devices:,}"]
+        for machine in MACHINES.values():
+            for library in NORMS:
+                *before, _ = calculated(library, FEATURES, devices)
+                cells.append(f"{microseconds(machine, before):.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def draw(path: Path) -> None:
-    """Draw what the devices exchange, and how many bytes that is."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.66, 6.3), dpi=150)
-    draw_exchange(figure.add_axes((0.01, 0.01, 0.6, 0.9)))
-    draw_bytes(figure.add_axes((0.675, 0.09, 0.24, 0.82)))
-    figure.savefig(path, format="png")
-
-
-def draw_exchange(axes: Any) -> None:
-    """Four devices: what each has, sends and receives."""
-    from matplotlib.patches import Rectangle
-
-    centers = [20.3 + 11.6 * device for device in range(4)]
-
-    def boxes(y, *texts, words="", colors=DEVICES, height=2.5, width=11):
-        """A label on the left, and for each device a row of boxes with texts."""
-        axes.text(0, y, words, va="center", linespacing=1.3)
-        size = width / len(texts)
-        for center, color in zip(centers, colors, strict=True):
-            for place, text in enumerate(texts):
-                x = center - width / 2 + size * place
-                box = Rectangle((x, y - height / 2), size, height, fc=color, ec="white", lw=1)
-                axes.add_patch(box)
-                axes.text(x + size / 2, y, text, ha="center", va="center", size=8.5)
-
-    def shards(y, words):
-        for up in (1.6, 0, -1.6):
-            boxes(y + up, *[""] * 4, words="" if up else words, height=1.6, width=8)
-
-    def exchange(y, words):
-        axes.add_patch(Rectangle((14.8, y - 1.5), 45.8, 3, fc="#333333"))
-        axes.text(37.7, y, words, color="white", ha="center", va="center", weight="bold")
-        arrows(y + 3.6)
-        arrows(y - 1.6)
-
-    def arrows(y):
-        for x in centers:
-            axes.annotate("", (x, y - 2), (x, y), arrowprops={"arrowstyle": "-|>", "fc": "k"})
-
-    for device, x in enumerate(centers):
-        axes.text(x, 57.5, f"device {device}", ha="center")
-    shards(54, "x: a part of the\nbatch on each")
-    arrows(51.4)
-    boxes(47.9, "high", "low", "var", words="each measures\nits own part")
-    exchange(42.9, "forward: one all-gather, 3C numbers from each")
-    for sender, color in enumerate(DEVICES):
-        boxes(38.3 - 1.5 * sender, *[""] * 3, colors=[color] * 4, height=1.5)
-    axes.text(0, 36, "all get the same\ntable, and merge\nit in the same way", va="center")
-    arrows(32.3)
-    shards(27.7, "y: normalized by\nthe whole batch")
-    axes.plot([0, 60.6], [23.6, 23.6], color="#999999", lw=1, ls="--")
-    boxes(20.8, "Σ dy", "Σ dy·h", words="each sums up\nits own part")
-    exchange(15.8, "backward: one all-reduce, 2C numbers from each")
-    shards(9.4, "dx: the gradient\nof x")
-    axes.text(0, 0, CAPTION, linespacing=1.5)
-    axes.set(xlim=(-0.5, 61), ylim=(-1, 60), title="One step of batch norm on four devices")
-    axes.axis("off")
-
-
-def draw_bytes(axes: Any) -> None:
-    """Lines are calculated; dots are from the compiled programs."""
-    counts = range(2, CALCULATED[-1] + 1)
-    for features in (64, 256, 2048):
-        for library, (color, line) in LOOKS.items():
-            sent = [bytes_sent(calculated(library, features, devices)) for devices in counts]
-            axes.loglog(counts, sent, line, color=color, lw=1.6)
-            sent = [bytes_sent(compiled(library, features, devices)) for devices in MEASURED]
-            axes.loglog(MEASURED, sent, "o", color=color, ms=4)
-        axes.text(1.15 * counts[-1], 36 * features, f"C = {features:,}", va="center", size=9)
-    axes.text(2, 5e5, "jaxnorm", color=LOOKS["jaxnorm"][0], weight="bold")
-    axes.text(2, 2.4e4, "Flax", color=LOOKS["Flax"][0], weight="bold")
-    axes.axhline(LARGEST_TABLE, color="#999999", lw=1, ls=":")
-    axes.text(2, 1.2 * LARGEST_TABLE, "a table of 1 MiB: beyond it, sums", size=9)
-    axes.set_xticks(ticks := (2, 8, 64, 512, 4096), [f"{tick:,}" for tick in ticks])
-    axes.set_yticks([10**k for k in range(3, 7)], ["1 kB", "10 kB", "100 kB", "1 MB"])
-    axes.minorticks_off()
-    axes.set(xlim=(1.8, 4600), ylim=(700, 3e6), xlabel="devices")
-    axes.set_title("Bytes that each device sends per step\n(lines: calculated; dots: compiled)")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+def committed(page: str, name: str = "table") -> str:
+    """The table of that name in the page."""
+    _, _, rest = page.partition(f"<!-- {name} -->\n")
+    return rest.partition(f"\n<!-- end of {name} -->")[0]
 
 
 def main() -> int:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description="What the devices of a batch norm exchange.")
-    parser.add_argument("--write", action="store_true", help="also write docs/devices.md and .png")
+    parser.add_argument(
+        "--write", action="store_true", help="also write docs/devices.md and its pictures"
+    )
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", MEASURED[-1])
     rows = table(lambda *case: (compiled if case[-1] in MEASURED else calculated)(*case))
-    print(rows)
+    print(rows, times(), sep="\n\n")
     if arguments.write:
+        from device_pictures import draw, draw_times
+
         page, new = (HERE / "devices.md").read_text(), HERE / "devices.new"
-        new.write_text(page.replace(committed(page), rows))
+        page = page.replace(committed(page), rows).replace(committed(page, "times"), times())
+        new.write_text(page)
         os.replace(new, HERE / "devices.md")
         draw(new)
         os.replace(new, HERE / "devices.png")
+        draw_times(new)
+        os.replace(new, HERE / "devices_time.png")
     return 0
 
 

@@ -2,9 +2,9 @@
 
 Each device measures its own part. In `shard_map` and `pmap` the parts are gathered into one small
 table, in one collective, and every device merges the whole table, so that all get the same numbers.
-The table grows with the number of devices. Where sending it would take longer than a second
-collective, the parts are merged through two sums instead, whose cost does not grow. Under `vmap`
-they are merged through sums too, since nothing is sent there.
+The table grows with the number of devices. Where gathering it would take longer than two sums, by
+the model of core/network.py, the parts are merged through these sums instead. Under `vmap` they are
+merged through sums too, since nothing is sent there.
 
 Groups of devices gather among themselves if all groups have one size. Otherwise, and under `vmap`,
 which supports no groups, they are summed in a table with a row for each group.
@@ -21,13 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxnorm.core.network import gather_is_faster
+
 AxisName = Any  # any hashable name, or a tuple of names
 AxisGroups = Sequence[Sequence[int]] | None
 Equation = Callable[[Callable, Any], Any]
-
-# A table of this many bytes takes 20 to 40 microseconds to send at 25 to 50 GB/s, about as long as
-# a second collective takes to start.
-LARGEST_TABLE = 2**20
 
 
 class Devices(NamedTuple):
@@ -86,21 +84,22 @@ class Devices(NamedTuple):
     def merge(self, equation: Equation, parts: Any, group: jax.Array | None = None) -> Any:
         """`equation(add, parts)`, where `add` sums over the devices that share statistics.
 
-        Where a small table can be gathered, this takes one collective, however often the equation
-        adds. The parts are JAX arrays of one shape; NumPy arrays are the same on all devices and
-        are not sent. The result must not be differentiated.
+        Where the parts can be gathered, and this is expected to be faster than two sums, it takes
+        one collective, however often the equation adds. The parts are JAX arrays of one shape;
+        NumPy arrays are the same on all devices and are not sent. The result must not be
+        differentiated.
         """
         if not self.names:
             return parts
-        if self.gather and (self.groups or self._is_small(parts)):
+        if self.gather and (self.groups or self._gather_is_faster(parts)):
             return over_rows(equation, self._gathered(parts))
         return equation(functools.partial(self.sum, group=group), parts)
 
-    def _is_small(self, parts: Any) -> bool:
+    def _gather_is_faster(self, parts: Any) -> bool:
         sent = [a for a in jax.tree.leaves(parts) if not isinstance(a, np.ndarray)]
         size = sum(math.prod(a.shape) * a.dtype.itemsize for a in sent)
         # The symbolic shapes of jax.export have sizes that are no int.
-        return isinstance(size, int) and size * self.size <= LARGEST_TABLE
+        return isinstance(size, int) and gather_is_faster(self.size, size)
 
     def _gathered(self, parts: Any) -> Any:
         """The parts of all devices that share statistics, along a new first axis."""
