@@ -72,8 +72,7 @@ def table(monkeypatch):
     """The table as a test makes it."""
 
     def put(**entries):
-        for platform, kernel in entries.items():
-            monkeypatch.setitem(kernels.KERNELS, platform, kernel)
+        monkeypatch.setattr(kernels, "KERNELS", {"cpu": kernels.cpu, **entries})
 
     return put
 
