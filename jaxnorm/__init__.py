@@ -6,6 +6,8 @@ not import Flax.
 
 from jaxnorm.core.moments import Moments
 from jaxnorm.core.standardize import NormParams, init_params
+from jaxnorm.functional.add_layer import add_layer_norm
+from jaxnorm.functional.add_rms import add_rms_norm
 from jaxnorm.functional.batch import batch_norm
 from jaxnorm.functional.group import group_norm
 from jaxnorm.functional.instance import instance_norm
@@ -22,6 +24,8 @@ __all__ = [
     "BatchNormState",
     "Moments",
     "NormParams",
+    "add_layer_norm",
+    "add_rms_norm",
     "batch_norm",
     "group_norm",
     "implementations",

@@ -118,8 +118,12 @@ def truth(norm, example, epsilon):
 
 def assert_kept(norm, example, results, epsilon, *, formula):
     """Raise unless the results are right, to what float32 and their dtypes can hold."""
-    expected, sizes = truth(norm, example, epsilon)
-    terms = example.x.size / example.scale.size
+    terms = example.x.size // example.scale.size
+    assert_near(results, *truth(norm, example, epsilon), terms, formula=formula)
+
+
+def assert_near(results, expected, sizes, terms, *, formula):
+    """The same, for the truth as it is given; scale and bias have gradients of so many terms."""
     for name, result, right, size in zip(Results._fields, results, expected, sizes, strict=True):
         units = 4.0  # rounding of the mean, of rstd, and of the operations of the formula
         casts = 1

@@ -20,6 +20,7 @@ batch_norm = functools.partial(jn.batch_norm, X, STATE, params=PARAMS)
     "f",
     [
         lambda: jn.layer_norm(X, PARAMS),
+        lambda: jn.add_layer_norm(X, X, PARAMS),
         lambda: jn.moments(X, 0),
         lambda: jn.merge_moments(MOMENTS, MOMENTS),
         lambda: jn.update_batch_norm_state(STATE, MOMENTS),
@@ -27,7 +28,16 @@ batch_norm = functools.partial(jn.batch_norm, X, STATE, params=PARAMS)
         functools.partial(batch_norm, momentum=None, ddof=1),
         functools.partial(batch_norm, train=False),
     ],
-    ids=["layer", "moments", "merge", "update", "batch", "batch-cumulative", "batch-eval"],
+    ids=[
+        "layer",
+        "add-layer",
+        "moments",
+        "merge",
+        "update",
+        "batch",
+        "batch-cumulative",
+        "batch-eval",
+    ],
 )
 def test_it_is_one_program(f):
     """Each operation outside of a program would take as long as the whole norm."""
@@ -57,6 +67,7 @@ def test_an_exported_function_may_take_and_return_the_package_s_types():
     [
         ("layer_norm", jn.layer_norm),
         ("rms_norm", jn.rms_norm),
+        ("add_layer_norm", lambda x, **how: jn.add_layer_norm(x, x, **how)),
         ("group_norm", functools.partial(jn.group_norm, num_groups=4)),
         ("instance_norm", jn.instance_norm),
         ("batch_norm", lambda x, **how: jn.batch_norm(x, STATE, **how)[0]),

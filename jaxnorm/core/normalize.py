@@ -5,6 +5,7 @@ checks and one such program.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ class Arrays(NamedTuple):
     x: jax.Array
     params: NormParams
     where: jax.Array | None  # broadcasts against x
+    residual: jax.Array | None = None  # like x
 
 
 def program(function: Callable, static_argnums: tuple[int, ...] = (0,)) -> Callable:
@@ -51,6 +53,8 @@ def checked(
     *,
     epsilon: float,
     where: ArrayLike | None = None,
+    residual: ArrayLike | None = None,
+    scale_offset: float = 0.0,
     subtract_mean: bool = True,
     devices: Devices = LOCAL,
     dtype: DTypeLike | None = None,
@@ -63,10 +67,17 @@ def checked(
     spec = _spec(name, x, layout, epsilon, dtype)
     spec = spec._replace(
         subtract_mean=subtract_mean,
+        scale_offset=check_scale_offset(scale_offset, params),
+        adds=residual is not None,
         devices=devices,
         implementation=kernels.check_implementation(implementation),
     )
-    arrays = Arrays(x, check_params(params, layout, spec.dtype), layout.mask(where))
+    arrays = Arrays(
+        x,
+        check_params(params, layout, spec.dtype),
+        layout.mask(where),
+        None if residual is None else check_residual(residual, x),
+    )
     if spec.implementation != "xla":
         request = operations.request(spec, x.dtype, masked=where is not None)
         if not kernels.supported(request, required=spec.implementation == "kernel"):
@@ -74,12 +85,13 @@ def checked(
     return spec, arrays
 
 
-def compute(spec: NormSpec, arrays: Arrays) -> tuple[jax.Array, Statistics]:
-    """y and the statistics, inside a program: by a kernel where one supports it, or the formula."""
+def compute(spec: NormSpec, arrays: Arrays) -> tuple[jax.Array, Statistics, jax.Array | None]:
+    """y, the statistics and the total, inside a program: by a kernel if one supports it, or XLA."""
+    x, params, where, residual = arrays
     with jax.named_scope(spec.name):
         if spec.implementation == "xla":
-            return measure_and_standardize(spec, *arrays)
-        return primitives.normalize(spec, arrays.x, arrays.params)
+            return measure_and_standardize(spec, x, residual, params, where)
+        return primitives.normalize(spec, x, residual, params)
 
 
 @program
@@ -89,9 +101,17 @@ def normalize(spec: NormSpec, arrays: Arrays) -> jax.Array:
 
 
 @program
+def add_and_normalize(spec: NormSpec, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    """Standardize x plus the residual; the second result is this total."""
+    y, _, total = compute(spec, arrays)
+    assert total is not None
+    return y, total
+
+
+@program
 def normalize_and_measure(spec: NormSpec, arrays: Arrays) -> tuple[jax.Array, Moments]:
     """Standardize x by its own statistics; the second result is the moments, over the devices."""
-    y, stats = compute(spec, arrays)
+    y, stats, _ = compute(spec, arrays)
     return y, stats.moments(spec.layout, spec.devices)
 
 
@@ -141,6 +161,22 @@ def check_input(x: Any) -> jax.Array:
     return x
 
 
+def check_residual(residual: Any, x: jax.Array) -> jax.Array:
+    """The residual as an array like x."""
+    residual = as_array(residual)
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"residual must have the shape of x, {x.shape}, got {residual.shape}; broadcast it "
+            "first, for example with jnp.broadcast_to."
+        )
+    if residual.dtype != x.dtype:
+        raise TypeError(
+            f"residual must have the dtype of x, {x.dtype}, got {residual.dtype}; convert one of "
+            "the two first, for example residual.astype(x.dtype)."
+        )
+    return residual
+
+
 def check_params(params: NormParams | None, layout: Layout, dtype: jnp.dtype) -> NormParams:
     """Parameters whose arrays fit the layout; None is no parameters."""
     if params is None:
@@ -176,11 +212,29 @@ def check_feature_array(value, name: str, layout: Layout, dtype: jnp.dtype) -> j
 
 def check_epsilon(epsilon: float) -> float:
     """Epsilon as a Python float; it is compiled in."""
-    if isinstance(epsilon, Tracer) or not isinstance(epsilon, Real | jax.Array):
-        raise TypeError(
-            f"epsilon must be a number that is known while tracing, got {type(epsilon).__name__}; "
-            "it is compiled into the program, so bind it with functools.partial."
-        )
+    epsilon = _check_number(epsilon, "epsilon")
     if not epsilon >= 0:
         raise ValueError(f"epsilon must be at least 0, got {epsilon}; it is added to the variance.")
-    return float(epsilon)
+    return epsilon
+
+
+def check_scale_offset(offset: float, params: NormParams | None) -> float:
+    """The offset as a Python float; there must be a scale to add it to."""
+    offset = _check_number(offset, "scale_offset")
+    if not math.isfinite(offset):
+        raise ValueError(f"scale_offset must be finite, got {offset}; it is added to the scale.")
+    if offset and getattr(params, "scale", None) is None:
+        raise ValueError(
+            f"scale_offset must be added to a scale, got {offset} and no scale; give params a "
+            "scale, or leave scale_offset out."
+        )
+    return offset
+
+
+def _check_number(value: float, name: str) -> float:
+    if isinstance(value, Tracer) or not isinstance(value, Real | jax.Array):
+        raise TypeError(
+            f"{name} must be a number that is known while tracing, got {type(value).__name__}; "
+            "it is compiled into the program, so bind it with functools.partial."
+        )
+    return float(value)

@@ -1,8 +1,11 @@
 """The three operations of a norm: by their formula, and by a kernel.
 
-    value(x, params)                               -> y, statistics
-    tangent(x, params, statistics, tx, tparams)    -> ty, tstatistics     linear in the last two
-    cotangent(x, params, statistics, dy)           -> dx, dparams         its transpose
+    value(x, residual, params)                      -> y, statistics, total
+    tangent(x, params, statistics, tx, tparams)     -> ty, tstatistics, ttotal    linear in tx, ...
+    cotangent(x, params, statistics, dy, dtotal)    -> dx, dparams                its transpose
+
+Without a residual there is no total. With one, the value adds it to x, and the x of the others is
+the total: they are those of the norm of the total, and its tangent is tx.
 
 A formula is the truth. The tangent is that of standardize.py and the cotangent is its transpose, so
 the derivatives are written once. A kernel computes the value or the cotangent of the block
@@ -37,24 +40,30 @@ def statistics_of(spec: NormSpec, arrays: Sequence[jax.Array]) -> Statistics:
     return Statistics(high, low, var, jnp.broadcast_to(count_all(spec), var.shape), rstd)
 
 
-def value(spec: NormSpec, x: jax.Array, params: NormParams) -> list[jax.Array]:
-    """y and the statistics."""
-    y, stats = measure_and_standardize(spec, x, params)
-    return [y, *arrays_of(stats)]
+def value(
+    spec: NormSpec, x: jax.Array, residual: jax.Array | None, params: NormParams
+) -> list[jax.Array]:
+    """y, the statistics, and the total."""
+    y, stats, total = measure_and_standardize(spec, x, residual, params)
+    return [y, *arrays_of(stats), *jax.tree.leaves(total)]
 
 
 def tangent(spec, x, params, stats, tx, tparams) -> list[jax.Array]:
-    """The tangents of y and of the statistics; `tparams` None is zero."""
+    """The tangents of y, of the statistics and of the total; `tparams` None is zero."""
     tparams = jax.tree.map(jnp.zeros_like, params) if tparams is None else tparams
     kept = Kept(x, None, None, statistics_of(spec, stats), params)
-    ty, tstats = norm_tangents(spec, kept, tx, tparams)
-    return [ty, *arrays_of(tstats)]
+    ty, tstats, ttotal = norm_tangents(spec, kept, tx, tparams)
+    return [ty, *arrays_of(tstats), *jax.tree.leaves(ttotal)]
 
 
-def cotangent(spec, x, params, stats, dy) -> list[jax.Array]:
-    """The cotangents of x and, if they are wanted, of the parameters."""
-    linear = lambda tx, tparams: tangent(spec, x, params, stats, tx, tparams)[0]
-    dx, dparams = jax.linear_transpose(linear, x, params)(dy)
+def cotangent(spec, x, params, stats, dy, dtotal) -> list[jax.Array]:
+    """The cotangents of x and, if they are wanted, of the parameters; `dtotal` None is zero."""
+
+    def linear(tx, tparams):
+        results = tangent(spec, x, params, stats, tx, tparams)
+        return results[0], None if dtotal is None else results[-1]
+
+    dx, dparams = jax.linear_transpose(linear, x, params)((dy, dtotal))
     return [dx, *(jax.tree.leaves(dparams) if spec.param_gradients else ())]
 
 
@@ -65,27 +74,31 @@ def request(spec: NormSpec, dtype: jnp.dtype, masked: bool = False) -> dict[str,
         "dtype": dtype,
         "result_dtype": spec.dtype,
         "subtract_mean": spec.subtract_mean,
-        "adds": False,
+        "adds": spec.adds,
         "masked": masked,
         "over_devices": bool(spec.statistics_devices.names),
     }
 
 
 def value_by_kernel(
-    kernel: Kernel, spec: NormSpec, x: jax.Array, params: NormParams
+    kernel: Kernel,
+    spec: NormSpec,
+    x: jax.Array,
+    residual: jax.Array | None,
+    params: NormParams,
 ) -> list[jax.Array]:
     """The value; the axes that `vmap` has added are more examples of the block."""
     batch, (n, s, g, k) = x.shape[: spec.batch_dims], _block(spec)
-    y, _, *stats = kernel.value(
+    y, total, *stats = kernel.value(
         x,
-        None,
-        *_flat(params),
+        residual,
+        *_flat(spec, params),
         block=(math.prod(batch) * n, s, g, k),
         epsilon=spec.epsilon,
         subtract_mean=spec.subtract_mean,
     )
     shape = (*batch, *spec.layout.statistics_shape)
-    return [y, *(a.reshape(shape) for a in stats if a is not None)]
+    return [y, *(a.reshape(shape) for a in stats if a is not None), *jax.tree.leaves(total)]
 
 
 def cotangent_by_kernel(
@@ -95,17 +108,18 @@ def cotangent_by_kernel(
     params: NormParams,
     stats: Sequence[jax.Array],
     dy: jax.Array,
+    dtotal: jax.Array | None,
 ) -> list[jax.Array]:
     """The cotangents; along the axes that `vmap` has added, those of the parameters differ too."""
     batch, block = x.shape[: spec.batch_dims], _block(spec)
     n, _, g, _ = block
     *mean, _, rstd = (a.reshape(math.prod(batch), n, g) for a in stats)
     high, low = mean or (None, None)
-    scale, _ = _flat(params)
+    scale, _ = _flat(spec, params)
     dx, *grads = kernel.cotangent(
         x,
         dy,
-        None,
+        dtotal,
         scale,
         high,
         low,
@@ -129,5 +143,9 @@ def _block(spec: NormSpec) -> tuple[int, int, int, int]:
     return spec.layout.block
 
 
-def _flat(params: NormParams) -> list[jax.Array | None]:
-    return [None if param is None else param.reshape(-1) for param in params]
+def _flat(spec: NormSpec, params: NormParams) -> list[jax.Array | None]:
+    """Scale and bias as kernels take them: the scale with its offset, in the arithmetic's dtype."""
+    scale, bias = (None if param is None else param.reshape(-1) for param in params)
+    if scale is not None and spec.scale_offset:
+        scale = spec.prepare(scale) + spec.scale_offset
+    return [scale, bias]

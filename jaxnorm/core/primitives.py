@@ -24,10 +24,13 @@ from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.standardize import NormParams
 
 
-def normalize(spec: NormSpec, x: jax.Array, params: NormParams) -> tuple[jax.Array, Statistics]:
-    """y and the statistics, by the primitives."""
-    y, *stats = value(spec, *_equally_varying((x, params)))
-    return y, operations.statistics_of(spec, stats)
+def normalize(
+    spec: NormSpec, x: jax.Array, residual: jax.Array | None, params: NormParams
+) -> tuple[jax.Array, Statistics, jax.Array | None]:
+    """y, the statistics, and the total if there is a residual, by the primitives."""
+    y, *stats = value(spec, *_equally_varying((x, residual, params)))
+    total = stats.pop() if spec.adds else None
+    return y, operations.statistics_of(spec, stats), total
 
 
 def _equally_varying(tree: Any) -> Any:
@@ -121,31 +124,36 @@ class Operation:
         return mlir.lower_fun(function, multiple_results=True)(ctx, *leaves)
 
 
-value = Operation(operations.value, (True, False), operations.value_by_kernel)
+value = Operation(operations.value, (True, True, False), operations.value_by_kernel)
 tangent = Operation(operations.tangent, (True, False, True, True, False))
 cotangent = Operation(
-    operations.cotangent, (True, False, True, True), operations.cotangent_by_kernel
+    operations.cotangent, (True, False, True, True, True), operations.cotangent_by_kernel
 )
 
 
 def _value_derivative(primals, tangents, *, tree, spec):
-    x, params = tree.unflatten(primals)
-    y, *stats = value(spec._replace(differentiated=True), x, params)
+    x, residual, params = tree.unflatten(primals)
+    results = value(spec._replace(differentiated=True), x, residual, params)
+    stats = results[1:]
     tx, *tparams = tangents
+    if spec.adds:
+        x, tx = stats.pop(), ad.add_tangents(tx, tparams.pop(0))
     if all(type(t) is ad.Zero for t in tparams):
         tparams = None
     else:
         tparams = jax.tree.structure(params).unflatten(map(ad.instantiate_zeros, tparams))
-    return [y, *stats], tangent(spec, x, params, stats, ad.instantiate_zeros(tx), tparams)
+    return results, tangent(spec, x, params, stats, ad.instantiate_zeros(tx), tparams)
 
 
 def _tangent_transpose(cotangents, *leaves, tree, spec):
     linear = [ad.is_undefined_primal(leaf) for leaf in leaves]
     x, params, stats, _, tparams = tree.unflatten(leaves)
     dy, *dstats = cotangents
+    dtotal = dstats.pop() if spec.adds else None
     if type(dy) is not ad.Zero and all(type(d) is ad.Zero for d in dstats):
         spec = spec._replace(param_gradients=tparams is not None)
-        dx, *dparams = cotangent(spec, x, params, stats, dy)
+        dtotal = None if type(dtotal) is ad.Zero else dtotal
+        dx, *dparams = cotangent(spec, x, params, stats, dy, dtotal)
         # All examples that `vmap` has added share one tangent of the parameters.
         grads = [dx, *(jnp.sum(d, range(spec.batch_dims)) for d in dparams)]
         grads = [None] * (len(leaves) - len(grads)) + grads

@@ -1,8 +1,11 @@
-"""The equation of every norm: y = (x - mean) * rstd * scale + bias.
+"""The equation of every norm: y = (x - mean) * rstd * (scale_offset + scale) + bias.
 
 The derivative of the statistics is defined in moments.py; JAX differentiates the rest. This file
 only says what to keep for the backward pass: x in its own dtype and the statistics, never the
 standardized x, which is computed again.
+
+With a residual, x is the sum. y and the statistics are those of the sum before it is rounded; the
+derivative standardizes the total, which is kept instead of its summands.
 """
 
 import functools
@@ -82,7 +85,7 @@ def standardize(
     spread, prepare = spec.layout.spread, spec.prepare
     factor, offset = spread(prepare(rstd)), None
     if params.scale is not None:
-        factor = factor * prepare(spec.layout.broadcast(params.scale))
+        factor = factor * _scale(spec, params.scale)
     if params.bias is not None:
         offset = prepare(spec.layout.broadcast(params.bias))
     if mean_low is not None and x.dtype.itemsize == 2:
@@ -95,38 +98,61 @@ def standardize(
     return (y if offset is None else y + offset).astype(spec.dtype)
 
 
+def _scale(spec: NormSpec, scale: jax.Array) -> jax.Array:
+    """The factor of h. The offset is added here because in bfloat16 1 + 0.00390625 is 1."""
+    scale = spec.prepare(spec.layout.broadcast(scale))
+    return scale + spec.scale_offset if spec.scale_offset else scale
+
+
 # With statistics that are given. The backward pass computes again what this computes.
 standardize_by = jax.checkpoint(standardize, static_argnums=0)
 
 
 def measure_and_standardize(
-    spec: NormSpec, x: jax.Array, params: NormParams, where: jax.Array | None = None
-) -> tuple[jax.Array, Statistics]:
-    """y, and the statistics of x: the formula of every norm."""
-    return _norm(spec, x, params, where, spec.statistics_devices.group())
+    spec: NormSpec,
+    x: jax.Array,
+    residual: jax.Array | None,
+    params: NormParams,
+    where: jax.Array | None = None,
+) -> tuple[jax.Array, Statistics, jax.Array | None]:
+    """y, the statistics of x, and the total if there is a residual: the formula of every norm."""
+    return _norm(spec, x, residual, params, where, spec.statistics_devices.group())
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _norm(spec, x, params, where, group):
+def _norm(spec, x, residual, params, where, group):
+    total = None
+    if residual is not None:
+        exact = spec.prepare(x) + spec.prepare(residual)
+        x, total = exact, exact.astype(x.dtype)
     stats = measured(spec, x, where, group)
-    return standardize(spec, x, stats.mean_high, stats.mean_low, stats.rstd, params), stats
+    y = standardize(spec, x, stats.mean_high, stats.mean_low, stats.rstd, params)
+    return y, stats, total
 
 
 @_norm.defjvp
 def _norm_jvp(spec, primals, tangents):
-    x, params, where, group = primals
-    y, stats = _norm(spec._replace(differentiated=True), *primals)
+    x, residual, params, where, group = primals
+    tx, tresidual, tparams, *_ = tangents
+    y, stats, total = _norm(spec._replace(differentiated=True), *primals)
+    if residual is not None:
+        x, tx = total, tx + tresidual
     kept = Kept(x, where, group, stats, params)
-    return (y, stats), norm_tangents(spec, kept, *tangents[:2])
+    return (y, stats, total), norm_tangents(spec, kept, tx, tparams)
 
 
 def norm_tangents(
     spec: NormSpec, kept: Kept, tx: jax.Array, tparams: NormParams
-) -> tuple[jax.Array, Statistics]:
-    """The tangents of y and of the statistics."""
+) -> tuple[jax.Array, Statistics, jax.Array | None]:
+    """The tangents of y, of the statistics, and of the total if there is a residual."""
+    total = None
+    if spec.adds:
+        # Cast once, so that the transpose adds the cotangents of y and of the total, then rounds.
+        tx = spec.prepare(tx)
+        total = tx.astype(kept.x.dtype)
     tangent = functools.partial(_tangents, spec)
     ty, *moved = computed_again(spec, tangent, kept, (tx, tparams))
-    return ty, tangents_of(kept.stats, *moved)
+    return ty, tangents_of(kept.stats, *moved), total
 
 
 def _tangents(spec, kept, tangents):
@@ -137,7 +163,7 @@ def _tangents(spec, kept, tangents):
     param = lambda a: prepare(spec.layout.broadcast(a))
     factor = spread(prepare(stats.rstd))
     if params.scale is not None:
-        factor = factor * param(params.scale)
+        factor = factor * _scale(spec, params.scale)
     # As one sum each, sum(g) and sum(g h) would not be fused with what computes g on a GPU.
     of_h = factor * spread(prepare(q))
     if params.scale is not None:

@@ -1,0 +1,78 @@
+"""Root-mean-square normalization of a residual sum."""
+
+import jax
+from jax.typing import ArrayLike
+
+from jaxnorm.core.layout import Axes, layer_layout
+from jaxnorm.core.normalize import add_and_normalize, check_input, checked
+from jaxnorm.core.standardize import NormParams
+
+
+def add_rms_norm(
+    x: ArrayLike,
+    residual: ArrayLike,
+    params: NormParams | None = None,
+    *,
+    axis: Axes = -1,
+    epsilon: float = 1e-6,
+    where: ArrayLike | None = None,
+    scale_offset: float = 0.0,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """RMS normalization of x + residual, which is returned too: one pass over both.
+
+        total = x + residual
+        y = total / sqrt(mean(total**2) + epsilon) * (scale_offset + scale) + bias
+
+    The sum is taken in float32 or better, and is normalized before it is rounded. The backward pass
+    keeps the total, not x and the residual: in half precision its standardized elements are those
+    of the total as it was rounded, by the mean square of the sum before.
+
+    Args:
+      x: array of any shape with at least one axis; floating-point or complex.
+      residual: array of the shape and dtype of x, such as the stream of a transformer.
+      params: scale and bias of the shape of x along `axis` (in the order of x), or None.
+      axis: the axis or axes that share statistics.
+      epsilon: added to the mean square; in units of x squared.
+      where: boolean, broadcastable to x: True counts in the statistics. Every position is added and
+        divided. Where nothing counts, y is the bias.
+      scale_offset: added to the scale, in float32 or better. With 1, a scale of zeros changes
+        nothing.
+      implementation: "kernel" for the platform's kernel, "xla" for XLA. None: the environment
+        variable JAXNORM_IMPLEMENTATION if set, else the kernel if it supports the input, else XLA.
+        See `implementations`.
+
+    Returns:
+      y and the total, of the shape and dtype of x. Statistics are computed in float32 or better.
+
+    Raises:
+      TypeError: x is of an integer type, the residual of another type than x, `where` is not
+        boolean, or params is not a NormParams.
+      ValueError: an axis is out of range or given twice, a shape does not fit, x is a scalar,
+        epsilon is negative, there is an offset and no scale, or the kernel is asked for and can't
+        run.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm as jn
+      >>> x = jnp.array([[0.0, 0.0, 0.0, 3.0]])
+      >>> y, total = jn.add_rms_norm(x, jnp.array([[0.0, 0.0, 0.0, 1.0]]))
+      >>> y.round(4), total
+      (Array([[0., 0., 0., 2.]], dtype=float32), Array([[0., 0., 0., 4.]], dtype=float32))
+
+    References:
+      Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
+    """
+    x = check_input(x)
+    spec, arrays = checked(
+        "add_rms_norm",
+        x,
+        layer_layout(x.shape, axis),
+        params,
+        epsilon=epsilon,
+        where=where,
+        residual=residual,
+        scale_offset=scale_offset,
+        subtract_mean=False,
+        implementation=implementation,
+    )
+    return add_and_normalize(spec, arrays)

@@ -1,0 +1,350 @@
+"""Norms of a residual sum: values, derivatives, and what is kept for them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from adding import ADD_NORM_IDS, ADD_NORMS, compute, expected
+from contract import EPS, SHAPES, assert_near, example_of
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from transformations import (
+    SHAPE,
+    arguments,
+    assert_same,
+    checkpoint,
+    exported,
+    exported_vjp,
+    forward_over_reverse,
+    grad_of_vmap,
+    jacobians,
+    jvp,
+    reverse_over_reverse,
+    scan,
+    vjp,
+    vmap_of_grad,
+)
+
+import jaxnorm as jn
+
+EACH = pytest.mark.parametrize("add", ADD_NORMS, ids=ADD_NORM_IDS)
+LAYER, _, RMS = ADD_NORMS
+
+
+def draw(add, shape=(4, 6, 8), dtype=jnp.float32):
+    """An example, a residual and a cotangent of the total."""
+    rng = np.random.default_rng(1)
+    residual, dtotal = (rng.standard_normal(shape, np.float32).astype(dtype) for _ in range(2))
+    return example_of(add.norm, shape, dtype), residual, dtotal
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ("1-feature", jnp.float32),
+        ("1-position", jnp.bfloat16),
+        ("1000-features", jnp.float32),
+        ("1000-features", jnp.bfloat16),
+        ("1152-features", jnp.bfloat16),
+    ],
+    ids=lambda v: getattr(v, "__name__", v),
+)
+@EACH
+def test_the_contract(add, implementation, shape, dtype):
+    example, *more = draw(add, SHAPES[shape], dtype)
+    total, dresidual, ttotal, results = compute(add, implementation, 1e-6, example, *more)
+    for a in (total, dresidual, ttotal, *results[:2], results.ty):
+        assert a.dtype == dtype
+    exact = example.x.astype(np.float32) + more[0].astype(np.float32)
+    np.testing.assert_array_equal(total, exact.astype(dtype))
+    np.testing.assert_array_equal(dresidual, results.dx)
+    np.testing.assert_array_equal(ttotal, example.tx / 2)
+    terms = example.x.size // example.scale.size
+    truth = expected(add, example, *more, 1e-6)
+    assert_near(results, *truth, terms, formula=implementation == "xla")
+
+
+@pytest.mark.parametrize("add", [LAYER, RMS], ids=["layer", "rms"])
+def test_long_rows(add, implementation):
+    example, *more = draw(add, SHAPES["long-rows"])
+    results = compute(add, implementation, 1e-6, example, *more)[-1]
+    terms = example.x.size // example.scale.size
+    truth = expected(add, example, *more, 1e-6)
+    assert_near(results, *truth, terms, formula=implementation == "xla")
+
+
+def test_the_sum_is_normalized_before_it_is_rounded(implementation, rng):
+    """Near 256 a bfloat16 holds even numbers only."""
+    x = rng.standard_normal((8, 64), np.float32).astype(jnp.bfloat16)
+    residual = jnp.full(x.shape, 256, jnp.bfloat16)
+    y, total = jax.jit(functools.partial(LAYER, implementation=implementation))(x, residual)
+    truth = LAYER.truth(np.asarray(x, np.float32), np.float32(256))
+    bound = 0.51 * float(jnp.finfo(jnp.bfloat16).eps) * np.abs(truth).max()
+    np.testing.assert_allclose(oracle.wide(y.astype(jnp.float32)), truth, rtol=0, atol=bound)
+    np.testing.assert_array_equal(total, x + residual)
+    assert np.abs(oracle.wide(jn.layer_norm(total).astype(jnp.float32)) - truth).max() > 0.1
+
+
+@EACH
+def test_it_is_the_norm_of_the_sum(add):
+    """In float32 the sum is not rounded again."""
+    example, residual, dtotal = draw(add)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(f):
+        results, pullback = jax.vjp(f, example.x, residual, example.scale, example.bias)
+        return results, pullback((example.dy, dtotal))
+
+    def of_sum(x, residual, *params):
+        total = x + residual
+        return add.norm(total, *params), total
+
+    for ours, plain in zip(*(jax.tree.leaves(run(f)) for f in (add, of_sum)), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=0, atol=8 * EPS * np.abs(plain).max())
+
+
+@pytest.mark.usefixtures("x64")
+@EACH
+def test_float64_is_the_norm_of_the_sum(add, rng):
+    x, residual = rng.standard_normal((2, 4, 6, 8)) + 3
+    y, total = add(x, residual)
+    assert y.dtype == total.dtype == jnp.float64
+    np.testing.assert_array_equal(total, x + residual)
+    np.testing.assert_allclose(y, add.truth(x, residual), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.complex64], ids=lambda t: t.__name__)
+@EACH
+def test_other_dtypes(add, dtype, rng):
+    x, residual = rng.standard_normal((2, 4, 6, 8)).astype(dtype)
+    if dtype == jnp.complex64:
+        x = x + 1j * residual[::-1]
+    y, total = add(x, residual)
+    assert y.dtype == total.dtype == dtype
+    np.testing.assert_array_equal(total, x + residual)
+    bound = 3 * float(jnp.finfo(dtype).eps) * np.abs(y).max()
+    np.testing.assert_allclose(oracle.wide(y), add.truth(x, residual), rtol=0, atol=bound)
+
+
+@EACH
+def test_masks(add, rng):
+    x, residual = rng.standard_normal((2, 4, 6, 8), np.float32)
+    where = rng.random(x.shape) < 0.6
+    where[0] = False
+    bias = np.ones(add.norm.features(x.shape), np.float32)
+    y, total = add(x, residual, None, bias, where=where)
+    np.testing.assert_array_equal(total, x + residual)
+    np.testing.assert_array_equal(y[0], np.ones_like(y[0]))
+    assert oracle.units(y, add.truth(x, residual, None, bias, where=where)) <= 4
+
+
+@pytest.mark.parametrize("offset", [1.0, -0.5])
+@EACH
+def test_a_scale_with_an_offset(add, offset, implementation, rng):
+    """The sum of offset and scale is not rounded: in bfloat16 1 + 0.00390625 is 1."""
+    x, residual, dy = rng.standard_normal((3, 4, 6, 8), np.float32)
+    features = add.norm.features(x.shape)
+    scale = np.full(features, 0.00390625, jnp.bfloat16)
+    bias = rng.standard_normal(features, np.float32)
+    offsets = {"scale_offset": offset}
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def run(implementation, offset, scale):
+        f = functools.partial(add, implementation=implementation, **dict(offset))
+        (y, total), pullback = jax.vjp(f, x, residual, scale, bias)
+        return y, pullback((dy, jnp.zeros_like(total)))
+
+    y, gradients = run(implementation, tuple(offsets.items()), scale)
+    plain_y, plain_gradients = run("xla", (), scale.astype(np.float32) + np.float32(offset))
+    assert gradients[2].dtype == jnp.bfloat16
+    assert oracle.units(y, plain_y) <= 4
+    for ours, plain in zip(gradients, plain_gradients, strict=True):
+        bound = 8 * float(jnp.finfo(ours.dtype).eps) * np.abs(plain).max()
+        np.testing.assert_allclose(ours.astype(jnp.float32), plain, rtol=0, atol=bound)
+
+
+def run_in_float64(f, transformation, rng, **options):
+    args = arguments(LAYER.norm, rng)
+    f = functools.partial(f, epsilon=0.01, **options)
+    if transformation in (exported, exported_vjp):
+        return transformation(f, args)
+    return jax.jit(lambda *args: transformation(f, args))(*args)
+
+
+@pytest.mark.usefixtures("x64", "unoptimized")
+@pytest.mark.parametrize(
+    ("transformation", "masked"),
+    [
+        (jacobians, True),
+        (forward_over_reverse, False),
+        (reverse_over_reverse, True),
+        (reverse_over_reverse, False),
+        (vmap_of_grad, True),
+        (scan, False),
+        (checkpoint, False),
+        (exported, False),
+        (exported_vjp, True),
+    ],
+    ids=lambda v: getattr(v, "__name__", f"masked-{v}"),
+)
+def test_every_transformation_agrees_with_the_plain_formula(transformation, masked, rng):
+    where = jnp.asarray(rng.random(SHAPE) < 0.6).at[..., 0].set(True) if masked else None
+    ours, plain = (
+        run_in_float64(f, transformation, np.random.default_rng(0), where=where)
+        for f in (LAYER.of_x, LAYER.plain_of_x)
+    )
+    assert_same(ours, plain)
+
+
+@pytest.mark.usefixtures("x64", "kernel")
+@pytest.mark.parametrize(
+    ("add", "transformation"),
+    [
+        (LAYER, forward_over_reverse),
+        (LAYER, reverse_over_reverse),
+        (LAYER, vmap_of_grad),
+        (RMS, grad_of_vmap),
+        (RMS, scan),
+        (RMS, checkpoint),
+    ],
+    ids=lambda v: getattr(v, "__name__", None),
+)
+def test_the_primitives_agree_with_the_plain_formula(add, transformation, rng):
+    """Of float32: a program that a kernel may compute."""
+    args = tuple(a.astype(jnp.float32) for a in arguments(add.norm, rng))
+    ours = jax.jit(lambda *args: transformation(functools.partial(add.of_x, epsilon=0.01), args))
+    plain = lambda *a: transformation(functools.partial(add.plain_of_x, epsilon=0.01), a)
+    truth = jax.jit(plain)(*(a.astype(jnp.float64) for a in args))
+    for a, b in zip(jax.tree.leaves(ours(*args)), jax.tree.leaves(truth), strict=True):
+        assert a.dtype == jnp.float32
+        # Rounding of some hundred float32 operations, relative to the largest element.
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, np.abs(b).max()))
+
+
+@pytest.mark.usefixtures("x64", "unoptimized")
+@pytest.mark.parametrize(
+    ("how", "dtype"),
+    [
+        ("shard_map", jnp.float32),
+        ("shard_map", jnp.float64),
+        ("Auto", jnp.float64),
+        ("Explicit", jnp.float32),
+    ],
+    ids=lambda v: getattr(v, "__name__", v),
+)
+def test_over_eight_devices(how, dtype, rng):
+    args = tuple(a.astype(dtype) for a in arguments(LAYER.norm, rng))
+    truth = jax.jit(lambda *args: [t(LAYER.plain_of_x, args) for t in (vjp, jvp)])(*args)
+    axis_type = AxisType.Explicit if how == "Explicit" else AxisType.Auto
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    data, all_ = PartitionSpec("data"), PartitionSpec()
+    f = LAYER.of_x
+    if how == "shard_map":
+        f = jax.shard_map(f, mesh=mesh, in_specs=(data, all_, all_), out_specs=data)
+    with jax.set_mesh(mesh):
+        x = args[0] if how == "shard_map" else jax.device_put(args[0], NamedSharding(mesh, data))
+        ours = jax.jit(lambda *args: [t(f, args) for t in (vjp, jvp)])(x, *args[1:])
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(truth), strict=True):
+        units = 1e-12 if dtype == jnp.float64 else 1e-5
+        np.testing.assert_allclose(a, b, rtol=0, atol=units * max(1, np.abs(b).max()))
+
+
+@pytest.mark.usefixtures("x64", "unoptimized")
+def test_scan_over_layers(rng):
+    """The stream is the carry; each layer changes it, and has its own scale."""
+    scales, x = jnp.asarray(rng.standard_normal((3, 8))), jnp.asarray(rng.standard_normal((4, 8)))
+
+    def loss(add, scales, x):
+        def layer(carry, scale):
+            change, stream = carry
+            y, stream = add(change, stream, scale)
+            return (jnp.tanh(y), stream), None
+
+        change, stream = lax.scan(layer, (x, jnp.sin(x)), scales)[0]
+        return jnp.sum((change + stream) ** 2)
+
+    def plain(x, residual, scale):
+        return RMS.norm.plain(x + residual, scale), x + residual
+
+    ours, truth = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, f), (0, 1)))(scales, x)
+        for f in (RMS, plain)
+    )
+    assert_same(ours, truth)
+
+
+@pytest.mark.parametrize("implementation", ["xla", None])
+@EACH
+def test_backward_keeps_the_total_and_nothing_else_of_its_size(add, implementation):
+    x = jnp.ones((8, 16, 32), jnp.bfloat16)
+    scale, bias = (jnp.ones(add.norm.features(x.shape), jnp.float32) for _ in range(2))
+    f = functools.partial(add, implementation=implementation)
+    (_, total), backward = jax.vjp(f, x, 2 * x, scale, bias)
+    kept = [leaf for leaf in jax.tree.leaves(backward) if leaf.size >= x.size]
+    assert [leaf.dtype for leaf in kept] == [x.dtype]
+    np.testing.assert_array_equal(kept[0], total)
+
+
+def test_a_gradient_of_one_result_alone():
+    example, residual, dtotal = draw(LAYER)
+    _, pullback = jax.vjp(LAYER, example.x, residual)
+    zero = jnp.zeros_like(example.x)
+    both = pullback((example.dy, dtotal))
+    y = jax.vjp(lambda *args: LAYER(*args)[0], example.x, residual)[1](example.dy)
+    total = jax.vjp(lambda *args: LAYER(*args)[1], example.x, residual)[1](dtotal)
+    np.testing.assert_array_equal(y[0], pullback((example.dy, zero))[0])
+    np.testing.assert_array_equal(total[1], dtotal)
+    np.testing.assert_allclose(y[0] + total[0], both[0], rtol=0, atol=4 * EPS)
+
+
+X, PARAMS = jnp.ones((4, 6)), jn.init_params(6)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (
+            lambda add: add(X, X[0]),
+            ValueError,
+            ["residual must have the shape of x, (4, 6)", "(6,)"],
+        ),
+        (
+            lambda add: add(X, X.astype(jnp.bfloat16)),
+            TypeError,
+            ["residual must have the dtype of x, float32", "bfloat16"],
+        ),
+        (
+            lambda add: add(X, X, scale_offset=1.0),
+            ValueError,
+            ["scale_offset must be added to a scale", "1.0"],
+        ),
+        (
+            lambda add: add(X, X, jn.NormParams(bias=X[0]), scale_offset=1.0),
+            ValueError,
+            ["scale_offset must be added to a scale"],
+        ),
+        (
+            lambda add: add(X, X, PARAMS, scale_offset=float("inf")),
+            ValueError,
+            ["scale_offset must be finite", "inf"],
+        ),
+        (
+            lambda add: jax.jit(lambda a: add(X, X, PARAMS, scale_offset=a))(1.0),
+            TypeError,
+            ["scale_offset must be a number"],
+        ),
+    ],
+    ids=["shape", "dtype", "no-params", "no-scale", "infinite", "traced"],
+)
+@pytest.mark.parametrize("add", [jn.add_layer_norm, jn.add_rms_norm])
+def test_says_what_is_wrong(add, call, error, words):
+    with pytest.raises(error) as raised:
+        call(add)
+    message = str(raised.value)
+    for word in words:
+        assert word in message
+    assert ";" in message
+    assert "\n" not in message
