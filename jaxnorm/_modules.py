@@ -23,13 +23,15 @@ def checked_call(
     prepared: tuple[jax.Array, NormParams, DTypeLike],
     mask: jax.Array | None,
     *,
+    residual: jax.Array | None = None,
     subtract_mean: bool = True,
     bind_names: bool = True,
 ) -> tuple[NormSpec, Arrays]:
     """What `normalize` takes, by a module's attributes.
 
-    `prepared` holds x, the parameters and the result's dtype. Without `bind_names`, the statistics
-    are those of this device, and nothing has to bind the module's axis name.
+    `prepared` holds x, the parameters and the result's dtype; a residual is cast to the dtype of
+    this x. Without `bind_names`, the statistics are those of this device, and nothing has to bind
+    the module's axis name.
     """
     x, params, dtype = prepared
     devices = LOCAL
@@ -42,6 +44,7 @@ def checked_call(
         params,
         epsilon=module.epsilon,
         where=None if mask is None else jnp.asarray(mask, bool),
+        residual=None if residual is None else residual.astype(x.dtype),
         subtract_mean=subtract_mean,
         devices=devices,
         dtype=dtype,

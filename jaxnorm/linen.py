@@ -20,10 +20,24 @@ from flax.typing import Dtype
 from jaxnorm._modules import checked_call, update_running_statistics
 from jaxnorm.core.axes import count_groups
 from jaxnorm.core.layout import Layout, batch_layout, group_layout, instance_layout, layer_layout
-from jaxnorm.core.normalize import normalize, normalize_and_measure, normalize_with
+from jaxnorm.core.normalize import (
+    add_and_normalize,
+    check_residual,
+    normalize,
+    normalize_and_measure,
+    normalize_with,
+)
 from jaxnorm.core.standardize import NormParams
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
+__all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
+    "BatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "RMSNorm",
+]
 
 
 class BatchNorm(nn.BatchNorm):
@@ -120,6 +134,49 @@ class RMSNorm(nn.RMSNorm):
         return normalize(*_checked("rms_norm", self, x, layout, mask, subtract_mean=False))
 
 
+class AddLayerNorm(LayerNorm):
+    """`jaxnorm.add_layer_norm` with learned scale and bias: `LayerNorm` of x + residual.
+
+    Arguments and variables are those of LayerNorm. A call takes x and the residual, and returns y
+    and the total, which has the dtype of x.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxnorm.linen as jn
+      >>> x, stream = jnp.ones((8, 3)), jnp.zeros((8, 3))
+      >>> (y, stream), _ = jn.AddLayerNorm().init_with_output(jax.random.key(0), x, stream)
+      >>> stream.sum()
+      Array(24., dtype=float32)
+    """
+
+    @nn.compact
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (it takes and returns two)
+        self, x: jax.Array, residual: jax.Array, *, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Normalize the sum; the second result is this total."""
+        return _add("add_layer_norm", self, x, residual, mask)
+
+
+class AddRMSNorm(RMSNorm):
+    """`jaxnorm.add_rms_norm` with a learned scale: `RMSNorm` of x + residual.
+
+    Arguments and variables are those of RMSNorm; a call is that of AddLayerNorm.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxnorm.linen as jn
+      >>> x, stream = jnp.ones((8, 3)), jnp.zeros((8, 3))
+      >>> (y, stream), _ = jn.AddRMSNorm().init_with_output(jax.random.key(0), x, stream)
+      >>> stream.sum()
+      Array(24., dtype=float32)
+    """
+
+    @nn.compact
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (it takes and returns two)
+        self, x: jax.Array, residual: jax.Array, *, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Normalize the sum; the second result is this total."""
+        return _add("add_rms_norm", self, x, residual, mask, subtract_mean=False)
+
+
 class GroupNorm(nn.GroupNorm):
     """`jaxnorm.group_norm` with learned scale and bias.
 
@@ -165,6 +222,12 @@ def _checked(name: str, module: Any, x, layout: Layout, mask, **options: Any):
     prepared = _prepare(module, x, layout)
     bind_names = not module.is_initializing()
     return checked_call(name, module, layout, prepared, mask, bind_names=bind_names, **options)
+
+
+def _add(name: str, module: Any, x, residual, mask, **options: Any):
+    layout = layer_layout(jnp.shape(x), module.reduction_axes, module.feature_axes)
+    residual = check_residual(residual, jnp.asarray(x))
+    return add_and_normalize(*_checked(name, module, x, layout, mask, residual=residual, **options))
 
 
 def _prepare(module: Any, x, layout: Layout) -> tuple[jax.Array, NormParams, Dtype]:

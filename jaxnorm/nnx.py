@@ -24,10 +24,24 @@ from flax.typing import Dtype
 from jaxnorm._modules import checked_call, update_running_statistics
 from jaxnorm.core.arithmetic import promote
 from jaxnorm.core.layout import Layout, batch_layout, group_layout, instance_layout, layer_layout
-from jaxnorm.core.normalize import normalize, normalize_and_measure, normalize_with
+from jaxnorm.core.normalize import (
+    add_and_normalize,
+    check_residual,
+    normalize,
+    normalize_and_measure,
+    normalize_with,
+)
 from jaxnorm.core.standardize import NormParams
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
+__all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
+    "BatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "RMSNorm",
+]
 
 
 def _after(inherited: Callable) -> Callable[[Callable], Callable]:
@@ -135,6 +149,49 @@ class RMSNorm(nnx.RMSNorm):
         return normalize(*_checked("rms_norm", self, x, layout, mask, subtract_mean=False))
 
 
+class AddLayerNorm(LayerNorm):
+    """`jaxnorm.add_layer_norm` with learned scale and bias: `LayerNorm` of x + residual.
+
+    Arguments and variables are those of LayerNorm. A call takes x and the residual, and returns y
+    and the total, which has the dtype of x.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm.nnx as jn
+      >>> from flax import nnx
+      >>> x, stream = jnp.ones((8, 3)), jnp.zeros((8, 3))
+      >>> y, stream = jn.AddLayerNorm(3, rngs=nnx.Rngs(0))(x, stream)
+      >>> stream.sum()
+      Array(24., dtype=float32)
+    """
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (it takes and returns two)
+        self, x: jax.Array, residual: jax.Array, *, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Normalize the sum; the second result is this total."""
+        return _add("add_layer_norm", self, x, residual, mask)
+
+
+class AddRMSNorm(RMSNorm):
+    """`jaxnorm.add_rms_norm` with a learned scale: `RMSNorm` of x + residual.
+
+    Arguments and variables are those of RMSNorm; a call is that of AddLayerNorm.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm.nnx as jn
+      >>> from flax import nnx
+      >>> x, stream = jnp.ones((8, 3)), jnp.zeros((8, 3))
+      >>> y, stream = jn.AddRMSNorm(3, rngs=nnx.Rngs(0))(x, stream)
+      >>> stream.sum()
+      Array(24., dtype=float32)
+    """
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (it takes and returns two)
+        self, x: jax.Array, residual: jax.Array, *, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Normalize the sum; the second result is this total."""
+        return _add("add_rms_norm", self, x, residual, mask, subtract_mean=False)
+
+
 class GroupNorm(nnx.GroupNorm):
     """`jaxnorm.group_norm` with learned scale and bias.
 
@@ -181,6 +238,18 @@ class InstanceNorm(nnx.InstanceNorm):
 def _checked(name: str, module: Any, x, layout: Layout, mask, *running, **options: Any):
     prepared = _prepare(module, x, layout, *running)
     return checked_call(name, module, layout, prepared, mask, **options)
+
+
+def _add(name: str, module: Any, x, residual, mask, **options: Any):
+    layout = layer_layout(jnp.shape(x), module.reduction_axes, module.feature_axes)
+    residual = check_residual(residual, jnp.asarray(x))
+    cast, params, dtype = _prepare(module, x, layout)
+    # The total has the dtype of x, though the parameters' may be better.
+    x = jnp.asarray(x) if jnp.issubdtype(residual.dtype, jnp.inexact) else cast
+    prepared = x, params, dtype
+    return add_and_normalize(
+        *checked_call(name, module, layout, prepared, mask, residual=residual, **options)
+    )
 
 
 def _prepare(

@@ -54,26 +54,31 @@ def draw(add, shape=(4, 6, 8), dtype=jnp.float32):
 )
 @EACH
 def test_the_contract(add, implementation, shape, dtype):
-    example, *more = draw(add, SHAPES[shape], dtype)
-    total, dresidual, ttotal, results = compute(add, implementation, 1e-6, example, *more)
+    example, residual, dtotal = args = draw(add, SHAPES[shape], dtype)
+    total, dresidual, ttotal, results = compute(
+        add, implementation, 1e-6, example, residual, dtotal
+    )
     for a in (total, dresidual, ttotal, *results[:2], results.ty):
         assert a.dtype == dtype
-    exact = example.x.astype(np.float32) + more[0].astype(np.float32)
+    exact = example.x.astype(np.float32) + residual.astype(np.float32)
     np.testing.assert_array_equal(total, exact.astype(dtype))
     np.testing.assert_array_equal(dresidual, results.dx)
     np.testing.assert_array_equal(ttotal, example.tx / 2)
+    assert_right(add, implementation, args, results)
+
+
+def assert_right(add, implementation, args, results):
+    example, residual, dtotal = args
+    right, sizes = expected(add, example, residual, dtotal, 1e-6)
     terms = example.x.size // example.scale.size
-    truth = expected(add, example, *more, 1e-6)
-    assert_near(results, *truth, terms, formula=implementation == "xla")
+    assert_near(results, right, sizes, terms, formula=implementation == "xla")
 
 
 @pytest.mark.parametrize("add", [LAYER, RMS], ids=["layer", "rms"])
 def test_long_rows(add, implementation):
-    example, *more = draw(add, SHAPES["long-rows"])
-    results = compute(add, implementation, 1e-6, example, *more)[-1]
-    terms = example.x.size // example.scale.size
-    truth = expected(add, example, *more, 1e-6)
-    assert_near(results, *truth, terms, formula=implementation == "xla")
+    example, residual, dtotal = args = draw(add, SHAPES["long-rows"])
+    results = compute(add, implementation, 1e-6, example, residual, dtotal)[-1]
+    assert_right(add, implementation, args, results)
 
 
 def test_the_sum_is_normalized_before_it_is_rounded(implementation, rng):
