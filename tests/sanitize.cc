@@ -223,7 +223,7 @@ class Call {
 
 // What a call may have or not.
 struct Options {
-  bool subtract_mean, scale, bias, gradients;
+  bool subtract_mean, scale, bias, gradients, residual;
 };
 
 constexpr XLA_FFI_DataType kF32 = XLA_FFI_DataType_F32;
@@ -236,25 +236,28 @@ std::string run(XLA_FFI_DataType type, const Block& b, int64_t batch, const Opti
   Array x(type, size), y(type, size), dy(type, size), dx(type, size);
   Array scale(kF32, scales), bias(kF32, biases), high(kF32, means), low(kF32, means);
   Array var(kF32, groups), rstd(kF32, groups);
+  const int64_t sums = has.residual ? size : 0;
+  Array residual(type, sums), total(type, sums), dtotal(type, sums);
   Array dscale(kF32, has.gradients ? batch * b.features() : 0);
   Array dbias(kF32, has.gradients && has.bias ? batch * b.features() : 0);
-  x.fill(1), dy.fill(2), scale.fill(3), bias.fill(4);
+  x.fill(1), dy.fill(2), scale.fill(3), bias.fill(4), residual.fill(5), dtotal.fill(6);
   const Block all = {batch * b.n, b.s, b.g, b.k};
   Call forward;
-  forward.argument(x).argument(scale).argument(bias);
-  forward.result(y).result(high).result(low).result(var).result(rstd);
+  forward.argument(x).argument(residual).argument(scale).argument(bias);
+  forward.result(y).result(total).result(high).result(low).result(var).result(rstd);
   forward.number("epsilon", 1e-6).block(all).boolean("subtract_mean", has.subtract_mean);
   std::string error = forward.run(jaxnorm_forward);
   if (!error.empty()) return error;
   Call backward;
-  backward.argument(x).argument(dy).argument(scale).argument(high).argument(low).argument(rstd);
+  backward.argument(has.residual ? total : x).argument(dy).argument(dtotal).argument(scale);
+  backward.argument(high).argument(low).argument(rstd);
   backward.result(dx).result(dscale).result(dbias);
   backward.integer("batch", batch).block(b).boolean("subtract_mean", has.subtract_mean);
   error = backward.run(jaxnorm_backward);
   if (!error.empty()) return error;
-  double total = 0;
-  for (const Array* a : {&high, &low, &var, &rstd, &dscale, &dbias}) total += a->sum();
-  return std::isfinite(total) ? "" : "a result is not a number";
+  double all_sums = 0;
+  for (const Array* a : {&high, &low, &var, &rstd, &dscale, &dbias}) all_sums += a->sum();
+  return std::isfinite(all_sums) ? "" : "a result is not a number";
 }
 
 const Block kBlocks[] = {
@@ -262,6 +265,7 @@ const Block kBlocks[] = {
     {1, 1, 1, 1}, {3, 1, 1, 2}, {5, 1, 1, 7}, {2, 1, 1, 8}, {3, 1, 1, 33}, {4, 1, 1, 1000},
     {3, 1, 2, 5}, {7, 1, 5, 1}, {2, 1, 3, 9}, {3, 1, 1, 2049}, {1, 1, 1, 6147}, {300, 1, 1, 257},
     {129, 1, 3, 171}, {4100, 1, 1, 17}, {9, 1, 1, 2048 * 3 + 1}, {20, 1, 1, 8201},
+    {2, 1, 1, 16384}, {2, 1, 1, 16391},
     // columns: batch, group, instance; fewer rows than are folded; rows left over; chunks
     {1, 2, 1, 1}, {1, 7, 1, 1}, {2, 3, 1, 1}, {3, 7, 3, 1}, {2, 5, 1, 7}, {2, 9, 7, 1},
     {1, 64, 8, 1}, {2, 65, 2, 4}, {3, 6, 5, 2}, {1, 1000, 7, 1}, {70, 40, 3, 7}, {1, 66000, 1, 1},
@@ -273,9 +277,11 @@ bool run_all() {
   int large = 0;
   for (const Block& b : kBlocks) {
     for (XLA_FFI_DataType type : {kF32, XLA_FFI_DataType_BF16}) {
-      for (int bits = 0; bits < 16; ++bits) {
-        const Options has = {(bits & 8) != 0, (bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0};
-        if (!has.subtract_mean && b.s > 1) continue;
+      for (int bits = 0; bits < 32; ++bits) {
+        const Options has = {(bits & 8) != 0, (bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0,
+                             (bits & 16) != 0};
+        if ((!has.subtract_mean || has.residual) && b.s > 1) continue;
+        if (has.residual && type != kF32 && b.k > kLongestSum) continue;
         // For large blocks, all of scale, bias and their gradients, and some of the rest.
         const bool is_large = b.n * b.example() > 40000;
         if (is_large && bits % 8 != 7 && large++ % 4) continue;
@@ -296,10 +302,11 @@ bool refuses(const char* what, const Block& b, int64_t batch, int64_t groups, in
   Array x(kF32, 24), y(kF32, 24), high(kF32, groups), low(kF32, groups), rstd(kF32, groups);
   Array var(kF32, groups), scale(kF32, scales), none(kF32, 0);
   Call forward, backward;
-  forward.argument(x).argument(scale).argument(none);
-  forward.result(y).result(high).result(low).result(var).result(rstd);
+  forward.argument(x).argument(none).argument(scale).argument(none);
+  forward.result(y).result(none).result(high).result(low).result(var).result(rstd);
   forward.number("epsilon", 1e-6).block(b).boolean("subtract_mean", true);
-  backward.argument(x).argument(x).argument(scale).argument(high).argument(low).argument(rstd);
+  backward.argument(x).argument(x).argument(none).argument(scale);
+  backward.argument(high).argument(low).argument(rstd);
   backward.result(y).result(none).result(none);
   backward.integer("batch", batch).block(b).boolean("subtract_mean", true);
   // The forward handler has no batch.

@@ -18,6 +18,7 @@ from jaxnorm import kernels
 pytestmark = pytest.mark.usefixtures("kernel")
 EACH_NORM = pytest.mark.parametrize("norm", NORMS, ids=norm_id)
 X = jnp.ones((4, 3, 6))
+LONG = jnp.ones(2**14 + 1, jnp.bfloat16)
 layer_norm = functools.partial(jn.layer_norm, implementation="kernel")
 
 
@@ -36,9 +37,20 @@ def calls(f, *args):
         (lambda: jn.instance_norm(X, feature_axis=1, implementation="kernel"), "last axes"),
         (lambda: jn.rms_norm(X, axis=(0, 1), implementation="kernel"), "last ax"),
         (lambda: layer_norm(X[:0]), "no elements"),
+        (lambda: jn.add_layer_norm(LONG, LONG, implementation="kernel"), "up to 16384 elements"),
         (lambda: export.export(jax.jit(layer_norm))(X), "exported"),
     ],
-    ids=["mask", "float16", "complex", "first-axis", "channels-first", "rms", "empty", "export"],
+    ids=[
+        "mask",
+        "float16",
+        "complex",
+        "first-axis",
+        "channels-first",
+        "rms",
+        "empty",
+        "long-sum",
+        "export",
+    ],
 )
 def test_what_no_kernel_takes_is_an_error_where_one_is_asked_for(f, reason):
     with pytest.raises(ValueError, match=f"(?s)implementation='kernel' must.*{reason}"):
@@ -141,31 +153,41 @@ def struct(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def call_forward(y=None, stat=4, scale=6, x=None, **sizes):
+NONE = jnp.zeros(0)
+
+
+def call_forward(y=None, stat=4, scale=6, x=None, residual=NONE, total=None, **sizes):
     """A call past Python's checks, of layer norm over rows of six."""
     x = jnp.ones((4, 6)) if x is None else x
     block = {
         name: np.int64(size) for name, size in ({"n": 4, "s": 1, "g": 1, "k": 6} | sizes).items()
     }
-    results = [y or struct(*x.shape, dtype=x.dtype), *[struct(stat)] * 4]
+    y = y or struct(*x.shape, dtype=x.dtype)
+    if total is None:
+        total = struct(*residual.shape, dtype=residual.dtype)
+    results = [y, total, *[struct(stat)] * 4]
     call = jax.ffi.ffi_call("jaxnorm_forward", results)
     ones = jnp.ones(scale)
-    return call(x, ones, ones, **block, epsilon=np.float64(1), subtract_mean=True)
+    return call(x, residual, ones, ones, **block, epsilon=np.float64(1), subtract_mean=True)
 
 
-def call_backward(dy=None, dx=None, stat=4, of_scale=6, of_bias=6, **sizes):
+def call_backward(dy=None, dx=None, stat=4, of_scale=6, of_bias=6, dtotal=NONE, **sizes):
     x, stats = jnp.ones((4, 6)), jnp.ones(stat)
     block = {"batch": 1, "n": 4, "s": 1, "g": 1, "k": 6} | sizes
     results = [dx or struct(4, 6), struct(of_scale), struct(of_bias)]
     call = jax.ffi.ffi_call("jaxnorm_backward", results)
     dy = x if dy is None else dy
     numbers = {name: np.int64(size) for name, size in block.items()}
-    return call(x, dy, jnp.ones(6), stats, stats, stats, **numbers, subtract_mean=True)
+    ones = jnp.ones(6)
+    return call(x, dy, dtotal, ones, stats, stats, stats, **numbers, subtract_mean=True)
 
 
 def test_the_door_takes_what_fits():
     assert (call_forward()[0] == 1).all()  # the bias
     assert jnp.isfinite(call_backward()[0]).all()
+    x = jnp.ones((4, 6))
+    assert (call_forward(residual=2 * x)[1] == 3).all()
+    assert (call_backward(dtotal=2 * x)[0] == 2 + call_backward()[0]).all()
 
 
 @pytest.mark.parametrize(
@@ -182,6 +204,16 @@ def test_the_door_takes_what_fits():
         lambda: call_forward(struct(4, 5)),
         lambda: call_forward(struct(4, 6, dtype=jnp.bfloat16)),
         lambda: call_forward(x=jnp.ones((4, 6), jnp.float16)),
+        lambda: call_forward(residual=jnp.ones((4, 5))),
+        lambda: call_forward(residual=jnp.ones((4, 6), jnp.bfloat16)),
+        lambda: call_forward(residual=jnp.ones((4, 6)), total=struct(0)),
+        lambda: call_forward(residual=jnp.ones((4, 6)), total=struct(4, 6, dtype=jnp.bfloat16)),
+        lambda: call_forward(total=struct(4, 6)),
+        lambda: call_forward(residual=jnp.ones((4, 6)), n=1, s=4, stat=1),
+        lambda: call_forward(x=LONG, residual=LONG, n=1, k=2**14 + 1, stat=1, scale=0),
+        lambda: call_backward(dtotal=jnp.ones((4, 5))),
+        lambda: call_backward(dtotal=jnp.ones((4, 6), jnp.bfloat16)),
+        lambda: call_backward(dtotal=jnp.ones((4, 6)), n=1, s=4, stat=1),
         lambda: call_backward(batch=2),
         lambda: call_backward(batch=0),
         lambda: call_backward(k=12),
@@ -201,9 +233,10 @@ def test_the_door_refuses_what_does_not_fit(call):
 
 def test_the_door_refuses_statistics_of_another_type():
     x = jnp.ones((4, 6))
-    call = jax.ffi.ffi_call("jaxnorm_forward", [struct(4, 6)] + [struct(4, dtype=jnp.int32)] * 4)
+    results = [struct(4, 6), struct(0), *[struct(4, dtype=jnp.int32)] * 4]
+    call = jax.ffi.ffi_call("jaxnorm_forward", results)
     sizes = {"n": np.int64(4), "s": np.int64(1), "g": np.int64(1), "k": np.int64(6)}
     with pytest.raises(Exception, match=r"[Ww]rong buffer dtype"):
         jax.block_until_ready(
-            call(x, x[0], x[0], **sizes, epsilon=np.float64(1), subtract_mean=True)
+            call(x, NONE, x[0], x[0], **sizes, epsilon=np.float64(1), subtract_mean=True)
         )

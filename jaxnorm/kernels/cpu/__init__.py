@@ -2,7 +2,7 @@
 
 All five norms are a block (n, s, g, k) in memory: n independent examples, s positions, g groups of
 k features; statistics are shared over s and k. rows.h has the norms of rows (s = 1: layer, rms),
-columns.h the others.
+which may add a residual, columns.h the others.
 """
 
 import ctypes
@@ -19,6 +19,7 @@ import numpy as np
 LIBRARY = Path(__file__).with_name("_norms.so")
 WHY_NOT_BUILT = Path(__file__).with_name("_not_built.txt")
 _NOTHING = jax.ShapeDtypeStruct((0,), jnp.float32)  # a result that is not wanted
+_LONGEST_SUM = 2**14  # kLongestSum in norms.h
 
 
 @functools.cache
@@ -87,8 +88,6 @@ def declines(
     exported: bool,
 ) -> str | None:
     """Why it does not support such a call, or None if it does."""
-    if adds:
-        return "it does not add a residual"
     if over_devices:
         return "it does not share statistics over an axis_name"
     if masked:
@@ -105,6 +104,10 @@ def declines(
         )
     if not subtract_mean and block[1] > 1:
         return "it takes rms norm over the last axes only"
+    if adds and block[1] > 1:
+        return "it adds a residual only where the last axes share statistics"
+    if adds and dtype == jnp.bfloat16 and block[3] > _LONGEST_SUM:
+        return f"it adds a residual to rows of bfloat16 of up to {_LONGEST_SUM} elements"
     if not math.prod(block):
         return "x has no elements"
     if exported:
@@ -121,25 +124,32 @@ def value(
     block: tuple[int, int, int, int],
     epsilon: float,
     subtract_mean: bool,
-) -> tuple[jax.Array, None, jax.Array | None, jax.Array | None, jax.Array, jax.Array]:
-    """y and the statistics."""
-    assert residual is None  # else it has declined
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None, jax.Array, jax.Array]:
+    """y, the total and the statistics."""
     n, _, g, _ = block
     statistic = jax.ShapeDtypeStruct((n, g), jnp.float32)
     mean = statistic if subtract_mean else _NOTHING
-    y, high, low, var, rstd = jax.ffi.ffi_call(
-        "jaxnorm_forward",
-        [jax.ShapeDtypeStruct(x.shape, x.dtype), mean, mean, statistic, statistic],
+    like_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    total = _NOTHING if residual is None else like_x
+    y, total, high, low, var, rstd = jax.ffi.ffi_call(
+        "jaxnorm_forward", [like_x, total, mean, mean, statistic, statistic]
     )(
         x,
+        _float32(None) if residual is None else residual,
         _float32(scale),
         _float32(bias),
         **_attributes(block),
         epsilon=np.float64(epsilon),
         subtract_mean=subtract_mean,
     )
-    high, low = (high, low) if subtract_mean else (None, None)
-    return y, None, high, low, var, rstd
+    return (
+        y,
+        None if residual is None else total,
+        high if subtract_mean else None,
+        low if subtract_mean else None,
+        var,
+        rstd,
+    )
 
 
 def cotangent(
@@ -156,7 +166,6 @@ def cotangent(
     wanted: tuple[bool, ...],
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """The gradients, of `batch` blocks."""
-    assert dtotal is None
     _, _, g, k = block
     of_features = jax.ShapeDtypeStruct((batch, g * k), jnp.float32)
     dx, *grads = jax.ffi.ffi_call(
@@ -168,6 +177,7 @@ def cotangent(
     )(
         x,
         dy,
+        _float32(None) if dtotal is None else dtotal,
         _float32(scale),
         _float32(mean_high),
         _float32(mean_low),

@@ -49,6 +49,12 @@ bool fits(const ffi::Buffer<ffi::F32>& buffer, int64_t size) {
   return holds(buffer, 0) || holds(buffer, size);
 }
 
+// An array like x, or none.
+bool like_or_none(const ffi::AnyBuffer& a, const ffi::AnyBuffer& x) {
+  return a.element_count() == 0 ||
+         (a.element_count() == x.element_count() && a.element_type() == x.element_type());
+}
+
 template <class Buffer>
 auto* data_or_null(Buffer& buffer, int64_t offset = 0) {
   return buffer.element_count() ? buffer.typed_data() + offset : nullptr;
@@ -87,9 +93,10 @@ ffi::Error guarded(Run run) {
 
 using Float32 = ffi::Buffer<ffi::F32>;
 
-ffi::Error forward(ffi::ThreadPool threads, ffi::AnyBuffer x, Float32 scale, Float32 bias,
-                   ffi::Result<ffi::AnyBuffer> y, ffi::Result<Float32> mean_high,
-                   ffi::Result<Float32> mean_low, ffi::Result<Float32> var, ffi::Result<Float32> rstd,
+ffi::Error forward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer residual, Float32 scale,
+                   Float32 bias, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> total,
+                   ffi::Result<Float32> mean_high, ffi::Result<Float32> mean_low,
+                   ffi::Result<Float32> var, ffi::Result<Float32> rstd,
                    int64_t n, int64_t s, int64_t g, int64_t k, double epsilon, bool subtract_mean) {
   const Block block = {n, s, g, k};
   if (ffi::Error error = check(x, block, 1); error.failure()) return error;
@@ -104,9 +111,17 @@ ffi::Error forward(ffi::ThreadPool threads, ffi::AnyBuffer x, Float32 scale, Flo
   if (y->element_count() != x.element_count() || y->element_type() != x.element_type()) {
     return wrong("a result unlike x");
   }
+  const bool adds = residual.element_count() > 0;
+  if (!like_or_none(residual, x) || !like_or_none(*total, x) || adds != (total->element_count() > 0)) {
+    return wrong("a residual or a total unlike x");
+  }
+  if (adds && (s > 1 || (k > kLongestSum && x.element_type() == ffi::BF16))) {
+    return wrong("a residual for columns or for long rows of bfloat16");
+  }
   return guarded([&] {
-    Forward call = {block, epsilon, subtract_mean, x.untyped_data(), data_or_null(scale),
-                    data_or_null(bias), y->untyped_data(),
+    Forward call = {block, epsilon, subtract_mean, x.untyped_data(),
+                    adds ? residual.untyped_data() : nullptr, data_or_null(scale), data_or_null(bias),
+                    y->untyped_data(), adds ? total->untyped_data() : nullptr,
                     {data_or_null(*mean_high), data_or_null(*mean_low), var->typed_data(), rstd->typed_data()}};
     Team team(threads);
     level_in_use.load()->forward(element_of(x), call, team);
@@ -114,8 +129,8 @@ ffi::Error forward(ffi::ThreadPool threads, ffi::AnyBuffer x, Float32 scale, Flo
 }
 
 // `batch` such blocks, each with its own dscale and dbias: what jax.vmap adds.
-ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy, Float32 scale,
-                    Float32 mean_high, Float32 mean_low, Float32 rstd, ffi::Result<ffi::AnyBuffer> dx,
+ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy,
+                    ffi::AnyBuffer dtotal, Float32 scale, Float32 mean_high, Float32 mean_low, Float32 rstd, ffi::Result<ffi::AnyBuffer> dx,
                     ffi::Result<Float32> dscale, ffi::Result<Float32> dbias, int64_t batch,
                     int64_t n, int64_t s, int64_t g, int64_t k, bool subtract_mean) {
   const Block block = {n, s, g, k};
@@ -133,6 +148,10 @@ ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy
       return wrong("a gradient unlike x");
     }
   }
+  const bool adds = dtotal.element_count() > 0;
+  if (!like_or_none(dtotal, x) || (adds && s > 1)) {
+    return wrong("a gradient of the total unlike x, or for columns");
+  }
   return guarded([&] {
     const int64_t bytes = x.size_bytes() / batch;
     Team team(threads);
@@ -142,6 +161,7 @@ ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy
                        subtract_mean,
                        static_cast<const char*>(x.untyped_data()) + i * bytes,
                        static_cast<const char*>(dy.untyped_data()) + i * bytes,
+                       adds ? static_cast<const char*>(dtotal.untyped_data()) + i * bytes : nullptr,
                        data_or_null(scale),
                        data_or_null(mean_high, i * groups),
                        data_or_null(mean_low, i * groups),
@@ -163,8 +183,10 @@ XLA_FFI_DEFINE_HANDLER(kForward, jaxnorm::forward,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()
                            .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
                            .Arg<jaxnorm::Float32>()
                            .Arg<jaxnorm::Float32>()
+                           .Ret<ffi::AnyBuffer>()
                            .Ret<ffi::AnyBuffer>()
                            .Ret<jaxnorm::Float32>()
                            .Ret<jaxnorm::Float32>()
@@ -180,6 +202,7 @@ XLA_FFI_DEFINE_HANDLER(kForward, jaxnorm::forward,
 XLA_FFI_DEFINE_HANDLER(kBackward, jaxnorm::backward,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()
                            .Arg<ffi::AnyBuffer>()
                            .Arg<ffi::AnyBuffer>()
                            .Arg<jaxnorm::Float32>()

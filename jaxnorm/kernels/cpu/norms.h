@@ -24,20 +24,23 @@ struct Statistics {
   float *mean_high, *mean_low, *var, *rstd;
 };
 
+// The longest row of bfloat16 that takes a residual: a thread keeps the sum of one row in float32.
+constexpr int64_t kLongestSum = 1 << 14;
+
 struct Forward {
   Block block;
   double epsilon;
   bool subtract_mean;
-  const void* x;
+  const void *x, *residual;   // null: no residual; with one, s = 1
   const float *scale, *bias;  // null: one, zero
-  void* y;
+  void *y, *total;            // the total if there is a residual
   Statistics stats;
 };
 
 struct Backward {
   Block block;
   bool subtract_mean;
-  const void *x, *dy;
+  const void *x, *dy, *dtotal;  // null: no dtotal; with one, s = 1
   const float* scale;
   const float *mean_high, *mean_low, *rstd;
   void* dx;

@@ -49,10 +49,10 @@ static inline void row_moments(Moment* moments, const T* x, int64_t k, double ep
   for (int r = 0; r < R; ++r) moments[r] = finish(sums[r], epsilon, kSubtractMean);
 }
 
-template <int R, bool kSubtractMean, bool kScale, bool kBias, class T>
-static inline void normalize_rows(const Forward& f, int64_t row) {
+// From `x`: the rows of that array, or their sums with the residual in float32.
+template <int R, bool kSubtractMean, bool kScale, bool kBias, class T, class X>
+static inline void normalize_rows_of(const X* x, const Forward& f, int64_t row) {
   const int64_t k = f.block.k, feature = f.block.g == 1 ? 0 : row % f.block.g * k;
-  const T* x = static_cast<const T*>(f.x) + row * k;
   T* y = static_cast<T*>(f.y) + row * k;
   const float* scale = kScale ? f.scale + feature : nullptr;
   const float* bias = kBias ? f.bias + feature : nullptr;
@@ -79,18 +79,48 @@ static inline void normalize_rows(const Forward& f, int64_t row) {
   }
 }
 
+// x + residual, in float32 to `sums` and rounded to the total. These may be the same array.
+template <class T>
+static inline void add_residual(const Forward& f, int64_t start, int64_t size, float* sums) {
+  const T *x = static_cast<const T*>(f.x) + start, *residual = static_cast<const T*>(f.residual) + start;
+  T* total = static_cast<T*>(f.total) + start;
+  const bool apart = static_cast<void*>(sums) != total;
+  const bool streamed = apart && should_stream(total, f.block.groups() * f.block.k);
+  for_each_vector(size, [&](int, int64_t i, auto lanes) BODY {
+    __builtin_prefetch(x + size + i);  // the next rows
+    __builtin_prefetch(residual + size + i);
+    VF32 sum = LoadN(x + i, lanes) + LoadN(residual + i, lanes);
+    StoreN(sums + i, sum, lanes);
+    if (apart) store_or_stream(total + i, sum, lanes, streamed);
+  });
+}
+
+template <int R, bool kSubtractMean, bool kScale, bool kBias, class T>
+static inline void normalize_rows(const Forward& f, int64_t row, float* memory) {
+  const int64_t k = f.block.k, start = row * k;
+  if (!f.residual) {
+    const T* x = static_cast<const T*>(f.x) + start;
+    return normalize_rows_of<R, kSubtractMean, kScale, kBias, T>(x, f, row);
+  }
+  // A longer row is one of float32, whose sum is the total.
+  float* sums = R * k <= kLongestSum ? memory : static_cast<float*>(f.total) + start;
+  add_residual<T>(f, start, R * k, sums);
+  normalize_rows_of<R, kSubtractMean, kScale, kBias, T>(sums, f, row);
+}
+
 template <bool kSubtractMean, bool kScale, bool kBias, class T>
 static void rows_forward(const Forward& f, Pool& pool) {
   const int64_t rows = f.block.groups(), tasks = num_tasks(rows * f.block.k, rows);
   const bool together = f.block.g == 1 && f.block.k <= kRowTile / 4;
   parallel_for(pool, tasks, [&](int64_t task) {
     const int64_t end = rows * (task + 1) / tasks;
+    float memory[kLongestSum];  // used if there is a residual
     for (int64_t row = rows * task / tasks; row < end;) {
       if (together && row + 4 <= end) {
-        normalize_rows<4, kSubtractMean, kScale, kBias, T>(f, row);
+        normalize_rows<4, kSubtractMean, kScale, kBias, T>(f, row, memory);
         row += 4;
       } else {
-        normalize_rows<1, kSubtractMean, kScale, kBias, T>(f, row);
+        normalize_rows<1, kSubtractMean, kScale, kBias, T>(f, row, memory);
         row += 1;
       }
     }

@@ -38,7 +38,7 @@ struct Columns {
 // R rows that share one scale, from its first feature on.
 template <int R, bool kSubtractMean, bool kScale, class T>
 struct Rows {
-  const T *x, *dy;
+  const T *x, *dy, *dtotal;
   T* dx;
   const float* scale;
   int64_t k, elements;
@@ -47,6 +47,7 @@ struct Rows {
   Rows(const Backward& f, int64_t row, int64_t feature) : k(f.block.k) {
     x = static_cast<const T*>(f.x) + row * k;
     dy = static_cast<const T*>(f.dy) + row * k;
+    dtotal = f.dtotal ? static_cast<const T*>(f.dtotal) + row * k : nullptr;
     dx = static_cast<T*>(f.dx) + row * k;
     scale = kScale ? f.scale + feature : nullptr;
     elements = f.block.groups() * k;
@@ -114,7 +115,9 @@ struct Rows {
         __builtin_prefetch(dy + (r + R) * k + i);
         VF32 d = LoadN(dy + r * k + i, lanes), h = standardized(r, i, lanes), g = scaled(d, i, lanes);
         if (kSubtractMean) g += a;
-        store_or_stream(dx + r * k + i, canonical_nan<T>((g + b * h) * rstd[r]), lanes, streamed);
+        g = (g + b * h) * rstd[r];
+        if (dtotal) g += LoadN(dtotal + r * k + i, lanes);
+        store_or_stream(dx + r * k + i, canonical_nan<T>(g), lanes, streamed);
         if (kColumns) {
           d = IfThenElseZero(lanes, d);
           add_columns(*columns, offset, d * IfThenElseZero(lanes, h), d, lanes);
