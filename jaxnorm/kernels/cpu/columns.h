@@ -11,7 +11,7 @@ namespace jaxnorm {
 namespace JAXNORM_LEVEL {
 
 constexpr int64_t kTileRows = 64;    // they stay in the first cache, and are added in float32:
-constexpr int64_t kRunRows = 16;     // first runs of this many, then the sums of the runs
+constexpr int64_t kRunRows = 8;      // first runs of this many, then their sums (moments.h)
 constexpr int64_t kChunkRows = 256;  // at least, so that the sums of a chunk are small beside it
 
 struct Matrix {

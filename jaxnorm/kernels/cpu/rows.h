@@ -7,6 +7,17 @@ namespace jaxnorm {
 namespace JAXNORM_LEVEL {
 
 constexpr int64_t kRowTile = 2048;
+constexpr int64_t kRun = 32 * kLanes;  // these are added in float32 (moments.h)
+
+// body(begin, size) for runs of n elements. The last run may have up to one vector more: of a run
+// shorter than a vector, each element would be copied.
+template <class Body>
+static inline BODY void for_each_run(int64_t n, Body body) {
+  for (int64_t begin = 0, size; begin < n; begin += size) {
+    size = n - begin < kRun + kLanes ? n - begin : kRun;
+    body(begin, size);
+  }
+}
 
 template <class T>
 static inline float row_mean(const T* x, int64_t k) {
@@ -17,15 +28,19 @@ static inline float row_mean(const T* x, int64_t k) {
 
 template <bool kSubtractMean, class T>
 static inline void add_row(Sums& sums, const T* x, int64_t k, float pivot) {
-  VF32 first[4] = {}, second[4] = {};
-  for_each_vector(k, [&](int u, int64_t i, auto lanes) BODY {
-    VF32 d = LoadN(x + i, lanes);
-    d = IfThenElseZero(lanes, kSubtractMean ? d - pivot : d);
-    if (kSubtractMean) first[u] += d;
-    second[u] += d * d;
+  Half64 first = {}, second = {};
+  for_each_run(k, [&](int64_t begin, int64_t size) BODY {
+    VF32 run1[4] = {}, run2[4] = {};
+    for_each_vector(size, [&](int u, int64_t i, auto lanes) BODY {
+      VF32 d = LoadN(x + begin + i, lanes);
+      d = IfThenElseZero(lanes, kSubtractMean ? d - pivot : d);
+      if (kSubtractMean) run1[u] += d;
+      run2[u] += d * d;
+    });
+    if (kSubtractMean) first += promote_halves((run1[0] + run1[1]) + (run1[2] + run1[3]));
+    second += promote_halves((run2[0] + run2[1]) + (run2[2] + run2[3]));
   });
-  sums.add(k, pivot, kSubtractMean ? ReduceSum((first[0] + first[1]) + (first[2] + first[3])) : 0,
-           ReduceSum((second[0] + second[1]) + (second[2] + second[3])));
+  sums.add(k, pivot, kSubtractMean ? ReduceSum(first) : 0, ReduceSum(second));
 }
 
 // The moments of R rows. In each tile the rows do not depend on each other, so that the processor

@@ -72,26 +72,31 @@ struct Rows {
   // Adds g = dy * scale and g * h to the sums of each row, and dy * h and dy to those of columns.
   template <bool kColumns>
   BODY void add(int64_t begin, int64_t end, double* own, double* along, const Columns* columns) const {
-    for (int64_t start = begin; start < end; start += kRowTile) {
-      VF32 sum_g[R] = {}, sum_gh[R] = {};
-      for_each_vector(min(kRowTile, end - start), [&](int, int64_t offset, auto lanes) BODY {
-        const int64_t i = start + offset;
+    Half64 sum_g[R] = {}, sum_gh[R] = {};
+    for_each_run(end - begin, [&](int64_t start, int64_t size) BODY {
+      VF32 run_g[R] = {}, run_gh[R] = {};
+      for_each_vector(size, [&](int, int64_t offset, auto lanes) BODY {
+        const int64_t i = begin + start + offset;
         VF32 dscale = {}, dbias = {};
         for (int r = 0; r < R; ++r) {
           VF32 d = IfThenElseZero(lanes, LoadN(dy + r * k + i, lanes));
           VF32 h = IfThenElseZero(lanes, standardized(r, i, lanes));
           VF32 g = scaled(d, i, lanes);
-          if (kSubtractMean) sum_g[r] += g;
-          sum_gh[r] += g * h;
+          if (kSubtractMean) run_g[r] += g;
+          run_gh[r] += g * h;
           dscale += d * h;
           dbias += d;
         }
         if (kColumns) add_columns(*columns, i, dscale, dbias, lanes);
       });
       for (int r = 0; r < R; ++r) {
-        own[r] += ReduceSum(sum_g[r]);
-        along[r] += ReduceSum(sum_gh[r]);
+        if (kSubtractMean) sum_g[r] += promote_halves(run_g[r]);
+        sum_gh[r] += promote_halves(run_gh[r]);
       }
+    });
+    for (int r = 0; r < R; ++r) {
+      own[r] += ReduceSum(sum_g[r]);
+      along[r] += ReduceSum(sum_gh[r]);
     }
   }
 

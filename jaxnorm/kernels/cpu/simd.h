@@ -26,6 +26,7 @@ constexpr int kLanes = 4;  // SSE2, or NEON
 
 typedef float VF32 __attribute__((vector_size(4 * kLanes)));
 typedef double VF64 __attribute__((vector_size(8 * kLanes)));
+typedef double Half64 __attribute__((vector_size(4 * kLanes)));
 typedef int32_t VI32 __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t VU32 __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t VU16 __attribute__((vector_size(2 * kLanes)));
@@ -163,14 +164,28 @@ static inline VF32 IfThenElseZero(Short part, VF32 v) {
   return Iota() < static_cast<int32_t>(part.lanes) ? v : Zero();
 }
 
-static inline double ReduceSum(VF32 v) {
-  double part[kLanes];
-  StoreU(part, PromoteTo(v));
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  }
-  return part[0];
+// The sum of the two halves of v, in float64. GCC keeps a VF64 in memory, this in a register.
+static inline Half64 promote_halves(VF32 v) {
+#if defined(__AVX2__)
+  const __m256 wide = (__m256)v;
+  return (Half64)_mm256_cvtps_pd(_mm256_castps256_ps128(wide)) +
+         (Half64)_mm256_cvtps_pd(_mm256_extractf128_ps(wide, 1));
+#elif defined(__SSE2__)
+  const __m128 wide = (__m128)v;
+  return (Half64)_mm_cvtps_pd(wide) + (Half64)_mm_cvtps_pd(_mm_movehl_ps(wide, wide));
+#else
+  Half64 sums;
+  for (int i = 0; i < kLanes / 2; ++i) sums[i] = static_cast<double>(v[i]) + v[i + kLanes / 2];
+  return sums;
+#endif
 }
+
+static inline double ReduceSum(Half64 d) {
+  double sum = d[0] + d[kLanes / 4];
+  for (int i = 1; i < kLanes / 4; ++i) sum += d[i] + d[i + kLanes / 4];
+  return sum;
+}
+static inline double ReduceSum(VF32 v) { return ReduceSum(promote_halves(v)); }
 
 // Streaming: results of this size and more are written past the caches. Otherwise they would evict
 // what is there, and the lines that they fill would be read first. Both cost more than reading the
