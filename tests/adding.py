@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
-from contract import Results, truth
+from contract import Results, example_of, truth
 from norms import NORMS, Norm
 
 import jaxnorm as jn
@@ -93,3 +93,10 @@ def expected(add, example, residual, dtotal, epsilon):
     )
     pairs = zip(results, sizes, strict=True)
     return results, Results._make(max(np.abs(right).max(), size) for right, size in pairs)
+
+
+def draw(add, shape=(4, 6, 8), dtype=jnp.float32):
+    """An example, a residual and a cotangent of the total."""
+    rng = np.random.default_rng(1)
+    residual, dtotal = (rng.standard_normal(shape, np.float32).astype(dtype) for _ in range(2))
+    return example_of(add.norm, shape, dtype), residual, dtotal
