@@ -28,7 +28,7 @@ from typing import Any, NoReturn, Protocol
 import jax
 from jax.interpreters import mlir
 
-from jaxnorm.kernels import cpu, gpu
+from jaxnorm.kernels import cpu, gpu, tpu
 
 VARIABLE = "JAXNORM_IMPLEMENTATION"
 CHOICES = ("xla", "kernel")
@@ -128,7 +128,7 @@ class Kernel(Protocol):
 
 
 PLATFORMS = ("cpu", "tpu", "cuda")  # that may have one
-KERNELS: dict[str, Kernel] = {"cpu": cpu, "cuda": gpu}
+KERNELS: dict[str, Kernel] = {"cpu": cpu, "tpu": tpu, "cuda": gpu}
 
 
 def implementations() -> dict[str, str]:

@@ -1,0 +1,175 @@
+"""The TPU's kernels, in Pallas: layer norm and rms norm of rows.
+
+Each reads its arrays once and writes its results once. blocks.py divides x into blocks, rows.py
+computes one, calls.py tells Pallas about both. Pallas is imported when a kernel is called, as it
+takes longer than all of jaxnorm.
+"""
+
+import functools
+import math
+from importlib.machinery import PathFinder
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxnorm.kernels.tpu import blocks
+
+interpret: Any = False  # what Pallas is told; tests run the kernels without a TPU
+
+# Arrays like x, and rows of float32 numbers beside them, each copied while the other is computed.
+# The sums for scale and bias are three tiles of eight rows each.
+_FORWARD, _BACKWARD = {"arrays": 2, "features": 4}, {"arrays": 3, "features": 54}
+_RESIDUAL = {"arrays": 2, "features": 0}
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why there is no kernel here, or None if there is one."""
+    path = list(jax.__path__)
+    for name in ("experimental", "pallas", "tpu"):
+        found = PathFinder.find_spec(name, path)  # imports nothing
+        if found is None:
+            return "this jax has no Pallas for TPUs: install a newer one"
+        path = list(found.submodule_search_locations or ())
+    return None
+
+
+def level() -> str:
+    """What hardware it is compiled for."""
+    return "Pallas"
+
+
+def unproven() -> str:
+    """Why it has to be asked for."""
+    return "it was never run on a TPU: ask for it by implementation='kernel'"
+
+
+@functools.cache
+def declines(
+    *,
+    block: tuple[int, int, int, int] | None,
+    dtype: Any,
+    result_dtype: Any,
+    subtract_mean: bool,
+    adds: bool,
+    masked: bool,
+    over_devices: bool,
+    exported: bool,
+) -> str | None:
+    """Why it does not support such a call, or None if it does."""
+    del subtract_mean, exported  # both norms; an exported program has all of the kernel in it
+    if over_devices:
+        return "it does not share statistics over an axis_name"
+    if masked:
+        return "it takes no mask"
+    if dtype not in (jnp.float32, jnp.bfloat16) or result_dtype != dtype:
+        return (
+            f"it takes float32 or bfloat16, for x and the result alike, and x is of {dtype}, the "
+            f"result of {result_dtype}"
+        )
+    if block is None or block[1] > 1 or block[2] > 1:
+        return "it takes layer norm and rms norm over the last axes, of known sizes, only"
+    if not math.prod(block):
+        return "x has no elements"
+    k = block[3]
+    limit = blocks.longest_row(jnp.dtype(dtype).itemsize, **_with_residual(_BACKWARD, adds))
+    if k > limit:
+        return f"a few rows must fit on the chip, so it takes up to {limit} features, and x has {k}"
+    return None
+
+
+def value(
+    x: jax.Array,
+    residual: jax.Array | None,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    *,
+    block: tuple[int, int, int, int],
+    epsilon: float,
+    subtract_mean: bool,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None, jax.Array, jax.Array]:
+    """y, the sum and the statistics."""
+    from jaxnorm.kernels.tpu import calls
+
+    n, _, _, k = block
+    plan = _plan(x, 1, k, _with_residual(_FORWARD, residual is not None))
+    given = {
+        "x": x.reshape(plan.shape),
+        "residual": None if residual is None else residual.reshape(plan.shape),
+        "scale": _features(scale),
+        "bias": _features(bias),
+    }
+    found = calls.forward(
+        plan, _there(given), epsilon=epsilon, subtract_mean=subtract_mean, interpret=interpret
+    )
+    y, total = (found[name].reshape(x.shape) if name in found else None for name in ("y", "total"))
+    high, low, var, rstd = (
+        _from_blocks(found[name], plan).reshape(n, 1) if name in found else None
+        for name in ("high", "low", "var", "rstd")
+    )
+    assert y is not None
+    assert var is not None
+    assert rstd is not None
+    return y, total, high, low, var, rstd
+
+
+def cotangent(
+    x: jax.Array,
+    dy: jax.Array,
+    dtotal: jax.Array | None,
+    scale: jax.Array | None,
+    mean_high: jax.Array | None,
+    mean_low: jax.Array | None,
+    rstd: jax.Array,
+    *,
+    block: tuple[int, int, int, int],
+    batch: int,
+    wanted: tuple[bool, ...],
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """The gradients, of `batch` blocks."""
+    from jaxnorm.kernels.tpu import calls
+
+    plan = _plan(x, batch, block[3], _with_residual(_BACKWARD, dtotal is not None))
+    names = tuple(n for n, is_wanted in zip(("dscale", "dbias"), wanted, strict=True) if is_wanted)
+    arrays = {"x": x, "dy": dy, "dtotal": dtotal}
+    numbers = {"high": mean_high, "low": mean_low, "rstd": rstd}
+    given = {name: None if a is None else a.reshape(plan.shape) for name, a in arrays.items()}
+    given |= {name: None if a is None else _in_blocks(a, plan) for name, a in numbers.items()}
+    given["scale"] = _features(scale)
+    found = calls.backward(plan, _there(given), names, interpret=interpret)
+    dscale, dbias = (
+        found[name].sum((1, 2)) if name in found else None for name in ("dscale", "dbias")
+    )
+    return found["dx"].reshape(x.shape), dscale, dbias
+
+
+def _with_residual(needs: dict[str, int], adds: bool) -> dict[str, int]:
+    """What the kernel holds, with the residual and what becomes of it."""
+    return {name: size + adds * _RESIDUAL[name] for name, size in needs.items()}
+
+
+def _plan(x: jax.Array, batch: int, k: int, needs: dict[str, int]) -> blocks.Plan:
+    return blocks.plan(x.shape, x.dtype.itemsize, batch=batch, k=k, **needs)
+
+
+def _features(a: jax.Array | None) -> jax.Array | None:
+    return None if a is None else a.astype(jnp.float32).reshape(1, -1)
+
+
+def _there(arrays: dict[str, jax.Array | None]) -> dict[str, jax.Array]:
+    return {name: a for name, a in arrays.items() if a is not None}
+
+
+def _from_blocks(a: jax.Array, plan: blocks.Plan) -> jax.Array:
+    """Numbers of the rows in their order; the last block may be larger than what is there."""
+    batch, examples, positions, _ = plan.shape
+    return a.reshape(batch, examples, -1)[:, :, :positions]
+
+
+def _in_blocks(a: jax.Array, plan: blocks.Plan) -> jax.Array:
+    """The inverse of `_from_blocks`."""
+    batch, examples, positions, _ = plan.shape
+    left = plan.statistics[2] * plan.rows - positions
+    a = a.reshape(batch, examples, positions)
+    return jnp.pad(a, ((0, 0), (0, 0), (0, left))).reshape(plan.statistics)
