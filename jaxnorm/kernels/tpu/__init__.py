@@ -92,20 +92,23 @@ def value(
     """y, the sum and the statistics."""
     from jaxnorm.kernels.tpu import calls
 
-    n, _, _, k = block
+    k = block[3]
     plan = _plan(x, 1, k, _with_residual(_FORWARD, residual is not None))
     given = {
-        "x": x.reshape(plan.shape),
-        "residual": None if residual is None else residual.reshape(plan.shape),
+        "x": _rows(x, plan),
+        "residual": _rows(residual, plan),
         "scale": _features(scale),
         "bias": _features(bias),
     }
     found = calls.forward(
         plan, _there(given), epsilon=epsilon, subtract_mean=subtract_mean, interpret=interpret
     )
-    y, total = (found[name].reshape(x.shape) if name in found else None for name in ("y", "total"))
+    y, total = (
+        _as_given(found[name], plan, k).reshape(x.shape) if name in found else None
+        for name in ("y", "total")
+    )
     high, low, var, rstd = (
-        _from_blocks(found[name], plan).reshape(n, 1) if name in found else None
+        _from_numbers(found[name], plan) if name in found else None
         for name in ("high", "low", "var", "rstd")
     )
     assert y is not None
@@ -132,16 +135,20 @@ def cotangent(
 
     plan = _plan(x, batch, block[3], _with_residual(_BACKWARD, dtotal is not None))
     names = tuple(n for n, is_wanted in zip(("dscale", "dbias"), wanted, strict=True) if is_wanted)
-    arrays = {"x": x, "dy": dy, "dtotal": dtotal}
-    numbers = {"high": mean_high, "low": mean_low, "rstd": rstd}
-    given = {name: None if a is None else a.reshape(plan.shape) for name, a in arrays.items()}
-    given |= {name: None if a is None else _in_blocks(a, plan) for name, a in numbers.items()}
-    given["scale"] = _features(scale)
+    given = {
+        "x": _rows(x, plan),
+        "dy": _rows(dy, plan),
+        "dtotal": _rows(dtotal, plan),
+        "scale": _features(scale),
+        "high": _numbers(mean_high, plan),
+        "low": _numbers(mean_low, plan),
+        "rstd": _numbers(rstd, plan),
+    }
     found = calls.backward(plan, _there(given), names, interpret=interpret)
     dscale, dbias = (
         found[name].sum((1, 2)) if name in found else None for name in ("dscale", "dbias")
     )
-    return found["dx"].reshape(x.shape), dscale, dbias
+    return _as_given(found["dx"], plan, block[3]).reshape(x.shape), dscale, dbias
 
 
 def _with_residual(needs: dict[str, int], adds: bool) -> dict[str, int]:
@@ -153,23 +160,43 @@ def _plan(x: jax.Array, batch: int, k: int, needs: dict[str, int]) -> blocks.Pla
     return blocks.plan(x.shape, x.dtype.itemsize, batch=batch, k=k, **needs)
 
 
-def _features(a: jax.Array | None) -> jax.Array | None:
-    return None if a is None else a.astype(jnp.float32).reshape(1, -1)
-
-
 def _there(arrays: dict[str, jax.Array | None]) -> dict[str, jax.Array]:
     return {name: a for name, a in arrays.items() if a is not None}
 
 
-def _from_blocks(a: jax.Array, plan: blocks.Plan) -> jax.Array:
-    """Numbers of the rows in their order; the last block may be larger than what is there."""
-    batch, examples, positions, _ = plan.shape
-    return a.reshape(batch, examples, -1)[:, :, :positions]
+def _features(a: jax.Array | None) -> jax.Array | None:
+    return None if a is None else a.astype(jnp.float32).reshape(1, -1)
 
 
-def _in_blocks(a: jax.Array, plan: blocks.Plan) -> jax.Array:
-    """The inverse of `_from_blocks`."""
-    batch, examples, positions, _ = plan.shape
-    left = plan.statistics[2] * plan.rows - positions
-    a = a.reshape(batch, examples, positions)
+def _in_order(a: jax.Array, plan: blocks.Plan, *last: int) -> jax.Array:
+    """An array of all rows, each of the shape `last`, with its axes in the kernel's order."""
+    axes = (*plan.order, *range(len(plan.order), len(plan.order) + len(last)))
+    return a.reshape(*plan.leading, *last).transpose(axes)
+
+
+def _as_given(a: jax.Array, plan: blocks.Plan, *last: int) -> jax.Array:
+    """The inverse of `_in_order`."""
+    ordered = [plan.leading[axis] for axis in plan.order]
+    axes = [plan.order.index(axis) for axis in range(len(plan.order))]
+    axes += range(len(axes), len(axes) + len(last))
+    return a.reshape(*ordered, *last).transpose(axes)
+
+
+def _rows(a: jax.Array | None, plan: blocks.Plan) -> jax.Array | None:
+    """An array like x, as the kernel takes it."""
+    return None if a is None else _in_order(a, plan, plan.shape[-1]).reshape(plan.shape)
+
+
+def _numbers(a: jax.Array | None, plan: blocks.Plan) -> jax.Array | None:
+    """An array of one number for each row, as the kernel takes it."""
+    if a is None:
+        return None
+    a = _in_order(a, plan).reshape(plan.shape[:3])
+    left = plan.statistics[2] * plan.rows - plan.shape[2]
     return jnp.pad(a, ((0, 0), (0, 0), (0, left))).reshape(plan.statistics)
+
+
+def _from_numbers(a: jax.Array, plan: blocks.Plan) -> jax.Array:
+    """The inverse of `_numbers`; the last block may be larger than what is there."""
+    batch, examples, positions, _ = plan.shape
+    return _as_given(a.reshape(batch, examples, -1)[:, :, :positions], plan).reshape(-1, 1)

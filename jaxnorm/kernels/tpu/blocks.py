@@ -1,8 +1,11 @@
 """How rows are divided into blocks that fit into VMEM, the memory on a TPU's chip.
 
-x is seen as (batch, examples, positions, k). On a TPU the last two axes of an array are stored in
-tiles, so joining axes is a copy unless the positions fill their tiles. Where they don't, a block is
-several examples with all of their positions; else it is some rows of one long example.
+A TPU stores two axes of an array in tiles of 8 x 128 numbers: the features, and the axis beside
+them. XLA stores an array such that this other axis fills its tiles, if one of its axes does, and
+that need not be the last but one. So the kernels take x with this axis moved there; for XLA that is
+another name of the same array. Then all rows can be joined, and a block is some of them. Where no
+axis fills its tiles, joining them is a copy; then x is seen as (batch, examples, positions, k), and
+a block is several examples with all of their positions.
 """
 
 import math
@@ -25,13 +28,17 @@ class Plan(NamedTuple):
     """The division of x into blocks.
 
     Attributes:
-      shape: of x as (batch, examples, positions, k).
+      leading: the shape of x without the features.
+      order: how these axes are ordered for the kernel.
+      shape: of x as (batch, examples, positions, k), in that order.
       examples: how many a block has.
       rows: how many positions of each of them.
       group: how many rows are computed at once.
       large: whether the kernel has to ask for more VMEM than it gets unasked.
     """
 
+    leading: tuple[int, ...]
+    order: tuple[int, ...]
     shape: tuple[int, int, int, int]
     examples: int
     rows: int
@@ -66,9 +73,14 @@ def plan(
       arrays: how many arrays like x the kernel reads and writes.
       features: how many rows of float32 numbers it has beside them.
     """
-    view = _view(shape, SUBLANES * 4 // dtype_size, batch, k)
     tile = SUBLANES * 4 // dtype_size
-    _, examples, positions, _ = view
+    n = math.prod(shape) // (batch * k)
+    leading = (shape[:-1] if shape[-1] == k else ()) or (batch * n,)
+    order = _order(leading, batch)
+    positions = leading[order[-1]]
+    if positions % SUBLANES == 0 or n % positions:
+        positions = n
+    examples = n // positions
     a_row, fixed = _bytes(k, dtype_size, arrays, features)
     fit = max((DEFAULT_LIMIT - _SPARE - fixed) // a_row, tile)
     padded = _up(positions, tile)
@@ -82,7 +94,7 @@ def plan(
     group = 2 ** int(math.log2(max(_GROUP // _up(k, LANES), 1)))
     group = min(max(group, tile), LANES, rows if rows < positions else LANES)
     large = fixed + block * _up(rows, tile) * a_row > DEFAULT_LIMIT - _SPARE
-    return Plan(view, block, rows, group, large)
+    return Plan(leading, order, (batch, examples, positions, k), block, rows, group, large)
 
 
 def longest_row(dtype_size: int, arrays: int, features: int) -> int:
@@ -101,13 +113,16 @@ def _bytes(k: int, dtype_size: int, arrays: int, features: int, rows: int = 1) -
     return rows * (2 * arrays * wide * dtype_size + 4 * LANES), features * wide * 4
 
 
-def _view(shape: tuple[int, ...], tile: int, batch: int, k: int) -> tuple[int, int, int, int]:
-    """x as (batch, examples, positions, k), without a copy where that is possible."""
-    n = math.prod(shape) // (batch * k)
-    positions = shape[-2] if len(shape) > 1 and shape[-1] == k else 1
-    if positions == 1 or positions % tile == 0 or n % positions:
-        return batch, 1, n, k
-    return batch, n // positions, positions, k
+def _order(leading: tuple[int, ...], batch: int) -> tuple[int, ...]:
+    """The axes with the one last that fills its tiles best; the nearest, if several do.
+
+    Those of the batch stay first.
+    """
+    first = next(i for i in range(len(leading) + 1) if math.prod(leading[:i]) == batch)
+    axes = list(range(len(leading)))
+    padding = lambda axis: _up(leading[axis], SUBLANES) / leading[axis]
+    best = min(reversed(axes[first:]), key=padding, default=axes[-1])
+    return (*(axis for axis in axes if axis != best), best)
 
 
 def _up(size: int, multiple: int) -> int:

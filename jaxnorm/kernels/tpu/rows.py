@@ -36,6 +36,7 @@ def forward(plan: Plan, epsilon: float, subtract_mean: bool, refs: Refs) -> None
     # About 1 / sqrt(k), so that sums of scaled squares don't overflow; a power of two.
     root = 2.0 ** -math.ceil(math.log2(k) / 2)
     statistics = [name for name in STATISTICS if name in refs]
+    block, _ = _block(plan, 1)
 
     def group(example, start, size):
         def part(at):
@@ -75,21 +76,23 @@ def forward(plan: Plan, epsilon: float, subtract_mean: bool, refs: Refs) -> None
         refs["columns"][pl.ds(start, size), :] = columns
 
     def all_of(example):
-        _for_each_group(plan, _block(plan, 1), functools.partial(group, example))
+        _for_each_group(plan, block, functools.partial(group, example))
         for start, size in _chunks(plan.rows, LANES):
             lines = refs["columns"][start : start + LANES, :].T
             for i, name in enumerate(statistics):
                 refs[name][example, :, start : start + size] = lines[i : i + 1, :size]
 
-    _for_each_example(plan, _block(plan, 1), all_of)
+    _for_each_example(plan, block, all_of)
 
 
 def backward(plan: Plan, parts: int, wanted: tuple[str, ...], refs: Refs) -> None:
     """dx of a block, and the sums of all blocks of this part."""
-    k, (blocks, step) = plan.shape[-1], (math.prod(plan.steps), pl.program_id(2))
+    k, blocks = plan.shape[-1], math.prod(plan.steps)
+    block, number = _block(plan, parts)
+    step, last = pl.program_id(2), pl.num_programs(2) - 1
     statistics = [name for name in STATISTICS if name in refs]
 
-    def group(block, example, start, size):
+    def group(example, start, size):
         at_rows = pl.ds(start, size)
         columns = refs["columns"][at_rows, :]
         numbers = {name: columns[:, i : i + 1] for i, name in enumerate(statistics)}
@@ -119,19 +122,18 @@ def backward(plan: Plan, parts: int, wanted: tuple[str, ...], refs: Refs) -> Non
                 term = _sum_rows(term if there is None else jnp.where(there, term, 0))
                 refs[f"{name} of block"][: term.shape[0], at] += term
 
-    def all_of(block, example):
+    def all_of(example):
         for start, size in _chunks(plan.rows, LANES):
             lines = [refs[name][example, :, start : start + size] for name in statistics]
             lines += [jnp.zeros((SUBLANES - len(lines), size), jnp.float32)]
             columns = jnp.concatenate(lines, 0).T
             refs["columns"][start : start + size, :SUBLANES] = columns
-        _for_each_group(plan, block, functools.partial(group, block, example))
+        _for_each_group(plan, block, functools.partial(group, example))
 
     def all_blocks():
         for name in wanted:
             refs[f"{name} of block"][...] = jnp.zeros((SUBLANES, k), jnp.float32)
-        block = _block(plan, parts)
-        _for_each_example(plan, block, functools.partial(all_of, block))
+        _for_each_example(plan, block, all_of)
         for name in wanted:
             _add_exactly(*(refs[f"{name} {kind}"] for kind in SUMS))
 
@@ -142,11 +144,11 @@ def backward(plan: Plan, parts: int, wanted: tuple[str, ...], refs: Refs) -> Non
                 refs[f"{name} {kind}"][...] = jnp.zeros((SUBLANES, k), jnp.float32)
 
     if blocks % parts:
-        pl.when(pl.program_id(1) * pl.num_programs(2) + step < blocks)(all_blocks)
+        pl.when(number < blocks)(all_blocks)
     else:
         all_blocks()
 
-    @pl.when(step == pl.num_programs(2) - 1)
+    @pl.when(step == last)
     def _():
         for name in wanted:
             before, lost = (refs[f"{name} {kind}"][...] for kind in SUMS[1:])
@@ -155,13 +157,17 @@ def backward(plan: Plan, parts: int, wanted: tuple[str, ...], refs: Refs) -> Non
             refs[name][...] = jnp.sum(total, 0, keepdims=True)
 
 
-def _block(plan: Plan, parts: int) -> tuple[Any, Any]:
-    """Which block this is, along the examples and the positions."""
+def _block(plan: Plan, parts: int) -> tuple[tuple[Any, Any], Any]:
+    """Which block this is, along the examples and the positions; and its number.
+
+    With two parts, the second may be one block shorter: its last number is one too many.
+    """
     blocks, along = math.prod(plan.steps), jnp.int32(plan.steps[1])
-    block = pl.program_id(2)
+    number = pl.program_id(2)
     if parts > 1:
-        block = jnp.minimum(pl.program_id(1) * pl.num_programs(2) + block, blocks - 1)
-    return lax.div(block, along), lax.rem(block, along)
+        number += pl.program_id(1) * pl.num_programs(2)
+    block = jnp.minimum(number, blocks - 1)
+    return (lax.div(block, along), lax.rem(block, along)), number
 
 
 def _for_each_example(plan: Plan, block: tuple[Any, Any], run: Callable) -> None:
@@ -179,9 +185,9 @@ def _for_each_group(plan: Plan, block: tuple[Any, Any], run: Callable) -> None:
     if plan.shape[2] % plan.rows:  # the last block has fewer
         there = jnp.minimum(plan.rows, plan.shape[2] - block[1] * plan.rows)
         whole = pl.cdiv(there, plan.group)
-    lax.fori_loop(
-        0, whole, lambda i, _: run(pl.multiple_of(i * plan.group, plan.group), plan.group), None
-    )
+    at = lambda i: pl.multiple_of(i * plan.group, plan.group)
+    if plan.rows >= plan.group:
+        lax.fori_loop(0, whole, lambda i, _: run(at(i), plan.group), None)
     if left:
         run(plan.rows - left, left)
 
@@ -253,7 +259,7 @@ def _drop_last_bit(a: jax.Array) -> jax.Array:
 def _reciprocal_std(var: jax.Array, epsilon: float) -> jax.Array:
     """(var + epsilon)**-1/2, zero where it would be infinite; a TPU's rsqrt is less exact."""
     power = var + epsilon
-    near = lax.rsqrt(jnp.where(power > 0, power, 1))
+    near = lax.rsqrt(jnp.where(power <= 0, 1, power))
     better = near + near * (0.5 - 0.5 * (power * near) * near)
     result = jnp.where(power < jnp.inf, better, near)  # inf * 0 is NaN
     return jnp.where(power <= 0, 0, result)

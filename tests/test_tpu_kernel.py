@@ -1,0 +1,279 @@
+"""The TPU's kernel, interpreted on the CPU: the contract, its blocks, races, devices, refusals."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from contract import assert_kept, compute, example_of
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, PartitionSpec
+from norms import NORMS
+
+import jaxnorm as jn
+from jaxnorm import kernels
+from jaxnorm.kernels import tpu
+from jaxnorm.kernels.tpu import blocks
+
+# Objects of their own, so that no program is found that another test has compiled.
+ROWS = {norm.name: dataclasses.replace(norm) for norm in (NORMS[1], NORMS[3])}
+EACH_NORM = pytest.mark.parametrize("norm", ROWS.values(), ids=ROWS)
+SHAPES = {
+    "1-feature": (2, 3, 1),
+    "1-row": (1, 768),
+    "1-position": (5, 1, 7),
+    "1000-features": (3, 7, 1000),
+    "examples, the last block has fewer": (17, 7, 100),
+    "another axis fills the tiles, the last block has fewer rows": (8, 197, 40),
+    "many-rows": (3000, 100),
+    "long-rows": (9, 2500),
+}
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """The kernel is in the table as the CPU's, without a TPU."""
+    monkeypatch.setitem(kernels.KERNELS, "cpu", tpu)
+    monkeypatch.setattr(tpu, "interpret", True)
+
+
+@pytest.fixture
+def small_vmem(monkeypatch):
+    """As if the chip held few rows."""
+
+    def hold(rows, k):
+        needs = tpu._FORWARD | {"arrays": tpu._BACKWARD["arrays"]}
+        a_row, fixed = blocks._bytes(k, 4, **needs)
+        monkeypatch.setattr(blocks, "DEFAULT_LIMIT", blocks._SPARE + fixed + rows * a_row)
+
+    return hold
+
+
+def check(norm, example, epsilon=1e-6):
+    results = compute(norm, "kernel", epsilon, example)
+    assert [a.dtype for a in results[:4]] == [a.dtype for a in example[:1] + example[:3]]
+    assert_kept(norm, example, results, epsilon, formula=False)
+
+
+@EACH_NORM
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_float32(norm, shape):
+    check(norm, example_of(norm, shape))
+
+
+@EACH_NORM
+@pytest.mark.parametrize("params", [jnp.bfloat16, jnp.float32], ids=lambda t: t.__name__)
+@pytest.mark.parametrize("shape", [(3, 7, 1000), (17, 8, 40)], ids=str)
+def test_bfloat16(norm, shape, params):
+    check(norm, example_of(norm, shape, jnp.bfloat16, params))
+
+
+@EACH_NORM
+@pytest.mark.parametrize(
+    ("mean", "std"), [(1e4, 1), (-3e5, 1), (0, 1e18), (0, 1e-15)], ids=lambda v: f"{v:g}"
+)
+def test_large_means_and_extreme_scales(norm, mean, std):
+    check(norm, example_of(norm, (3, 7, 1000), mean=mean, std=std), 0.0)
+
+
+@EACH_NORM
+def test_constants(norm):
+    for shape in [(2, 3, 2), (2, 5, 1000)]:
+        for value in (1.1, -1e4, 1e18):
+            check(norm, example_of(norm, shape, mean=value, std=0))
+
+
+@EACH_NORM
+def test_an_example_may_be_larger_than_a_block(norm, small_vmem):
+    small_vmem(16, 256)
+    plan = blocks.plan((3, 150, 256), 4, batch=1, k=256, arrays=3, features=4)
+    assert (plan.examples, plan.rows, plan.steps) == (1, 16, (3, 10))
+    check(dataclasses.replace(norm), example_of(norm, (3, 150, 256)))
+
+
+@EACH_NORM
+@pytest.mark.parametrize("shape", [(8, 3, 40), (17, 7, 40)], ids=str)
+def test_a_residual(norm, shape):
+    rng = np.random.default_rng(0)
+    k = shape[-1]
+    dtypes = {jnp.float32: 2e-7, jnp.bfloat16: 4e-3}  # rounding of the result
+    for dtype, rounding in dtypes.items():
+        x, residual, dy, dtotal = (
+            jnp.asarray(rng.standard_normal(shape, np.float32) + 1, dtype) for _ in range(4)
+        )
+        scale, bias = (jnp.asarray(rng.standard_normal(k, np.float32)) for _ in range(2))
+        block = (x.size // k, 1, 1, k)
+        how = {"subtract_mean": norm.subtract_mean, "epsilon": 1e-6}
+        y, total, *mean, _, rstd = tpu.value(x, residual, scale, bias, block=block, **how)
+        both = oracle.wide(x) + oracle.wide(residual)
+        h, right, _ = oracle.standardized(both, -1, **how)
+        expected = h * oracle.wide(scale) + oracle.wide(bias)
+        np.testing.assert_allclose(oracle.wide(y), expected, rtol=2 * rounding, atol=4 * rounding)
+        np.testing.assert_allclose(oracle.wide(total), both, rtol=rounding, atol=0)
+        np.testing.assert_allclose(rstd, right.reshape(-1, 1), rtol=5e-7)
+        assert total is not None
+        assert total.dtype == y.dtype == dtype
+        of_one = [None if a is None else a[None] for a in (*mean, rstd)]
+        dx, dscale, dbias = tpu.cotangent(
+            total, dy, dtotal, scale, *of_one, block=block, batch=1, wanted=(True, True)
+        )
+        h = (oracle.wide(total) - (both - h / right)) * right
+        wide = oracle.wide(dy)
+        dx_right = wide * oracle.wide(scale)
+        own = h * (dx_right * h).mean(-1, keepdims=True)
+        if norm.subtract_mean:
+            own += dx_right.mean(-1, keepdims=True)
+        dx_right = right * (dx_right - own) + oracle.wide(dtotal)
+        for ours, true in ((dx, dx_right), (dscale, (wide * h)), (dbias, wide)):
+            true = true if ours is dx else true.sum((0, 1))[None]
+            limit = 4 * (rounding if ours is dx else 2e-7) * np.abs(true).max()
+            np.testing.assert_allclose(oracle.wide(ours), true, rtol=0, atol=limit)
+
+
+@EACH_NORM
+def test_sums_over_many_rows_are_as_exact_as_over_few(norm):
+    """Each of 40000 float32 additions would round by up to a unit of the sum."""
+    x = np.random.default_rng(0).standard_normal((40_000, 8), np.float32)
+    dy = np.full(x.shape, 0.1, np.float32)
+    f = functools.partial(norm, implementation="kernel")
+    ones = np.ones(8, np.float32)
+    _, dscale, dbias = jax.jit(lambda x: jax.vjp(f, x, ones, ones)[1](dy))(x)
+    h, _, _ = oracle.standardized(x, -1, 1e-6, subtract_mean=norm.subtract_mean)
+    assert oracle.units(dbias, oracle.wide(dy).sum(0)) <= 1
+    size = np.sqrt((h**2).sum(0)).max() * 0.1  # of a sum of such numbers
+    assert np.abs(dscale - (oracle.wide(dy) * h).sum(0)).max() <= 4 * np.finfo(np.float32).eps * size
+
+
+@pytest.mark.parametrize("given", [(True, False), (False, True), (False, False)], ids=str)
+@EACH_NORM
+def test_without_scale_or_bias(norm, given):
+    example = example_of(norm, (3, 40, 12))
+
+    def run(implementation):
+        params = [a if there else None for a, there in zip(example[1:3], given, strict=True)]
+        f = functools.partial(norm, implementation=implementation)
+
+        def both(x, dy):
+            y, pullback = jax.vjp(f, x, *params)
+            return y, *pullback(dy)
+
+        return jax.jit(both)(example.x, example.dy)
+
+    for ours, formula in zip(run("kernel"), run("xla"), strict=True):
+        assert (ours is None) == (formula is None)
+        assert ours is None or oracle.units(ours, np.asarray(formula)) <= 4
+
+
+@pytest.mark.parametrize("batch", [(3,), (2, 3)], ids=str)
+@EACH_NORM
+def test_vmap_gives_each_example_gradients_of_its_own(norm, batch):
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal((*batch, 4, 5, 24), np.float32) for _ in range(2))
+    scale, bias = (rng.standard_normal(24, np.float32) for _ in range(2))
+
+    def gradients(implementation):
+        f = functools.partial(norm, implementation=implementation)
+        of_one = lambda x, dy: jax.vjp(f, x, scale, bias)[1](dy)
+        for _ in batch:
+            of_one = jax.vmap(of_one)
+        return jax.jit(of_one)(x, dy)
+
+    for ours, formula in zip(gradients("kernel"), gradients("xla"), strict=True):
+        assert ours.shape == formula.shape
+        assert oracle.units(ours, np.asarray(formula)) <= 8  # both are off by some
+
+
+@EACH_NORM
+def test_nan_and_infinity_are_where_the_formula_has_them(norm):
+    pattern = lambda a: np.where(np.isfinite(a), 0.0, a)
+    for replaced in ({...: np.nan}, {0: np.nan}, {1: np.inf}, {2: -np.inf}, {0: np.inf, 9: -np.inf}):
+        example = example_of(norm, (3, 5, 6))
+        for index, number in replaced.items():
+            example.x.reshape(-1)[index] = number
+        results = compute(norm, "kernel", 1e-6, example)
+        expected = compute(norm, "xla", 1e-6, example)
+        for name in ("y", "dx", "dscale", "dbias"):
+            ours, formula = (np.asarray(getattr(r, name)) for r in (results, expected))
+            np.testing.assert_array_equal(pattern(ours), pattern(formula), name)
+            finite = np.isfinite(formula)
+            np.testing.assert_allclose(ours[finite], formula[finite], rtol=1e-5, atol=1e-5)
+
+
+@EACH_NORM
+@pytest.mark.parametrize("shape", [(17, 7, 40), (8, 197, 24)], ids=str)
+def test_no_core_touches_what_another_copies(norm, shape, monkeypatch):
+    """With two cores, as of v5p, and their blocks in any order."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # where races are told
+
+    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, random_seed=1)
+    monkeypatch.setattr(tpu, "interpret", params)
+    check(dataclasses.replace(norm), example_of(norm, shape))
+    assert interpret_pallas_call.races is not None
+    assert not interpret_pallas_call.races.races_found
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_in_shard_map_each_device_calls_its_own(check_vma):
+    norm = ROWS["layer"]
+    example = example_of(norm, (16, 3, 12))
+    data, everywhere = PartitionSpec("data"), PartitionSpec()
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def both(implementation, x, scale, bias, dy):
+        f = functools.partial(norm, implementation=implementation)
+        if implementation == "kernel":
+            f = jax.shard_map(
+                f,
+                mesh=mesh,
+                in_specs=(data, everywhere, everywhere),
+                out_specs=data,
+                check_vma=check_vma,
+            )
+        y, pullback = jax.vjp(f, x, scale, bias)
+        return y, *pullback(dy)
+
+    args = (*map(jnp.asarray, example[:3]), jnp.asarray(example.dy))
+    ours, formula = (
+        jax.jit(functools.partial(both, implementation))(*args)
+        for implementation in ("kernel", "xla")
+    )
+    for a, b in zip(ours, formula, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+@EACH_NORM
+def test_derivatives_that_the_kernel_does_not_compute_are_the_formula_s(norm):
+    x, tangent = np.random.default_rng(0).standard_normal((2, 3, 10), np.float32)
+
+    def results(implementation):
+        loss = lambda x: jnp.sum(jnp.sin(norm(x, implementation=implementation)))
+        second = lambda x: jax.jvp(jax.grad(loss), (x,), (tangent,))[1]
+        return jax.jit(lambda x: (jax.jvp(loss, (x,), (tangent,)), second(x)))(x)
+
+    for a, b in zip(*(jax.tree.leaves(results(i)) for i in ("kernel", "xla")), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda x: jn.layer_norm(x, where=x > 0), "it takes no mask"),
+        (lambda x: jn.layer_norm(x.astype(jnp.float16)), "it takes float32 or bfloat16"),
+        (lambda x: jn.group_norm(x, num_groups=2), "it takes layer norm and rms norm"),
+        (lambda x: jn.layer_norm(x, axis=0), "it takes layer norm and rms norm"),
+        (lambda x: jn.layer_norm(x[:0]), "x has no elements"),
+        (lambda x: jn.rms_norm(jnp.ones((1, 2**17))), "it takes up to .* features, and x has 131072"),
+    ],
+    ids=["mask", "float16", "group", "first-axis", "empty", "long"],
+)
+def test_it_refuses_by_name(call, reason, monkeypatch):
+    monkeypatch.setenv(kernels.VARIABLE, "kernel")
+    with pytest.raises(ValueError, match=rf"implementation='kernel' must.*{reason}"):
+        call(jnp.ones((4, 6)))
+
+
+def test_it_has_to_be_asked_for():
+    assert jn.implementations()["tpu"].startswith("xla: it was never run on a TPU: ask for it by")
