@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from contract import assert_kept, compute, example_of
+from contract import EPS, assert_kept, compute, example_of
+from jax import export
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 from norms import NORMS
@@ -18,6 +19,8 @@ from jaxnorm import kernels
 from jaxnorm.kernels import tpu
 from jaxnorm.kernels.tpu import blocks
 
+# The interpreter is slow to compile, and its programs do not resemble those of a TPU.
+pytestmark = pytest.mark.usefixtures("unoptimized")
 # Objects of their own, so that no program is found that another test has compiled.
 ROWS = {norm.name: dataclasses.replace(norm) for norm in (NORMS[1], NORMS[3])}
 EACH_NORM = pytest.mark.parametrize("norm", ROWS.values(), ids=ROWS)
@@ -58,17 +61,17 @@ def check(norm, example, epsilon=1e-6):
     assert_kept(norm, example, results, epsilon, formula=False)
 
 
-@EACH_NORM
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_float32(norm, shape):
-    check(norm, example_of(norm, shape))
+def test_float32(shape):
+    check(ROWS["layer"], example_of(ROWS["layer"], shape))
+    if shape[-1] > 1000:  # the norms differ in nothing but the mean
+        check(ROWS["rms"], example_of(ROWS["rms"], shape))
 
 
 @EACH_NORM
-@pytest.mark.parametrize("params", [jnp.bfloat16, jnp.float32], ids=lambda t: t.__name__)
-@pytest.mark.parametrize("shape", [(3, 7, 1000), (17, 8, 40)], ids=str)
-def test_bfloat16(norm, shape, params):
-    check(norm, example_of(norm, shape, jnp.bfloat16, params))
+def test_bfloat16(norm):
+    params = jnp.bfloat16 if norm.subtract_mean else jnp.float32
+    check(norm, example_of(norm, (3, 7, 1000), jnp.bfloat16, params))
 
 
 @EACH_NORM
@@ -86,70 +89,85 @@ def test_constants(norm):
             check(norm, example_of(norm, shape, mean=value, std=0))
 
 
-@EACH_NORM
-def test_an_example_may_be_larger_than_a_block(norm, small_vmem):
+def test_an_example_may_be_larger_than_a_block(small_vmem):
     small_vmem(16, 256)
     plan = blocks.plan((3, 150, 256), 4, batch=1, k=256, arrays=3, features=4)
     assert (plan.examples, plan.rows, plan.steps) == (1, 16, (3, 10))
-    check(dataclasses.replace(norm), example_of(norm, (3, 150, 256)))
+    norm = dataclasses.replace(ROWS["layer"])
+    check(norm, example_of(norm, (3, 150, 256)))
 
 
-@EACH_NORM
-@pytest.mark.parametrize("shape", [(8, 3, 40), (17, 7, 40)], ids=str)
-def test_a_residual(norm, shape):
-    rng = np.random.default_rng(0)
-    k = shape[-1]
-    dtypes = {jnp.float32: 2e-7, jnp.bfloat16: 4e-3}  # rounding of the result
-    for dtype, rounding in dtypes.items():
-        x, residual, dy, dtotal = (
-            jnp.asarray(rng.standard_normal(shape, np.float32) + 1, dtype) for _ in range(4)
-        )
-        scale, bias = (jnp.asarray(rng.standard_normal(k, np.float32)) for _ in range(2))
-        block = (x.size // k, 1, 1, k)
-        how = {"subtract_mean": norm.subtract_mean, "epsilon": 1e-6}
-        y, total, *mean, _, rstd = tpu.value(x, residual, scale, bias, block=block, **how)
-        both = oracle.wide(x) + oracle.wide(residual)
-        h, right, _ = oracle.standardized(both, -1, **how)
-        expected = h * oracle.wide(scale) + oracle.wide(bias)
-        np.testing.assert_allclose(oracle.wide(y), expected, rtol=2 * rounding, atol=4 * rounding)
-        np.testing.assert_allclose(oracle.wide(total), both, rtol=rounding, atol=0)
-        np.testing.assert_allclose(rstd, right.reshape(-1, 1), rtol=5e-7)
+def with_residual(norm, x, residual, dy, dtotal, scale):
+    """y, the sum, and the gradients; the kernel's functions are called without JAX's rules."""
+    k = x.shape[-1]
+    block, how = (x.size // k, 1, 1, k), {"subtract_mean": norm.subtract_mean, "epsilon": 1e-6}
+
+    def run(x, residual, dy, dtotal, scale):
+        y, total, *mean, _, rstd = tpu.value(x, residual, scale, None, block=block, **how)
         assert total is not None
-        assert total.dtype == y.dtype == dtype
-        of_one = [None if a is None else a[None] for a in (*mean, rstd)]
-        dx, dscale, dbias = tpu.cotangent(
-            total, dy, dtotal, scale, *of_one, block=block, batch=1, wanted=(True, True)
-        )
-        h = (oracle.wide(total) - (both - h / right)) * right
-        wide = oracle.wide(dy)
-        dx_right = wide * oracle.wide(scale)
-        own = h * (dx_right * h).mean(-1, keepdims=True)
-        if norm.subtract_mean:
-            own += dx_right.mean(-1, keepdims=True)
-        dx_right = right * (dx_right - own) + oracle.wide(dtotal)
-        for ours, true in ((dx, dx_right), (dscale, (wide * h)), (dbias, wide)):
-            true = true if ours is dx else true.sum((0, 1))[None]
-            limit = 4 * (rounding if ours is dx else 2e-7) * np.abs(true).max()
-            np.testing.assert_allclose(oracle.wide(ours), true, rtol=0, atol=limit)
+        stats = [None if a is None else a[None] for a in (*mean, rstd)]
+        both = {"block": block, "batch": 1, "wanted": (True, True)}
+        return y, total, *tpu.cotangent(total, dy, dtotal, scale, *stats, **both)
+
+    return jax.jit(run)(x, residual, dy, dtotal, scale)
 
 
+def residual_arguments(shape, dtype):
+    rng = np.random.default_rng(0)
+    arrays = (rng.standard_normal(shape, np.float32) + 1 for _ in range(4))
+    return *(a.astype(dtype) for a in arrays), rng.standard_normal(shape[-1], np.float32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda t: t.__name__)
 @EACH_NORM
-def test_sums_over_many_rows_are_as_exact_as_over_few(norm):
+def test_a_residual(norm, dtype):
+    args = residual_arguments((17, 7, 40), dtype)
+    y, total, dx, dscale, dbias = with_residual(norm, *args)
+    assert y.dtype == total.dtype == dx.dtype == dtype
+    x, residual, dy, dtotal, scale = map(oracle.wide, args)
+    h, rstd, _ = oracle.standardized(x + residual, -1, 1e-6, subtract_mean=norm.subtract_mean)
+    later = h + (oracle.wide(total) - (x + residual)) * rstd  # by the sum as it was rounded
+    g = dy * scale
+    mean = g.mean(-1, keepdims=True) * norm.subtract_mean
+    right = rstd * (g - mean - later * (g * later).mean(-1, keepdims=True)) + dtotal
+    for ours, true in zip((y, total, dx), (h * scale, x + residual, right), strict=True):
+        limit = (0.51 * float(jnp.finfo(dtype).eps) + 4 * EPS) * np.abs(true).max()
+        np.testing.assert_allclose(oracle.wide(ours), true, rtol=0, atol=limit)
+    assert oracle.units(dscale, (dy * later).sum((0, 1))[None]) <= 4
+    assert oracle.units(dbias, dy.sum((0, 1))[None]) <= 1
+
+
+@pytest.mark.parametrize("shape", [(9, 7, 40)], ids=str)
+def test_no_core_touches_what_another_copies(shape, monkeypatch):
+    """With two cores, as of v5p, and their blocks in any order."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # where races are told
+
+    args = residual_arguments(shape, jnp.float32)
+    expected = with_residual(ROWS["layer"], *args)
+    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, random_seed=1)
+    monkeypatch.setattr(tpu, "interpret", params)
+    for ours, plain in zip(with_residual(ROWS["layer"], *args), expected, strict=True):
+        assert oracle.units(ours, np.asarray(plain)) <= 4
+    assert interpret_pallas_call.races is not None
+    assert not interpret_pallas_call.races.races_found
+
+
+def test_sums_over_many_rows_are_as_exact_as_over_few():
     """Each of 40000 float32 additions would round by up to a unit of the sum."""
     x = np.random.default_rng(0).standard_normal((40_000, 8), np.float32)
     dy = np.full(x.shape, 0.1, np.float32)
-    f = functools.partial(norm, implementation="kernel")
+    f = functools.partial(ROWS["layer"], implementation="kernel")
     ones = np.ones(8, np.float32)
     _, dscale, dbias = jax.jit(lambda x: jax.vjp(f, x, ones, ones)[1](dy))(x)
-    h, _, _ = oracle.standardized(x, -1, 1e-6, subtract_mean=norm.subtract_mean)
+    h, _, _ = oracle.standardized(x, -1, 1e-6)
     assert oracle.units(dbias, oracle.wide(dy).sum(0)) <= 1
     size = np.sqrt((h**2).sum(0)).max() * 0.1  # of a sum of such numbers
-    assert np.abs(dscale - (oracle.wide(dy) * h).sum(0)).max() <= 4 * np.finfo(np.float32).eps * size
+    assert np.abs(dscale - (oracle.wide(dy) * h).sum(0)).max() <= 4 * EPS * size
 
 
 @pytest.mark.parametrize("given", [(True, False), (False, True), (False, False)], ids=str)
-@EACH_NORM
-def test_without_scale_or_bias(norm, given):
+def test_without_scale_or_bias(given):
+    norm = ROWS["rms" if given[0] else "layer"]
     example = example_of(norm, (3, 40, 12))
 
     def run(implementation):
@@ -167,9 +185,9 @@ def test_without_scale_or_bias(norm, given):
         assert ours is None or oracle.units(ours, np.asarray(formula)) <= 4
 
 
-@pytest.mark.parametrize("batch", [(3,), (2, 3)], ids=str)
 @EACH_NORM
-def test_vmap_gives_each_example_gradients_of_its_own(norm, batch):
+def test_vmap_gives_each_example_gradients_of_its_own(norm):
+    batch = (3,) if norm.subtract_mean else (2, 3)
     rng = np.random.default_rng(0)
     x, dy = (rng.standard_normal((*batch, 4, 5, 24), np.float32) for _ in range(2))
     scale, bias = (rng.standard_normal(24, np.float32) for _ in range(2))
@@ -202,21 +220,7 @@ def test_nan_and_infinity_are_where_the_formula_has_them(norm):
             np.testing.assert_allclose(ours[finite], formula[finite], rtol=1e-5, atol=1e-5)
 
 
-@EACH_NORM
-@pytest.mark.parametrize("shape", [(17, 7, 40), (8, 197, 24)], ids=str)
-def test_no_core_touches_what_another_copies(norm, shape, monkeypatch):
-    """With two cores, as of v5p, and their blocks in any order."""
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # where races are told
-
-    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, random_seed=1)
-    monkeypatch.setattr(tpu, "interpret", params)
-    check(dataclasses.replace(norm), example_of(norm, shape))
-    assert interpret_pallas_call.races is not None
-    assert not interpret_pallas_call.races.races_found
-
-
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_in_shard_map_each_device_calls_its_own(check_vma):
+def test_in_shard_map_each_device_calls_its_own():
     norm = ROWS["layer"]
     example = example_of(norm, (16, 3, 12))
     data, everywhere = PartitionSpec("data"), PartitionSpec()
@@ -230,7 +234,7 @@ def test_in_shard_map_each_device_calls_its_own(check_vma):
                 mesh=mesh,
                 in_specs=(data, everywhere, everywhere),
                 out_specs=data,
-                check_vma=check_vma,
+                check_vma=False,  # Pallas can't interpret a kernel with it; tests of TPUs compile one
             )
         y, pullback = jax.vjp(f, x, scale, bias)
         return y, *pullback(dy)
@@ -273,6 +277,13 @@ def test_it_refuses_by_name(call, reason, monkeypatch):
     monkeypatch.setenv(kernels.VARIABLE, "kernel")
     with pytest.raises(ValueError, match=rf"implementation='kernel' must.*{reason}"):
         call(jnp.ones((4, 6)))
+
+
+def test_it_refuses_symbolic_sizes():
+    (n,) = export.symbolic_shape("n")
+    f = jax.jit(functools.partial(jn.layer_norm, implementation="kernel"))
+    with pytest.raises(ValueError, match="over the last axes, of known sizes, only"):
+        export.export(f)(jax.ShapeDtypeStruct((n, 8), jnp.float32))
 
 
 def test_it_has_to_be_asked_for():
