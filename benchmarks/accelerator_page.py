@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-OURS, PEER = "jaxnorm", "Flax"
+OURS, KERNEL, PEER = "jaxnorm", "jaxnorm, kernel", "Flax"
 COLORS = {"before": "#999999", "now": "#D55E00"}  # of Okabe and Ito
 LIMIT = 1.02  # of Flax's bytes
 
@@ -60,6 +60,7 @@ def tables(rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[str
         lines += ["", f"## {chip}", "", *norm_table(own)]
         lines += step_table([row for row in own if row["program"] == "step"])
         lines += device_table([row for row in own if row["program"].endswith("of 8")])
+        lines += kernel_table(own)
     return lines
 
 
@@ -89,7 +90,7 @@ def norm_table(rows: list[dict[str, Any]]) -> list[str]:
     ]
     found = {key(row)[1:]: row for row in rows}
     for case, library in dict.fromkeys(
-        (row["case"], row["library"]) for row in rows if row["program"] == "context"
+        (row["case"], row["library"]) for row in rows if row["program"] == "backward"
     ):
         forward, backward, context = (
             found[case, program, library] for program in ("forward", "backward", "context")
@@ -131,6 +132,32 @@ def device_table(rows: list[dict[str, Any]]) -> list[str]:
         sizes = ", ".join(f"{each['bytes']:,}" for each in row["collectives"])
         program = row["program"].removesuffix(" of 8")
         lines.append(f"| {row['case']} | {program} | {row['library']} | {kinds} | {sizes} |")
+    return lines
+
+
+def kernel_table(rows: list[dict[str, Any]]) -> list[str]:
+    """The kernel: bytes over the least, in context over Flax's, scratch, and VMEM."""
+    found = {key(row)[1:]: row for row in rows}
+    cases = [case for case, program, library in found if (program, library) == ("forward", KERNEL)]
+    if not cases:
+        return []
+    over = lambda row, what, of: f"{row[what] / row[of]:.3f}"
+    lines = [
+        "",
+        "| by the kernel | forward | backward | with residual: forward | backward | "
+        "context, over Flax | scratch over x | MiB of VMEM |",
+        "|---|" + "---:|" * 7,
+    ]
+    for case in cases:
+        own = {program: row for (c, program, by), row in found.items() if (c, by) == (case, KERNEL)}
+        names = ("forward", "backward", "forward, residual", "backward, residual")
+        cells = [over(own[name], "bytes", "least") if name in own else "" for name in names]
+        flax = found.get((case, "context", PEER))
+        cells.append(f"{own['context']['bytes'] / flax['bytes']:.3f}" if flax else "")
+        alone = [row for name, row in own.items() if name != "context"]
+        cells.append(f"{max(row['scratch'] / row['x'] for row in alone):.3f}")
+        cells.append(f"{max(row['vmem'] for row in alone) / 2**20:.1f}")
+        lines.append(f"| {case} | {' | '.join(cells)} |")
     return lines
 
 

@@ -5,6 +5,7 @@ mean. All chips take about an hour on two cores; `--chips v5p --only layer` a mi
 """
 
 import argparse
+import functools
 import math
 import re
 import sys
@@ -17,14 +18,17 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import accelerator_page as page
-from benchmarks.cases import Problem
+from benchmarks.cases import EPSILON, Problem
 from benchmarks.chips import CHIPS, Chip, compiled, compiled_over
 from benchmarks.collectives import collectives_of
 from benchmarks.hlo import Program
 from benchmarks.jax_norms import jaxnorm_norm, linen_norm
+from benchmarks.pallas_bytes import vmem
 from benchmarks.training_steps import steps, training_step
+from jaxnorm.kernels import KERNELS
 
 LIBRARIES: dict[str, Callable] = {"jaxnorm": jaxnorm_norm, "Flax": linen_norm}
+BY_KERNEL = functools.partial(jaxnorm_norm, implementation="kernel")
 # Batches that fill a chip.
 SHAPES = {
     "batch": {"resnet-stem": (256, 56, 56, 64), "resnet-stage4": (256, 7, 7, 2048)},
@@ -39,10 +43,23 @@ PROBLEMS = [
     for network, shape in shapes.items()
     for dtype in ("bfloat16", "float32")
 ]
+# For kernels of rows, which have to be asked for.
+ROWS = {
+    "vit-base": (256, 197, 768),
+    "gpt2": (65536, 768),
+    "llama-7b": (8192, 4096),
+    "wide": (2048, 16384),
+}
+FOR_KERNELS = [
+    Problem(norm, network, shape, dtype)
+    for norm in ("layer", "rms")
+    for network, shape in ROWS.items()
+    for dtype in ("bfloat16", "float32")
+]
 FOR_DEVICES = Problem("batch", "resnet-stage3", (256, 14, 14, 256), "bfloat16")
 DEVICES = 8
 PROGRAMS = ("forward", "backward", "context")
-PARTS = ("norms", "steps", "devices")
+PARTS = ("norms", "steps", "devices", "kernels")
 
 
 def measure(executable: Any, x: Any, least: float, **row: Any) -> dict[str, Any]:
@@ -63,6 +80,7 @@ def measure(executable: Any, x: Any, least: float, **row: Any) -> dict[str, Any]
         "scratch": memory.temp_size_in_bytes,
         "x": size_of(x),
         "passes": traffic.passes(x.size),
+        "vmem": vmem(text),
         "collectives": [
             {"kind": each.kind, "bytes": each.bytes, "sent": each.bytes_sent}
             for each in collectives_of(text)
@@ -95,7 +113,7 @@ def norm_rows(
     x, params, weight = arguments(problem)
     about = {"chip": chip.name, "problem": problem._asdict(), "case": name_of(problem)}
     for library in libraries:
-        norm = LIBRARIES[library](problem)
+        norm = (LIBRARIES | {page.KERNEL: BY_KERNEL})[library](problem)
         row = about | {"library": library}
         call = lambda x, params, norm=norm: norm.apply(x, params, norm.state)
 
@@ -126,6 +144,61 @@ def norm_rows(
         if "context" in programs:
             program = compiled(chip, context, (x, params, weight))
             yield measure(program, x, n, **row, program="context")
+
+
+def kernel_rows(chip: Chip, problem: Problem) -> Iterator[dict[str, Any]]:
+    """The chip's kernel, with and without a residual; and what Flax moves in context."""
+    yield from norm_rows(chip, problem, [page.KERNEL])
+    yield from norm_rows(chip, problem, ["Flax"], ["context"])
+    x, params, _ = arguments(problem)
+    forward, backward = with_residual(KERNELS[chip.platform], problem)
+    kept = jax.eval_shape(forward, x, x, params)[1:]
+    row = {"chip": chip.name, "case": name_of(problem), "library": page.KERNEL}
+    programs = {
+        "forward, residual": (forward, (x, x, params), 4),
+        "backward, residual": (backward, (kept, params, x, x), 4),
+    }
+    for name, (f, args, arrays) in programs.items():
+        yield measure(compiled(chip, f, args), x, arrays * size_of(x), **row, program=name)
+
+
+def with_residual(kernel: Any, problem: Problem) -> tuple[Callable, Callable]:
+    """The two calls of a kernel of rows, as they are made where a residual is added."""
+    k = problem.features
+    block = math.prod(problem.shape) // k, 1, 1, k
+
+    def forward(x, residual, params):
+        """y; and what is kept: the sum, the mean and rstd, with an axis of one for the features."""
+        y, total, *mean, _, rstd = kernel.value(
+            x,
+            residual,
+            params["scale"],
+            params.get("bias"),
+            block=block,
+            epsilon=EPSILON,
+            subtract_mean=problem.norm == "layer",
+        )
+        numbers = [a.reshape(*problem.shape[:-1], 1) for a in (*mean, rstd) if a is not None]
+        return y, total, *numbers
+
+    def backward(kept, params, dy, dtotal):
+        total, *numbers = kept
+        *mean, rstd = (a.reshape(1, -1, 1) for a in numbers)
+        high, low = mean or (None, None)
+        return kernel.cotangent(
+            total,
+            dy,
+            dtotal,
+            params["scale"],
+            high,
+            low,
+            rstd,
+            block=block,
+            batch=1,
+            wanted=(True, "bias" in params),
+        )
+
+    return forward, backward
 
 
 def step_rows(chip: Chip, step: Any) -> Iterator[dict[str, Any]]:
@@ -195,6 +268,9 @@ def work(chip: Chip, parts: Sequence[str], only: str) -> Iterator[tuple[str, Cal
     if "norms" in parts:
         for problem in PROBLEMS:
             yield name_of(problem), lambda problem=problem: norm_rows(chip, problem)
+    if "kernels" in parts and chip.platform in KERNELS:
+        for problem in FOR_KERNELS:
+            yield name_of(problem), lambda problem=problem: kernel_rows(chip, problem)
     if "devices" in parts:
         yield name_of(FOR_DEVICES), lambda: device_rows(chip)
     if "steps" in parts:

@@ -8,6 +8,8 @@ text tells how many bytes the program moves at least:
 - an operand of which only slices are used counts as much as the slices;
 - an array that is updated in place counts as much as the update;
 - a loop counts as often as it runs;
+- a kernel of Pallas counts as it says itself (benchmarks/pallas_bytes.py), as it may read an operand
+  in part or several times;
 - of the branches of a conditional the one that moves least counts. jaxnorm has one conditional,
   whose other branch is for data that the sample of a mean misjudges (core/moments.py);
 - on a TPU an array in memory space 1 is in VMEM, on the chip, and counts apart.
@@ -39,11 +41,13 @@ class Array(NamedTuple):
       elements: how many it has.
       bytes: its size, with the padding of tiles.
       on_chip: whether it is in VMEM.
+      bits: of an element.
     """
 
     elements: int
     bytes: int
     on_chip: bool
+    bits: int = 0
 
 
 class Instruction(NamedTuple):
@@ -147,7 +151,11 @@ class Program:
         writes = list(self._writes(computation, kernel))
         total = lambda on_chip: sum(a.bytes for a in reads + writes if a.on_chip == on_chip)
         moves = lambda arrays: tuple((a.elements, 1.0) for a in arrays if not a.on_chip)
-        return Traffic(total(False), total(True), moves(reads), moves(writes))
+        main = total(False)
+        if said := re.search(r'"bytes_accessed":"(\d+)"', kernel.attributes):
+            # Beside each array once.
+            main += int(said[1]) - sum(a.elements * a.bits // 8 for a in reads + writes)
+        return Traffic(main, total(True), moves(reads), moves(writes))
 
     def _reads(self, computation: str, kernel: Instruction) -> Iterator[Array]:
         scope = self.computations[computation]
@@ -265,7 +273,8 @@ def _updated(scope: dict[str, Instruction], name: str) -> tuple[Array, ...] | No
 
 def _part(array: Array, parts: tuple[Array, ...]) -> Array:
     elements = min(array.elements, sum(part.elements for part in parts))
-    return Array(elements, round(array.bytes * elements / max(array.elements, 1)), array.on_chip)
+    part = round(array.bytes * elements / max(array.elements, 1))
+    return array._replace(elements=elements, bytes=part)
 
 
 def _arrays_of(scope: dict[str, Instruction], name: str) -> tuple[Array, ...]:
@@ -308,6 +317,5 @@ def _array(found: tuple[str, str, str]) -> Array:
     bits = next((n for key, n in BITS.items() if dtype.startswith(key)), None)
     if bits is None:
         bits = int(re.sub(r"\D", "", dtype))
-    return Array(
-        math.prod(shape), math.prod(padded) * max(bits, 8) // 8 if bits else 0, ON_CHIP in layout
-    )
+    size = math.prod(padded) * max(bits, 8) // 8 if bits else 0
+    return Array(math.prod(shape), size, ON_CHIP in layout, bits)
