@@ -30,6 +30,8 @@ FREE = {
     "add-dependency", "domain",
 }  # fmt: skip
 SLICES = {"slice", "dynamic-slice", "gather"}
+# Copies between memories; their results name the source again.
+STARTS = {"copy-start", "slice-start"}
 # What does not change which elements are needed.
 ELEMENTWISE = {"bitcast", "convert", "copy", "reshape", "transpose", "negate"}
 
@@ -149,6 +151,10 @@ class Program:
     def _of_kernel(self, computation: str, kernel: Instruction) -> Traffic:
         reads = list(self._reads(computation, kernel))
         writes = list(self._writes(computation, kernel))
+        if kernel.opcode in STARTS:
+            (source,) = reads
+            copy = next((a for a in writes if a.elements > 1 and a != source), source)
+            reads, writes = [copy._replace(on_chip=source.on_chip)], [copy]
         total = lambda on_chip: sum(a.bytes for a in reads + writes if a.on_chip == on_chip)
         moves = lambda arrays: tuple((a.elements, 1.0) for a in arrays if not a.on_chip)
         main = total(False)
