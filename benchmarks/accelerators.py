@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import accelerator_page as page
-from benchmarks.cases import EPSILON, Problem
+from benchmarks.cases import Problem
 from benchmarks.chips import CHIPS, Chip, compiled, compiled_over
 from benchmarks.collectives import collectives_of
 from benchmarks.hlo import Program
 from benchmarks.jax_norms import jaxnorm_norm, linen_norm
+from benchmarks.kernel_calls import with_residual
 from benchmarks.pallas_bytes import vmem
 from benchmarks.training_steps import steps, training_step
 from jaxnorm.kernels import KERNELS
@@ -160,45 +161,6 @@ def kernel_rows(chip: Chip, problem: Problem) -> Iterator[dict[str, Any]]:
     }
     for name, (f, args, arrays) in programs.items():
         yield measure(compiled(chip, f, args), x, arrays * size_of(x), **row, program=name)
-
-
-def with_residual(kernel: Any, problem: Problem) -> tuple[Callable, Callable]:
-    """The two calls of a kernel of rows, as they are made where a residual is added."""
-    k = problem.features
-    block = math.prod(problem.shape) // k, 1, 1, k
-
-    def forward(x, residual, params):
-        """y; and what is kept: the sum, the mean and rstd, with an axis of one for the features."""
-        y, total, *mean, _, rstd = kernel.value(
-            x,
-            residual,
-            params["scale"],
-            params.get("bias"),
-            block=block,
-            epsilon=EPSILON,
-            subtract_mean=problem.norm == "layer",
-        )
-        numbers = [a.reshape(*problem.shape[:-1], 1) for a in (*mean, rstd) if a is not None]
-        return y, total, *numbers
-
-    def backward(kept, params, dy, dtotal):
-        total, *numbers = kept
-        *mean, rstd = (a.reshape(1, -1, 1) for a in numbers)
-        high, low = mean or (None, None)
-        return kernel.cotangent(
-            total,
-            dy,
-            dtotal,
-            params["scale"],
-            high,
-            low,
-            rstd,
-            block=block,
-            batch=1,
-            wanted=(True, "bias" in params),
-        )
-
-    return forward, backward
 
 
 def step_rows(chip: Chip, step: Any) -> Iterator[dict[str, Any]]:

@@ -8,8 +8,8 @@ text tells how many bytes the program moves at least:
 - an operand of which only slices are used counts as much as the slices;
 - an array that is updated in place counts as much as the update;
 - a loop counts as often as it runs;
-- a kernel of Pallas counts as it says itself (benchmarks/pallas_bytes.py), as it may read an operand
-  in part or several times;
+- a kernel of Pallas counts as it says itself (benchmarks/pallas_bytes.py): it may read a part of an
+  operand, or all of it several times;
 - of the branches of a conditional the one that moves least counts. jaxnorm has one conditional,
   whose other branch is for data that the sample of a mean misjudges (core/moments.py);
 - on a TPU an array in memory space 1 is in VMEM, on the chip, and counts apart.

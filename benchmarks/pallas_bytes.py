@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
 
 def calls_of(f: Callable, *args: Any) -> list[Any]:
@@ -44,18 +45,13 @@ def vmem(text: str) -> int:
 def _moved(mapping: Any, points: np.ndarray) -> int:
     """Those of one operand or result, block after block."""
     array, jaxpr = mapping.array_aval, mapping.index_map_jaxpr
-    place = lambda *at: jnp.stack(
-        [jnp.int32(i) for i in jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *at)]
-    )
-    places = np.asarray(jax.jit(jax.vmap(place))(*points.T))
+    place = lambda *at: jnp.stack([jnp.int32(i) for i in core.jaxpr_as_fun(jaxpr)(*at)])
+    places = np.asarray(jax.vmap(place)(*points.T))
+    block = np.array([_size(size) for size in mapping.block_shape])
     changes = np.any(places[1:] != places[:-1], axis=1)
     total = 0
     for at in places[np.concatenate([[True], changes])]:
-        sizes = [
-            min(size, length - size * int(i))
-            for size, length, i in zip(map(_size, mapping.block_shape), array.shape, at, strict=True)
-        ]
-        total += math.prod(sizes)
+        total += math.prod(np.minimum(block, array.shape - block * at).tolist())
     return total * array.dtype.itemsize
 
 
@@ -69,5 +65,5 @@ def _calls(jaxpr: Any) -> Iterator[Any]:
         if equation.primitive.name == "pallas_call":
             yield equation
         else:
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in core.jaxprs_in_params(equation.params):
                 yield from _calls(inner)

@@ -51,6 +51,17 @@ def test_a_norm_passes_over_x_once_and_keeps_nothing_but_x(norm, tpu):
     assert context["bytes"] <= page.LIMIT * flax["bytes"]
 
 
+def test_the_kernel_moves_the_least(tpu):
+    problem = Problem("layer", "any", (256, 197, 768), "bfloat16")
+    rows = [row for row in accelerators.kernel_rows(tpu, problem) if row["program"] != "context"]
+    assert len(rows) == 4  # forward and backward, with and without a residual
+    for row in rows:
+        assert row["bytes"] <= 1.05 * row["least"]
+        assert row["scratch"] <= 0.05 * row["x"]
+    (_, *lines) = page.kernel_table(rows)
+    assert lines[-1].startswith("| layer/any/bfloat16 | 1.0")
+
+
 def test_collectives_of_batch_norm(tpu):
     found = {}
     for row in accelerators.device_rows(tpu):
@@ -125,7 +136,7 @@ def test_the_page_compares_with_flax_and_with_before(rows, tmp_path):
     ("flags", "sentence"),
     [
         (["--chips", "v5x"], "--chips must be some of v5e, v5p, v6e, 7x, H100, B300, got 'v5x'"),
-        (["--parts", "nrms"], "--parts must be some of norms, steps, devices, got 'nrms'"),
+        (["--parts", "nrms"], "--parts must be some of norms, steps, devices, kernels, got 'nrms'"),
         (["--only", "("], "--only must be a regular expression, got '('"),
         (["--replot"], "--replot must find"),
     ],

@@ -84,9 +84,8 @@ def test_large_means_and_extreme_scales(norm, mean, std):
 
 @EACH_NORM
 def test_constants(norm):
-    for shape in [(2, 3, 2), (2, 5, 1000)]:
-        for value in (1.1, -1e4, 1e18):
-            check(norm, example_of(norm, shape, mean=value, std=0))
+    for value in (1.1, -1e4, 1e18):
+        check(norm, example_of(norm, (3, 7, 1000), mean=value, std=0))
 
 
 def test_an_example_may_be_larger_than_a_block(small_vmem):
@@ -103,19 +102,19 @@ def with_residual(norm, x, residual, dy, dtotal, scale):
     block, how = (x.size // k, 1, 1, k), {"subtract_mean": norm.subtract_mean, "epsilon": 1e-6}
 
     def run(x, residual, dy, dtotal, scale):
-        y, total, *mean, _, rstd = tpu.value(x, residual, scale, None, block=block, **how)
+        y, total, high, low, _, rstd = tpu.value(x, residual, scale, None, block=block, **how)
         assert total is not None
-        stats = [None if a is None else a[None] for a in (*mean, rstd)]
+        high, low = (None if a is None else a[None] for a in (high, low))
         both = {"block": block, "batch": 1, "wanted": (True, True)}
-        return y, total, *tpu.cotangent(total, dy, dtotal, scale, *stats, **both)
+        return y, total, *tpu.cotangent(total, dy, dtotal, scale, high, low, rstd[None], **both)
 
     return jax.jit(run)(x, residual, dy, dtotal, scale)
 
 
 def residual_arguments(shape, dtype):
     rng = np.random.default_rng(0)
-    arrays = (rng.standard_normal(shape, np.float32) + 1 for _ in range(4))
-    return *(a.astype(dtype) for a in arrays), rng.standard_normal(shape[-1], np.float32)
+    draw = lambda: (rng.standard_normal(shape, np.float32) + 1).astype(dtype)
+    return draw(), draw(), draw(), draw(), rng.standard_normal(shape[-1], np.float32)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda t: t.__name__)
@@ -207,7 +206,13 @@ def test_vmap_gives_each_example_gradients_of_its_own(norm):
 @EACH_NORM
 def test_nan_and_infinity_are_where_the_formula_has_them(norm):
     pattern = lambda a: np.where(np.isfinite(a), 0.0, a)
-    for replaced in ({...: np.nan}, {0: np.nan}, {1: np.inf}, {2: -np.inf}, {0: np.inf, 9: -np.inf}):
+    for replaced in (
+        {...: np.nan},
+        {0: np.nan},
+        {1: np.inf},
+        {2: -np.inf},
+        {0: np.inf, 9: -np.inf},
+    ):
         example = example_of(norm, (3, 5, 6))
         for index, number in replaced.items():
             example.x.reshape(-1)[index] = number
@@ -234,7 +239,7 @@ def test_in_shard_map_each_device_calls_its_own():
                 mesh=mesh,
                 in_specs=(data, everywhere, everywhere),
                 out_specs=data,
-                check_vma=False,  # Pallas can't interpret a kernel with it; tests of TPUs compile one
+                check_vma=False,  # with it Pallas can compile a kernel, but not interpret it
             )
         y, pullback = jax.vjp(f, x, scale, bias)
         return y, *pullback(dy)
@@ -269,7 +274,10 @@ def test_derivatives_that_the_kernel_does_not_compute_are_the_formula_s(norm):
         (lambda x: jn.group_norm(x, num_groups=2), "it takes layer norm and rms norm"),
         (lambda x: jn.layer_norm(x, axis=0), "it takes layer norm and rms norm"),
         (lambda x: jn.layer_norm(x[:0]), "x has no elements"),
-        (lambda x: jn.rms_norm(jnp.ones((1, 2**17))), "it takes up to .* features, and x has 131072"),
+        (
+            lambda x: jn.rms_norm(jnp.ones((1, 2**17))),
+            "it takes up to .* features, and x has 131072",
+        ),
     ],
     ids=["mask", "float16", "group", "first-axis", "empty", "long"],
 )

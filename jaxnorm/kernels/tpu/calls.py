@@ -62,9 +62,7 @@ def _call(
         return lax.div(block, jnp.int32(along)), lax.rem(block, jnp.int32(along))
 
     x = given["x"]
-    typed = functools.partial(
-        jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(x).manual_axis_type
-    )
+    typed = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(x).manual_axis_type)
     # The block of each kind of array, and the type of a result.
     of_rows = (
         pl.BlockSpec(
