@@ -6,7 +6,6 @@ mean. All chips take about an hour on two cores; `--chips v5p --only layer` a mi
 
 import argparse
 import functools
-import math
 import re
 import sys
 import time
@@ -25,6 +24,7 @@ from benchmarks.hlo import Program
 from benchmarks.jax_norms import jaxnorm_norm, linen_norm
 from benchmarks.kernel_calls import with_residual
 from benchmarks.pallas_bytes import vmem
+from benchmarks.programs import arguments, programs_of, size_of
 from benchmarks.training_steps import steps, training_step
 from jaxnorm.kernels import KERNELS
 
@@ -89,21 +89,6 @@ def measure(executable: Any, x: Any, least: float, **row: Any) -> dict[str, Any]
     }
 
 
-def size_of(tree: Any) -> int:
-    """Bytes of all arrays of a tree."""
-    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
-
-
-def arguments(problem: Problem) -> tuple[Any, Any, Any]:
-    """x, the parameters, and a weight that y is multiplied with."""
-    like = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
-    names = ("scale",) if problem.norm == "rms" else ("scale", "bias")
-    params = {name: like(problem.features) for name in names}
-    dtype = jnp.dtype(problem.dtype)
-    weight = like(problem.features, problem.features, dtype=dtype)
-    return like(*problem.shape, dtype=dtype), params, weight
-
-
 def norm_rows(
     chip: Chip,
     problem: Problem,
@@ -116,34 +101,17 @@ def norm_rows(
     for library in libraries:
         norm = (LIBRARIES | {page.KERNEL: BY_KERNEL})[library](problem)
         row = about | {"library": library}
-        call = lambda x, params, norm=norm: norm.apply(x, params, norm.state)
-
-        def forward(x, params, call=call):
-            """y, the new state, and what is kept but for the arguments."""
-            y, pullback, state = jax.vjp(call, x, params, has_aux=True)
-            given = jax.tree.leaves((x, params))
-            kept = [a for a in jax.tree.leaves(pullback) if not any(a is b for b in given)]
-            return y, state, kept
-
-        def pullback(x, params, call=call):
-            return jax.vjp(call, x, params, has_aux=True)[1]
-
-        def context(x, params, weight, call=call):
-            """The gradients of half the squared norm of the product: its cotangent is itself."""
-            product = lambda *args: call(*args[:2])[0] @ args[2]
-            y, backward = jax.vjp(product, x, params, weight)
-            return backward(y)
-
-        kept = jax.eval_shape(pullback, x, params)
+        parts = programs_of(norm)
+        kept = jax.eval_shape(parts.pullback, x, params)
         n = size_of(x)
         if "forward" in programs:
-            program = compiled(chip, forward, (x, params))
+            program = compiled(chip, parts.forward, (x, params))
             yield measure(program, x, 2 * n, **row, program="forward", kept=size_of(kept))
         if "backward" in programs:
-            program = compiled(chip, lambda kept, dy: kept(dy), (kept, x))
+            program = compiled(chip, parts.backward, (kept, x))
             yield measure(program, x, 3 * n, **row, program="backward")
         if "context" in programs:
-            program = compiled(chip, context, (x, params, weight))
+            program = compiled(chip, parts.context, (x, params, weight))
             yield measure(program, x, n, **row, program="context")
 
 

@@ -26,7 +26,10 @@ ROUNDS, CALLS = 7, 10
 
 
 class Case(NamedTuple):
-    """A norm of rows of k elements, drawn with a mean and a standard deviation."""
+    """A norm of rows of k elements, drawn with a mean and a standard deviation.
+
+    The norms that add a residual get one, and a cotangent of the total.
+    """
 
     norm: str
     rows: int
@@ -43,23 +46,34 @@ class Case(NamedTuple):
     @property
     def centred(self) -> bool:
         """Whether the norm subtracts the mean."""
-        return self.norm == "layer"
+        return self.norm.endswith("layer")
 
-    def arrays(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """x, scale, bias, and a cotangent of y."""
-        keys = jax.random.split(jax.random.key(0), 4)
+    @property
+    def adds(self) -> bool:
+        """Whether it adds a residual."""
+        return self.norm.startswith("add")
+
+    @property
+    def least(self) -> dict[str, int]:
+        """How many arrays of the size of x each pass must read or write."""
+        return {"forward": 4, "backward": 4} if self.adds else {"forward": 2, "backward": 3}
+
+    def arrays(self) -> tuple[tuple[jax.Array, ...], Any]:
+        """The arguments: x, perhaps a residual, scale and bias; and a cotangent of the result."""
+        keys = jax.random.split(jax.random.key(0), 5)
         draw = lambda key, *shape: jax.random.normal(key, shape, jnp.float32)
         x = self.mean + self.std * draw(keys[0], self.rows, self.k)
-        dy = draw(keys[1], self.rows, self.k)
-        scale, bias = 1 + draw(keys[2], self.k), draw(keys[3], self.k)
-        return x.astype(self.dtype), scale, bias, dy.astype(self.dtype)
+        dy, residual = (draw(key, self.rows, self.k).astype(self.dtype) for key in keys[1:3])
+        params = 1 + draw(keys[3], self.k), draw(keys[4], self.k)
+        given = (x.astype(self.dtype), *((residual,) if self.adds else ()), *params)
+        return given, (dy, dy) if self.adds else dy
 
     def function(self, implementation: str) -> Callable:
-        """y of x, scale and bias."""
+        """The norm of these arguments."""
         norm = functools.partial(
             getattr(jn, f"{self.norm}_norm"), epsilon=self.epsilon, implementation=implementation
         )
-        return lambda x, scale, bias: norm(x, jn.NormParams(scale, bias))
+        return lambda *given: norm(*given[:-2], jn.NormParams(*given[-2:]))
 
 
 def right_cases() -> Iterator[Case]:
@@ -73,27 +87,31 @@ def right_cases() -> Iterator[Case]:
         yield Case(norm, 64, 2048, "float32", std=1e18, epsilon=0.0)
         yield Case(norm, 64, 2048, "float32", std=1e-15, epsilon=0.0)
         yield Case(norm, 64, 2048, "float32", mean=3.0, std=0.0)
+        yield Case(f"add_{norm}", 96, 1024, "float32", mean=1e4)
 
 
 def fast_cases(megabytes: int) -> Iterator[Case]:
     """Rows of many lengths; x has so many MiB."""
-    for norm in ("layer", "rms"):
+    for norm in ("layer", "rms", "add_layer", "add_rms"):
         for dtype in ("bfloat16", "float32"):
-            for k in (768, 1024, 2048, 4096, 8192, 16384):
+            for k in (768, 4096) if norm.startswith("add") else (768, 1024, 2048, 4096, 5120, 8192):
                 rows = (megabytes << 20) // (k * jnp.dtype(dtype).itemsize)
                 yield Case(norm, rows // 8 * 8, k, dtype)
 
 
-def truth(case: Case, x: Any, scale: Any, bias: Any, dy: Any) -> list[tuple[np.ndarray, Any]]:
+def truth(case: Case, given: Any, cotangent: Any) -> list[tuple[np.ndarray, Any]]:
     """y and the gradients in float64, and of each the size of what it is a sum or difference of."""
     wide = lambda a: np.asarray(a.astype(jnp.float32), np.float64)
-    x, scale, bias, dy = map(wide, (x, scale, bias, dy))
+    *summands, scale, bias = map(wide, given)
+    dy = wide(cotangent[0] if case.adds else cotangent)
+    x = np.float32(sum(summands)).astype(np.float64)  # exact: only float32 is added
     mean = lambda a: a.mean(-1, keepdims=True)
     e = x - mean(x) if case.centred else x
     padded = mean(e**2) + case.epsilon
     rstd = np.where(padded > 0, 1 / np.sqrt(np.where(padded > 0, padded, 1)), 0)
     h, g = e * rstd, dy * scale
     dx = rstd * (g - h * mean(g * h) - (mean(g) if case.centred else 0))
+    dx += dy if case.adds else 0
     along = lambda a: np.sqrt((a**2).sum(0)).max()
     return [
         (h * scale + bias, np.abs(h * scale).max()),
@@ -105,17 +123,17 @@ def truth(case: Case, x: Any, scale: Any, bias: Any, dy: Any) -> list[tuple[np.n
 
 def errors(case: Case, implementation: str) -> list[float]:
     """Of y, dx, dscale and dbias, in units of float32 that the rounding of bfloat16 leaves."""
-    x, scale, bias, dy = case.arrays()
+    given, cotangent = case.arrays()
 
     @jax.jit
-    def results(x, scale, bias, dy):
-        y, pullback = jax.vjp(case.function(implementation), x, scale, bias)
-        return (y, *pullback(dy))
+    def results(given, cotangent):
+        result, pullback = jax.vjp(case.function(implementation), *given)
+        dx, *_, dscale, dbias = pullback(cotangent)
+        return jax.tree.leaves(result)[0], dx, dscale, dbias
 
     found = []
-    for a, (right, size) in zip(
-        results(x, scale, bias, dy), truth(case, x, scale, bias, dy), strict=True
-    ):
+    pairs = zip(results(given, cotangent), truth(case, given, cotangent), strict=True)
+    for a, (right, size) in pairs:
         size = max(size, np.abs(right).max(), np.finfo(np.float32).tiny)
         # Rounding to the dtype of the result is no error.
         rounding = 0.0 if a.dtype == jnp.float32 else 0.51 * float(jnp.finfo(a.dtype).eps)
@@ -126,19 +144,18 @@ def errors(case: Case, implementation: str) -> list[float]:
 
 def programs(case: Case, implementation: str) -> dict[str, Callable]:
     """The forward pass as training runs it, and the backward pass; ready to be called."""
-    x, scale, bias, dy = case.arrays()
+    given, cotangent = case.arrays()
     function = case.function(implementation)
-    given = (x, scale, bias)
 
     @jax.jit
     def forward(*given):
-        y, pullback = jax.vjp(function, *given)
+        result, pullback = jax.vjp(function, *given)
         kept = jax.tree.leaves(pullback)
-        return y, [a for a in kept if not any(a is b for b in given)]
+        return result, [a for a in kept if not any(a is b for b in given)]
 
     pullback = jax.jit(lambda *given: jax.vjp(function, *given)[1])(*given)
-    backward = jax.jit(lambda pullback, dy: pullback(dy))
-    return {"forward": lambda: forward(*given), "backward": lambda: backward(pullback, dy)}
+    backward = jax.jit(lambda pullback, cotangent: pullback(cotangent))
+    return {"forward": lambda: forward(*given), "backward": lambda: backward(pullback, cotangent)}
 
 
 def medians(calls: dict[str, Callable]) -> dict[str, float]:
@@ -158,7 +175,7 @@ def medians(calls: dict[str, Callable]) -> dict[str, float]:
 
 def times(case: Case) -> dict[str, float]:
     """Seconds of the kernel and of XLA, forward and backward, and of a copy."""
-    x = case.arrays()[0]
+    (x, *_), _ = case.arrays()
     copy = jax.jit(jnp.negative)
     calls = {"copy": lambda: copy(x)}
     for implementation in ("kernel", "xla"):
@@ -171,15 +188,15 @@ def report(case: Case) -> tuple[str, bool]:
     """A line about a case, and whether the kernel is as right as it must be."""
     found = errors(case, "kernel")
     numbers = " ".join(f"{error:6.2f}" for error in found)
-    return f"{case!s:<52} {numbers}   XLA {max(errors(case, 'xla')):6.2f}", max(found) <= LIMIT
+    return f"{case!s:<54} {numbers}   XLA {max(errors(case, 'xla')):6.2f}", max(found) <= LIMIT
 
 
 def speed(case: Case) -> tuple[str, list[float]]:
     """A line about a case, and how many times as fast as XLA the kernel is."""
     t = times(case)
     size = case.rows * case.k * jnp.dtype(case.dtype).itemsize
-    line, gains = f"{case!s:<42}", []
-    for name, moved in (("forward", 2), ("backward", 3)):
+    line, gains = f"{case!s:<44}", []
+    for name, moved in case.least.items():
         kernel, xla = t[f"kernel {name}"], t[f"xla {name}"]
         share = moved / 2 * t["copy"] / kernel
         line += f"  {name} {kernel * 1e6:7.0f} µs {share:5.0%} of a copy, {xla / kernel:4.2f} x XLA"
@@ -208,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {jn.implementations()[backend]}")
     print(f"\nErrors in units of float32, at most {LIMIT:g}:")
-    print(f"{'':<52} {'y':>6} {'dx':>6} {'dscale':>6} {'dbias':>6}")
+    print(f"{'':<54} {'y':>6} {'dx':>6} {'dscale':>6} {'dbias':>6}")
     right = min(_told(right_cases(), report), default=False)
     print("\nTimes:")
     gains = [gain for pair in _told(fast_cases(options.megabytes), speed) for gain in pair]
@@ -229,7 +246,7 @@ def _told(cases: Iterator[Case], tell: Callable) -> Iterator[Any]:
             if "implementation='kernel'" not in str(error):
                 raise
             reason = str(error).partition("but ")[2].partition(";")[0]
-            print(f"{case!s:<52} declined: {reason}", flush=True)
+            print(f"{case!s:<54} declined: {reason}", flush=True)
             continue
         print(line, flush=True)
         yield result

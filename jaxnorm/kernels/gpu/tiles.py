@@ -10,7 +10,7 @@ from typing import NamedTuple
 WARPS, LANES = 4, 32  # of a warpgroup, of a warp
 VECTOR_BYTES = 16  # of one load
 ELEMENTS = 32  # of x, at most, that a thread keeps
-WARPGROUPS = 4  # at most, for one row
+WARPGROUPS = 2  # at most, for one row; with four a thread has too few registers
 LONGEST = WARPGROUPS * WARPS * LANES * ELEMENTS  # elements of a row
 MULTIPROCESSORS = 132  # of an H100
 REGISTERS = 65536  # of each
@@ -49,7 +49,7 @@ class Tile(NamedTuple):
         """
         elements = self.shape[0] * self.shape[1] // (WARPS * LANES)
         threads = WARPS * LANES * self.warpgroups
-        return MULTIPROCESSORS * max(1, REGISTERS // (threads * (6 * elements + 48)))
+        return MULTIPROCESSORS * max(1, REGISTERS // (threads * (5 * elements + 48)))
 
 
 def tile(rows: int, k: int, most: int = 4) -> Tile | None:
@@ -60,7 +60,7 @@ def tile(rows: int, k: int, most: int = 4) -> Tile | None:
     """
     warp = LANES * ELEMENTS
     fits = [1] if rows % WARPS == 0 and k <= warp else []
-    fits += [WARPS * n for n in (1, 2, WARPGROUPS) if k <= n * WARPS * warp]
+    fits += [WARPS * n for n in (1, WARPGROUPS) if k <= n * WARPS * warp]
     for segments in fits:
         for vector in (8, 4, 2, 1):
             if vector <= most and k % (segments * LANES * vector) == 0:

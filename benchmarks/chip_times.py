@@ -1,0 +1,152 @@
+"""python -m benchmarks.chip_times: how long norms and training steps take on the chip at hand.
+
+The programs are those of `benchmarks.accelerators`, which counts their bytes without the chip.
+"jaxnorm" is what users get; on GPUs that is a kernel for layer and rms norm. Each round runs all
+calls of a case in another order; times are medians. It takes ten minutes on an H100.
+"""
+
+import argparse
+import json
+import random
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.accelerators import PROBLEMS, name_of
+from benchmarks.cases import Case, Problem
+from benchmarks.jax_norms import jaxnorm_norm, linen_norm
+from benchmarks.peers import PEERS
+from benchmarks.programs import arguments, programs_of
+from benchmarks.timing import Call, quartiles, take_turns
+from benchmarks.training_steps import Step, steps, training_step
+
+JAX_NORMS: dict[str, Callable] = {
+    "jaxnorm": jaxnorm_norm,
+    "jaxnorm (xla)": partial(jaxnorm_norm, implementation="xla"),
+    "flax.linen": linen_norm,
+}
+LEAST = {"forward": 2, "backward": 3}  # arrays of the size of x
+
+
+def norm_calls(problem: Problem, torch: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """A name such as "forward, flax.linen" and a call, for each; and a copy of x."""
+    x, params, weight = (draw(shapes, seed) for seed, shapes in enumerate(arguments(problem)))
+    dy = draw(x, 3)
+    copy = jax.jit(jnp.negative)
+    yield "copy", lambda: copy(x)
+    for library, make in JAX_NORMS.items():
+        programs = programs_of(make(problem))
+        forward, context = jax.jit(programs.forward), jax.jit(programs.context)
+        pullback = jax.jit(programs.pullback)(x, params)
+        backward = jax.jit(programs.backward)
+        yield f"forward, {library}", partial(forward, x, params)
+        yield f"backward, {library}", partial(backward, pullback, dy)
+        yield f"context, {library}", partial(context, x, params, weight)
+    for peer in PEERS if torch else ():
+        if peer.module == "torch" and peer.installed:
+            for mode in LEAST:
+                yield f"{mode}, {peer.name}", peer.make(Case(problem, mode)).run
+
+
+def step_calls(step: Step) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """A name, "step, library", and a call that makes one step, for each."""
+    for library in ("jaxnorm", "Flax"):
+        update, shapes = training_step(step, library)
+        state, *batch = (draw(shape, seed) for seed, shape in enumerate(shapes))
+        program = jax.jit(update, donate_argnums=0).lower(state, *batch).compile()
+        held = [state]
+
+        def run(program=program, held=held, batch=batch):
+            held[0], loss = program(held[0], *batch)
+            return loss
+
+        yield f"step, {library}", run
+
+
+def draw(shapes: Any, seed: int) -> Any:
+    """Random arrays of these shapes; integers are small."""
+    leaves, structure = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+
+    def one(key, like):
+        if jnp.issubdtype(like.dtype, jnp.integer):
+            return jax.random.randint(key, like.shape, 0, 200, like.dtype)
+        return jax.random.normal(key, like.shape, jnp.float32).astype(like.dtype) / 8
+
+    return structure.unflatten(map(one, keys, leaves))
+
+
+def timed(calls: Iterator[tuple[str, Callable]], seconds: float) -> dict[str, Any]:
+    """Median and quartiles of the seconds of each call."""
+    ready = {}
+    for name, run in calls:
+        wait = synchronize_torch if "torch" in name else jax.block_until_ready
+        ready[name] = Call(run, wait, dict, queued=True)
+        wait(run())
+    measured = take_turns(ready, seconds, random.Random(0), rounds=5)
+    return {name: quartiles(each) for name, each in measured.items()}
+
+
+def synchronize_torch(_: Any) -> None:
+    """Wait for PyTorch's device."""
+    import torch  # pyright: ignore[reportMissingImports] (optional)
+
+    torch.cuda.synchronize()
+
+
+def line(row: dict[str, Any]) -> str:
+    """A case, for people: microseconds, and for a norm the share of a copy's rate."""
+    times = {name: each["median"] for name, each in row["times"].items()}
+    cells = []
+    for name, seconds in times.items():
+        program = name.partition(",")[0]
+        share = ""
+        if program in LEAST:
+            share = f" ({LEAST[program] / 2 * times['copy'] / seconds:.0%})"
+        cells.append(f"{name} {seconds * 1e6:,.0f}{share}")
+    return f"{row['case']}: " + "; ".join(cells)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.chip_times",
+        description="Times of norms and training steps on the chip at hand, in microseconds.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--only", default="", metavar="REGEX", help="only the cases whose name matches")
+    add("--seconds", type=float, default=0.5, metavar="S", help="for each case; default: 0.5")
+    add("--torch", action="store_true", help="PyTorch too, eager and compiled")
+    add("--out", type=Path, default=Path("chip_times.json"), help="default: %(default)s")
+    options = parser.parse_args(argv)
+    try:
+        chosen = re.compile(options.only)
+    except re.error as error:
+        print(f"--only must be a regular expression, got {options.only!r} ({error}).")
+        return 2
+    work: dict[str, Callable] = {
+        name_of(problem): partial(norm_calls, problem, options.torch) for problem in PROBLEMS
+    }
+    work |= {step.name: partial(step_calls, step) for step in steps() if not step.axis_name}
+    report = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "rows": []}
+    for name, calls in work.items():
+        if not chosen.search(name):
+            continue
+        report["rows"].append({"case": name, "times": timed(calls(), options.seconds)})
+        options.out.write_text(json.dumps(report, indent=1))  # after each: a run may be cut short
+        print(line(report["rows"][-1]), flush=True)
+    if not report["rows"]:
+        print(f"--only must match some of {', '.join(work)}, got {options.only!r}.")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

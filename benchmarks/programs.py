@@ -1,0 +1,65 @@
+"""The programs of a norm that are compiled for chips, and timed on them."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.cases import Problem
+from benchmarks.jax_calls import JaxNorm
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of all arrays of a tree."""
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+def arguments(problem: Problem) -> tuple[Any, Any, Any]:
+    """x, the parameters, and a weight that y is multiplied with."""
+    like = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+    names = ("scale",) if problem.norm == "rms" else ("scale", "bias")
+    params = {name: like(problem.features) for name in names}
+    dtype = jnp.dtype(problem.dtype)
+    weight = like(problem.features, problem.features, dtype=dtype)
+    return like(*problem.shape, dtype=dtype), params, weight
+
+
+class Programs(NamedTuple):
+    """Of one norm.
+
+    Attributes:
+      forward: of x and the parameters: y, the new state, and what is kept but for the arguments.
+      pullback: of the same: the backward pass as a function, with what is kept in it.
+      backward: of the pullback and a cotangent: the gradients.
+      context: of x, the parameters and a weight: the norm, its product with the weight, and the
+        whole backward pass.
+    """
+
+    forward: Callable
+    pullback: Callable
+    backward: Callable
+    context: Callable
+
+
+def programs_of(norm: JaxNorm) -> Programs:
+    """The programs of a library's norm, to be compiled."""
+    call = lambda x, params: norm.apply(x, params, norm.state)
+
+    def forward(x, params):
+        y, pullback, state = jax.vjp(call, x, params, has_aux=True)
+        given = jax.tree.leaves((x, params))
+        kept = [a for a in jax.tree.leaves(pullback) if not any(a is b for b in given)]
+        return y, state, kept
+
+    def pullback(x, params):
+        return jax.vjp(call, x, params, has_aux=True)[1]
+
+    def context(x, params, weight):
+        """The gradients of half the squared norm of the product: its cotangent is itself."""
+        product = lambda *args: call(*args[:2])[0] @ args[2]
+        y, backward = jax.vjp(product, x, params, weight)
+        return backward(y)
+
+    return Programs(forward, pullback, lambda pullback, dy: pullback(dy), context)
