@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -184,12 +186,16 @@ def test_without_scale_or_bias(given):
         assert ours is None or oracle.units(ours, np.asarray(formula)) <= 4
 
 
-@EACH_NORM
-def test_vmap_gives_each_example_gradients_of_its_own(norm):
-    batch = (3,) if norm.subtract_mean else (2, 3)
+@pytest.mark.parametrize(
+    ("norm", "batch"),
+    [(ROWS["layer"], (3,)), (ROWS["rms"], (2, 3)), (dataclasses.replace(NORMS[2]), (3,))],
+    ids=["layer", "rms", "layer-two-axes"],
+)
+def test_vmap_gives_each_example_gradients_of_its_own(norm, batch):
     rng = np.random.default_rng(0)
-    x, dy = (rng.standard_normal((*batch, 4, 5, 24), np.float32) for _ in range(2))
-    scale, bias = (rng.standard_normal(24, np.float32) for _ in range(2))
+    shape = (4, 5, 24)
+    x, dy = (rng.standard_normal((*batch, *shape), np.float32) for _ in range(2))
+    scale, bias = (rng.standard_normal(norm.features(shape), np.float32) for _ in range(2))
 
     def gradients(implementation):
         f = functools.partial(norm, implementation=implementation)
@@ -296,3 +302,8 @@ def test_it_refuses_symbolic_sizes():
 
 def test_it_has_to_be_asked_for():
     assert jn.implementations()["tpu"].startswith("xla: it was never run on a TPU: ask for it by")
+
+
+def test_importing_jaxnorm_does_not_import_pallas():
+    code = "import jaxnorm, sys; assert 'jax.experimental.pallas' not in sys.modules"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -75,7 +75,8 @@ def plan(
     """
     tile = SUBLANES * 4 // dtype_size
     n = math.prod(shape) // (batch * k)
-    leading = (shape[:-1] if shape[-1] == k else ()) or (batch * n,)
+    # A row of several axes is joined, which may be a copy.
+    leading = (shape[:-1] if shape[-1] == k else ()) or (batch, n)
     order = _order(leading, batch)
     positions = leading[order[-1]]
     if positions % SUBLANES == 0 or n % positions:

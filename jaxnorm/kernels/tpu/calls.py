@@ -91,6 +91,7 @@ def _call(
     out_shape = [kinds[result][1] for result in results]
     # Statistics with a row for each row of a block, one beside the other.
     columns = pltpu.VMEM((-(-plan.rows // LANES) * LANES, LANES), jnp.float32)
+    order = "arbitrary" if scratch else "parallel"  # sums are carried from step to step
     scratch = {"columns": columns} | scratch
     names = [*given, *results, *scratch]
     sizes = [a.size * a.dtype.itemsize for a in (*given.values(), *out_shape)]
@@ -104,8 +105,7 @@ def _call(
         name=name,
         interpret=interpret,
         compiler_params=pltpu.CompilerParams(
-            # Sums are carried from step to step.
-            dimension_semantics=("parallel", "parallel", "arbitrary" if scratch else "parallel"),
+            dimension_semantics=("parallel", "parallel", order),
             vmem_limit_bytes=LIMIT if plan.large else None,
         ),
         # Each array is moved once. XLA plans with this, and benchmarks/hlo.py counts it.
