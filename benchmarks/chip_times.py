@@ -6,6 +6,7 @@ calls of a case in another order; times are medians. It takes ten minutes on an 
 """
 
 import argparse
+import importlib.util
 import json
 import random
 import re
@@ -18,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks import chip_figure
 from benchmarks.accelerators import PROBLEMS, name_of
 from benchmarks.cases import Case, Problem
 from benchmarks.jax_norms import jaxnorm_norm, linen_norm
@@ -145,6 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not report["rows"]:
         print(f"--only must match some of {', '.join(work)}, got {options.only!r}.")
         return 2
+    if importlib.util.find_spec("matplotlib"):
+        chip_figure.draw(report, options.out.with_suffix(".png"))
     return 0
 
 

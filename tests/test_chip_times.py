@@ -1,0 +1,64 @@
+"""python -m benchmarks.chip_times, on small problems and this machine."""
+
+import json
+
+import jax
+import pytest
+
+from benchmarks import chip_figure, chip_times, training_steps
+from benchmarks.cases import Problem
+
+
+@pytest.fixture(autouse=True)
+def lenient():
+    """As Flax has it."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Small problems, and one small training step."""
+    problems = [Problem(norm, "any", (4, 4, 4, 32), "bfloat16") for norm in ("batch", "layer")]
+    monkeypatch.setattr(chip_times, "PROBLEMS", problems)
+    step = next(s for s in training_steps.steps(small=True) if s.name == "transformer, rms norm")
+    monkeypatch.setattr(chip_times, "steps", lambda: [step])
+
+
+@pytest.mark.usefixtures("small")
+def test_norms_and_steps_are_timed_and_drawn(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is in the extra 'examples'")
+    out = tmp_path / "times.json"
+    assert chip_times.main(["--seconds", "0.01", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert [row["case"] for row in report["rows"]] == [
+        "batch/any/bfloat16",
+        "layer/any/bfloat16",
+        "transformer, rms norm",
+    ]
+    assert all(each["median"] > 0 for row in report["rows"] for each in row["times"].values())
+    assert "step, jaxnorm" in report["rows"][-1]["times"]
+    assert "layer/any/bfloat16: copy" in capsys.readouterr().out
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert chip_figure.table(report).count("| forward |") == 2
+
+
+def test_gains_are_over_flax():
+    times = {
+        "forward, flax.linen": 2.0,
+        "forward, jaxnorm": 1.0,
+        "forward, torch": 4.0,
+        "copy": 1.0,
+    }
+    row = {"case": "any", "times": {name: {"median": each} for name, each in times.items()}}
+    assert chip_figure.gains(row) == {"forward": {"jaxnorm": 2.0, "torch": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("only", "sentence"), [("(", "must be a regular expression"), ("bacth", "must match some of")]
+)
+@pytest.mark.usefixtures("small")
+def test_a_wrong_flag_is_one_sentence(only, sentence, tmp_path, capsys):
+    assert chip_times.main(["--only", only, "--out", str(tmp_path / "times.json")]) == 2
+    assert f"--only {sentence}" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,68 @@
+"""python -m jaxnorm.verify tells right kernels from wrong ones."""
+
+import types
+
+import pytest
+
+from jaxnorm import kernels, verify
+from jaxnorm.kernels import cpu
+from jaxnorm.verify import Case
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """A case that the kernel supports, one that it declines, and one to be timed."""
+    cases = [Case("layer", 8, 64, "float32", mean=1e4), Case("rms", 4, 2**15, "bfloat16")]
+    cases += [Case("add_rms", 4, 2**15, "bfloat16"), Case("add_layer", 6, 50, "float32")]
+    monkeypatch.setattr(verify, "right_cases", lambda: iter(cases))
+    timed = [Case("add_layer", 16, 64, "float32"), Case("rms", 16, 64, "bfloat16")]
+    monkeypatch.setattr(verify, "fast_cases", lambda megabytes: iter(timed))
+    monkeypatch.setattr(verify, "ROUNDS", 1)
+
+
+@pytest.mark.usefixtures("kernel", "few")
+def test_the_kernel_of_this_machine_is_right(capsys):
+    assert verify.main([]) == 0
+    said = capsys.readouterr().out
+    assert f"kernel: {cpu.level()}" in said
+    assert "layer_norm 8 x 64 float32, 10000 ± 1" in said
+    assert "add_rms_norm 4 x 32768 bfloat16" in said
+    assert "declined: it adds a residual to rows of bfloat16 of up to 16384" in said
+    assert "The kernel's errors are within the limit." in said
+    assert "of 4 programs." in said
+
+
+@pytest.mark.usefixtures("kernel", "few")
+def test_a_wrong_kernel_is_found(capsys, monkeypatch):
+    def value(*args, **options):
+        y, *others = cpu.value(*args, **options)
+        return (1 + 1e-5) * y, *others
+
+    names = ("missing", "level", "unproven", "declines", "cotangent")
+    wrong = types.SimpleNamespace(value=value, **{name: getattr(cpu, name) for name in names})
+    monkeypatch.setitem(kernels.KERNELS, "cpu", wrong)
+    verify.jax.clear_caches()
+    assert verify.main([]) == 1
+    assert "The kernel's errors are NOT within the limit." in capsys.readouterr().out
+    verify.jax.clear_caches()
+
+
+def test_without_a_kernel_there_is_nothing_to_verify(capsys, monkeypatch):
+    monkeypatch.setitem(
+        kernels.KERNELS, "cpu", types.SimpleNamespace(missing=lambda: "no compiler was found")
+    )
+    assert verify.main([]) == 2
+    assert "cpu: no kernel to verify, no compiler was found." in capsys.readouterr().err
+
+
+def test_a_wrong_flag_is_one_sentence(capsys):
+    assert verify.main(["--megabytes", "0"]) == 2
+    assert "--megabytes must be at least 1, got 0." in capsys.readouterr().err
+
+
+def test_the_cases_are_what_a_kernel_is_for():
+    right, fast = list(verify.right_cases()), list(verify.fast_cases(256))
+    assert {case.norm for case in right} == {"layer", "rms", "add_layer", "add_rms"}
+    assert {case.dtype for case in fast} == {"float32", "bfloat16"}
+    for case in fast:
+        assert 250 < case.rows * case.k * (2 if case.dtype == "bfloat16" else 4) / 2**20 <= 256
