@@ -11,6 +11,7 @@ from jax import export
 
 import jaxnorm as jn
 from jaxnorm import kernels
+from jaxnorm.kernels.request import rows_of
 
 
 @jax.jit
@@ -40,9 +41,9 @@ class Tiny:
     def unproven(self):
         return None
 
-    def declines(self, *, block, subtract_mean, masked, exported, **_):
-        rows = block is not None and block[1:3] == (1, 1)
-        return None if rows and subtract_mean and not masked and not exported else "it is tiny"
+    def declines(self, request):
+        rows = rows_of(request.block) and request.subtract_mean
+        return None if rows and not request.masked and not request.exported else "it is tiny"
 
     def value(self, x, residual, scale, bias, *, block, epsilon, subtract_mean):
         assert residual is None

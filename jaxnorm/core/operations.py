@@ -17,7 +17,6 @@ All functions take a `NormSpec` first, and return lists of arrays.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from jaxnorm.core.moments import Kept, Statistics, count_all
 from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.standardize import NormParams, measure_and_standardize, norm_tangents
 from jaxnorm.kernels import Kernel
+from jaxnorm.kernels.request import Request
 
 
 def arrays_of(stats: Statistics) -> list[jax.Array]:
@@ -67,17 +67,17 @@ def cotangent(spec, x, params, stats, dy, dtotal) -> list[jax.Array]:
     return [dx, *(jax.tree.leaves(dparams) if spec.param_gradients else ())]
 
 
-def request(spec: NormSpec, dtype: jnp.dtype, masked: bool = False) -> dict[str, Any]:
-    """What a kernel has to support, as its `declines` is asked; `dtype` is that of x."""
-    return {
-        "block": spec.layout.block,
-        "dtype": dtype,
-        "result_dtype": spec.dtype,
-        "subtract_mean": spec.subtract_mean,
-        "adds": spec.adds,
-        "masked": masked,
-        "over_devices": bool(spec.statistics_devices.names),
-    }
+def request(spec: NormSpec, dtype: jnp.dtype, masked: bool = False) -> Request:
+    """What a kernel has to support; `dtype` is that of x."""
+    return Request(
+        block=spec.layout.block,
+        dtype=dtype,
+        result_dtype=spec.dtype,
+        subtract_mean=spec.subtract_mean,
+        adds=spec.adds,
+        masked=masked,
+        over_devices=bool(spec.statistics_devices.names),
+    )
 
 
 def value_by_kernel(

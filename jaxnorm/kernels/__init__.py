@@ -29,6 +29,7 @@ import jax
 from jax.interpreters import mlir
 
 from jaxnorm.kernels import cpu, gpu, tpu
+from jaxnorm.kernels.request import Request
 
 VARIABLE = "JAXNORM_IMPLEMENTATION"
 CHOICES = ("xla", "kernel")
@@ -55,30 +56,8 @@ class Kernel(Protocol):
         """Why it has to be asked for here, or None if it is used unasked."""
         ...
 
-    def declines(
-        self,
-        *,
-        block: tuple[int, int, int, int] | None,
-        dtype: Any,
-        result_dtype: Any,
-        subtract_mean: bool,
-        adds: bool,
-        masked: bool,
-        over_devices: bool,
-        exported: bool,
-    ) -> str | None:
-        """Why it does not support such a call, or None if it does.
-
-        Args:
-          block: (n, s, g, k), or None if x is not such a block in memory.
-          dtype: of x.
-          result_dtype: of y.
-          subtract_mean: whether the mean is subtracted.
-          adds: whether a residual is added to x, and the sum is normalized.
-          masked: whether some elements do not count.
-          over_devices: whether the statistics are shared over devices.
-          exported: whether the program may run where jaxnorm is not installed.
-        """
+    def declines(self, request: Request) -> str | None:
+        """Why it does not support such a call, or None if it does."""
         ...
 
     def value(
@@ -174,8 +153,8 @@ def check_implementation(implementation: str | None) -> str | None:
     return implementation
 
 
-def supported(request: dict[str, Any], *, required: bool) -> bool:
-    """Whether a kernel of any platform supports the request, the arguments of `declines`.
+def supported(request: Request, *, required: bool) -> bool:
+    """Whether a kernel of any platform supports the request.
 
     Raises:
       ValueError: none does, and one is required.
@@ -195,7 +174,7 @@ def supported(request: dict[str, Any], *, required: bool) -> bool:
 def for_program(
     platform: str | None,
     ctx: mlir.LoweringRuleContext,
-    request: dict[str, Any],
+    request: Request,
     *,
     required: bool,
 ) -> Kernel | None:
@@ -209,7 +188,8 @@ def for_program(
         reason = f"there is no kernel for {platform or 'the platform of this program'}"
     else:
         exported = ctx.module_context.lowering_parameters.for_export
-        reason = _declines(kernel, request, required=required, exported=exported) or _sharded(ctx)
+        request = request._replace(exported=exported)
+        reason = _declines(kernel, request, required=required) or _sharded(ctx)
     if reason and required:
         refuse(reason)
     return None if reason else kernel
@@ -222,10 +202,8 @@ def _not_here(kernel: Kernel | None, *, required: bool) -> str | None:
     return kernel.missing() or (None if required else kernel.unproven())
 
 
-def _declines(
-    kernel: Kernel, request: dict[str, Any], *, required: bool, exported: bool = False
-) -> str | None:
-    return _not_here(kernel, required=required) or kernel.declines(**request, exported=exported)
+def _declines(kernel: Kernel, request: Request, *, required: bool) -> str | None:
+    return _not_here(kernel, required=required) or kernel.declines(request)
 
 
 def _sharded(ctx: mlir.LoweringRuleContext) -> str | None:

@@ -7,14 +7,14 @@ which may add a residual, columns.h the others.
 
 import ctypes
 import functools
-import math
 import re
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxnorm.kernels.request import Request, common_refusal
 
 LIBRARY = Path(__file__).with_name("_norms.so")
 WHY_NOT_BUILT = Path(__file__).with_name("_not_built.txt")
@@ -76,41 +76,23 @@ def unproven() -> None:
 
 
 @functools.cache
-def declines(
-    *,
-    block: tuple[int, int, int, int] | None,
-    dtype: Any,
-    result_dtype: Any,
-    subtract_mean: bool,
-    adds: bool,
-    masked: bool,
-    over_devices: bool,
-    exported: bool,
-) -> str | None:
+def declines(request: Request) -> str | None:
     """Why it does not support such a call, or None if it does."""
-    if over_devices:
-        return "it does not share statistics over an axis_name"
-    if masked:
-        return "it takes no mask"
-    if dtype not in (jnp.float32, jnp.bfloat16) or result_dtype != dtype:
-        return (
-            f"it takes float32 or bfloat16, for x and the result alike, and x is of {dtype}, the "
-            f"result of {result_dtype}"
-        )
+    if reason := common_refusal(request):
+        return reason
+    block = request.block
     if block is None:
         return (
             "the features are not the last axes, or elements that share statistics are not side "
             "by side in memory"
         )
-    if not subtract_mean and block[1] > 1:
+    if not request.subtract_mean and block[1] > 1:
         return "it takes rms norm over the last axes only"
-    if adds and block[1] > 1:
+    if request.adds and block[1] > 1:
         return "it adds a residual only where the last axes share statistics"
-    if adds and dtype == jnp.bfloat16 and block[3] > _LONGEST_SUM:
+    if request.adds and request.dtype == jnp.bfloat16 and block[3] > _LONGEST_SUM:
         return f"it adds a residual to rows of bfloat16 of up to {_LONGEST_SUM} elements"
-    if not math.prod(block):
-        return "x has no elements"
-    if exported:
+    if request.exported:
         return "an exported program must run where jaxnorm's kernels are not built"
     return None
 

@@ -5,12 +5,12 @@ of tiles.py.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxnorm.kernels.gpu.tiles import LANES, LONGEST, WARPS, tile
+from jaxnorm.kernels.request import Request, common_refusal, rows_of
 
 OLDEST_JAX = (0, 11)  # older ones can't interpret it, so it was not tested with them
 PROVEN = "9.0"  # the compute capability of the GPU that it was measured on, an H100
@@ -43,39 +43,19 @@ def unproven() -> str | None:
 
 
 @functools.cache
-def declines(
-    *,
-    block: tuple[int, int, int, int] | None,
-    dtype: Any,
-    result_dtype: Any,
-    subtract_mean: bool,
-    adds: bool,
-    masked: bool,
-    over_devices: bool,
-    exported: bool,
-) -> str | None:
+def declines(request: Request) -> str | None:
     """Why it does not support such a call, or None if it does."""
-    del subtract_mean, adds
-    if over_devices:
-        return "it does not share statistics over an axis_name"
-    if masked:
-        return "it takes no mask"
-    if dtype not in (jnp.float32, jnp.bfloat16) or result_dtype != dtype:
-        return (
-            f"it takes float32 or bfloat16, for x and the result alike, and x is of {dtype}, the "
-            f"result of {result_dtype}"
-        )
-    if block is None or block[1] > 1 or block[2] > 1:
-        return "it takes layer and rms norm over the last axes only"
-    n, _, _, k = block
-    if not n * k:
-        return "x has no elements"
-    if tile(n, k) is None:
+    if reason := common_refusal(request):
+        return reason
+    rows = rows_of(request.block)
+    if rows is None:
+        return "it takes layer and rms norm over the last axes, of known sizes, only"
+    if tile(*rows) is None:
         return (
             f"it takes rows of a multiple of {LANES} elements (of {WARPS * LANES}, if {WARPS} does "
-            f"not divide their number), up to {LONGEST}, and x has {n} rows of {k}"
+            f"not divide their number), up to {LONGEST}, and x has {rows[0]} rows of {rows[1]}"
         )
-    if exported:
+    if request.exported:
         return "Mosaic's code is not promised to run by other versions of JAX than exported it"
     return None
 

@@ -6,13 +6,13 @@ takes longer than all of jaxnorm.
 """
 
 import functools
-import math
 from importlib.machinery import PathFinder
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxnorm.kernels.request import Request, common_refusal, rows_of
 from jaxnorm.kernels.tpu import blocks
 
 interpret: Any = False  # what Pallas is told; tests run the kernels without a TPU
@@ -46,36 +46,20 @@ def unproven() -> str:
 
 
 @functools.cache
-def declines(
-    *,
-    block: tuple[int, int, int, int] | None,
-    dtype: Any,
-    result_dtype: Any,
-    subtract_mean: bool,
-    adds: bool,
-    masked: bool,
-    over_devices: bool,
-    exported: bool,
-) -> str | None:
+def declines(request: Request) -> str | None:
     """Why it does not support such a call, or None if it does."""
-    del subtract_mean, exported  # both norms; an exported program has all of the kernel in it
-    if over_devices:
-        return "it does not share statistics over an axis_name"
-    if masked:
-        return "it takes no mask"
-    if dtype not in (jnp.float32, jnp.bfloat16) or result_dtype != dtype:
+    if reason := common_refusal(request):
+        return reason
+    rows = rows_of(request.block)
+    if rows is None:
+        return "it takes layer and rms norm over the last axes, of known sizes, only"
+    itemsize = jnp.dtype(request.dtype).itemsize
+    limit = blocks.longest_row(itemsize, **_with_residual(_BACKWARD, request.adds))
+    if rows[1] > limit:
         return (
-            f"it takes float32 or bfloat16, for x and the result alike, and x is of {dtype}, the "
-            f"result of {result_dtype}"
+            f"a few rows must fit on the chip, so it takes up to {limit} features, and x has "
+            f"{rows[1]}"
         )
-    if block is None or block[1] > 1 or block[2] > 1:
-        return "it takes layer norm and rms norm over the last axes, of known sizes, only"
-    if not math.prod(block):
-        return "x has no elements"
-    k = block[3]
-    limit = blocks.longest_row(jnp.dtype(dtype).itemsize, **_with_residual(_BACKWARD, adds))
-    if k > limit:
-        return f"a few rows must fit on the chip, so it takes up to {limit} features, and x has {k}"
     return None
 
 
