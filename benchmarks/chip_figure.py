@@ -69,5 +69,5 @@ def draw(report: dict[str, Any], path: Path) -> None:
         for library, (marker, color) in LOOKS.items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(LOOKS), frameon=False)
-    figure.suptitle(f"{report['device']}, jax {report['jax']}; the line is Flax")
+    figure.suptitle(f"{report['device']}, jax {report['versions']['jax']}; the line is Flax")
     figure.savefig(path, format="png")

@@ -6,8 +6,10 @@ calls of a case in another order; times are medians. It takes ten minutes on an 
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
+import math
 import random
 import re
 import sys
@@ -131,25 +133,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         chosen = re.compile(options.only)
     except re.error as error:
-        print(f"--only must be a regular expression, got {options.only!r} ({error}).")
-        return 2
+        return fail(f"--only must be a regular expression, got {options.only!r} ({error}).")
+    if not 0 < options.seconds < math.inf:
+        return fail(f"--seconds must be more than 0, got {options.seconds:g}; try --seconds 0.1.")
+    if options.out.suffix != ".json" or not options.out.parent.is_dir():
+        return fail(f"--out must be a .json file in a folder that exists, got {options.out}.")
+    if options.torch and not torch_is_here():
+        return fail("--torch must find PyTorch for the device that JAX uses; leave it out.")
     work: dict[str, Callable] = {
         name_of(problem): partial(norm_calls, problem, options.torch) for problem in PROBLEMS
     }
     work |= {step.name: partial(step_calls, step) for step in steps() if not step.axis_name}
-    report = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "rows": []}
-    for name, calls in work.items():
-        if not chosen.search(name):
-            continue
-        report["rows"].append({"case": name, "times": timed(calls(), options.seconds)})
-        options.out.write_text(json.dumps(report, indent=1))  # after each: a run may be cut short
-        print(line(report["rows"][-1]), flush=True)
-    if not report["rows"]:
-        print(f"--only must match some of {', '.join(work)}, got {options.only!r}.")
-        return 2
+    wanted = [name for name in work if chosen.search(name)]
+    if not wanted:
+        known = "\n  ".join(work)
+        return fail(f"--only must match a case, got {options.only!r}; there are\n  {known}")
+    report = {"device": jax.devices()[0].device_kind, "versions": versions(), "rows": []}
+    try:
+        for name in wanted:
+            report["rows"].append({"case": name, "times": timed(work[name](), options.seconds)})
+            options.out.write_text(json.dumps(report, indent=1))  # a run may be cut short
+            print(line(report["rows"][-1]), file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print("Interrupted: what was timed is written.", file=sys.stderr)
+        return 130
+    print(chip_figure.table(report))
     if importlib.util.find_spec("matplotlib"):
         chip_figure.draw(report, options.out.with_suffix(".png"))
     return 0
+
+
+def torch_is_here() -> bool:
+    """Whether PyTorch can run on JAX's GPU."""
+    if jax.default_backend() != "gpu" or not importlib.util.find_spec("torch"):
+        return False
+    import torch  # pyright: ignore[reportMissingImports] (optional)
+
+    return torch.cuda.is_available()
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that matter, those that are installed."""
+    names = ("jax", "jaxlib", "flax", "torch")
+    return {
+        name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)
+    }
+
+
+def fail(sentence: str) -> int:
+    """Print why the request cannot be fulfilled."""
+    print(sentence, file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

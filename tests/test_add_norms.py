@@ -182,8 +182,14 @@ X, PARAMS = jnp.ones((4, 6)), jn.init_params(6)
             TypeError,
             ["scale_offset must be a number"],
         ),
+        (
+            lambda add: add(X, X, PARAMS, scale_offset=jnp.ones(8)),
+            TypeError,
+            ["scale_offset must be a number"],
+        ),
+        (lambda add: add(X, None), TypeError, ["residual must be an array like x", "None"]),
     ],
-    ids=["shape", "dtype", "no-params", "no-scale", "infinite", "traced"],
+    ids=["shape", "dtype", "no-params", "no-scale", "infinite", "traced", "array", "no-residual"],
 )
 @pytest.mark.parametrize("add", [jn.add_layer_norm, jn.add_rms_norm])
 def test_says_what_is_wrong(add, call, error, words):

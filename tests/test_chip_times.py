@@ -38,9 +38,10 @@ def test_norms_and_steps_are_timed_and_drawn(tmp_path, capsys):
     ]
     assert all(each["median"] > 0 for row in report["rows"] for each in row["times"].values())
     assert "step, jaxnorm" in report["rows"][-1]["times"]
-    assert "layer/any/bfloat16: copy" in capsys.readouterr().out
+    out_text, progress = capsys.readouterr()
+    assert "layer/any/bfloat16: copy" in progress
+    assert out_text.count("| forward |") == 2
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert chip_figure.table(report).count("| forward |") == 2
 
 
 def test_gains_are_over_flax():
@@ -55,10 +56,31 @@ def test_gains_are_over_flax():
 
 
 @pytest.mark.parametrize(
-    ("only", "sentence"), [("(", "must be a regular expression"), ("bacth", "must match some of")]
+    ("flags", "sentence"),
+    [
+        (["--only", "("], "--only must be a regular expression"),
+        (["--only", "bacth"], "--only must match a case"),
+        (["--seconds", "nan"], "--seconds must be more than 0"),
+        (["--out", "times.png"], "--out must be a .json file"),
+        (["--out", "no-folder/times.json"], "--out must be a .json file in a folder that exists"),
+        (["--torch"], "--torch must find PyTorch"),
+    ],
 )
 @pytest.mark.usefixtures("small")
-def test_a_wrong_flag_is_one_sentence(only, sentence, tmp_path, capsys):
-    assert chip_times.main(["--only", only, "--out", str(tmp_path / "times.json")]) == 2
-    assert f"--only {sentence}" in capsys.readouterr().out
+def test_a_wrong_flag_is_one_sentence(flags, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert chip_times.main(flags) == 2
+    assert sentence in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("small")
+def test_ctrl_c_leaves_what_was_timed(tmp_path, capsys, monkeypatch):
+    def step_calls(step):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chip_times, "step_calls", step_calls)
+    out = tmp_path / "times.json"
+    assert chip_times.main(["--seconds", "0.01", "--out", str(out)]) == 130
+    assert len(json.loads(out.read_text())["rows"]) == 2
+    assert "Interrupted" in capsys.readouterr().err

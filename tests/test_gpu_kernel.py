@@ -1,6 +1,7 @@
 """The GPU's kernel: interpreted on the CPU, and compiled for a GPU that is not there."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -8,19 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import Results, assert_kept, compute, example_of
-from norms import NORMS, norm_id
+from norms import NORMS
 
 import jaxnorm as jn
 from benchmarks.chips import CHIPS, compiled, compiled_over
 from jaxnorm import kernels
 from jaxnorm.kernels import gpu
-from jaxnorm.kernels.gpu.tiles import LONGEST, tile
+from jaxnorm.kernels.gpu.tiles import tile
 
 # conftest.py keeps compiled programs; those of a chip that is not there can't be loaded again.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 
 ROWS = [norm for norm in NORMS if norm.name in ("layer", "rms") and norm.options["axis"] == -1]
-EACH_NORM = pytest.mark.parametrize("norm", ROWS, ids=norm_id)
 
 
 @pytest.fixture
@@ -74,40 +74,46 @@ def results_of(norm, example, epsilon, batch=1):
     return Results(y, dx, dscale, dbias, compute(norm, "xla", epsilon, example).ty)
 
 
-# Of one warp and of all; of several warpgroups; a number of rows that the warps do not divide.
-SHAPES = {"short": (8, 2, 256), "odd": (3, 1, 384), "narrow": (2, 2, 96), "long": (2, 1, 8192)}
+LAYER, RMS = ROWS
+# A row of one warp and of all; of two warpgroups; a number of rows that the warps do not divide.
+SHORT, ODD, NARROW, LONG = (8, 2, 256), (3, 1, 512), (2, 2, 192), (2, 1, 8192)
+CASES = [
+    (LAYER, SHORT, "float32", 1e4, 1),
+    (LAYER, SHORT, "float32", 0, 1e18),
+    (LAYER, SHORT, "float32", 3, 0),
+    (LAYER, ODD, "bfloat16", 1, 1),
+    (LAYER, NARROW, "bfloat16", 1, 1),
+    (LAYER, LONG, "float32", 1e4, 1),
+    (RMS, SHORT, "bfloat16", 1, 1),
+    (RMS, ODD, "float32", 0, 1e18),
+]
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@EACH_NORM
-def test_the_contract(norm, shape):
-    kinds = [("float32", 1e4, 1), ("bfloat16", 1, 1), ("float32", 0, 1e18), ("float32", 3, 0)]
-    for dtype, mean, std in kinds:
-        example = example_of(norm, shape, dtype, mean=mean, std=std)
-        epsilon = 0.0 if std > 1 else 1e-6
-        results = results_of(norm, example, epsilon)
-        assert_kept(norm, example, results, epsilon, formula=True)  # its sums are in float32
+@pytest.mark.parametrize(("norm", "shape", "dtype", "mean", "std"), CASES)
+def test_the_contract(norm, shape, dtype, mean, std):
+    example = example_of(norm, shape, dtype, mean=mean, std=std)
+    epsilon = 0.0 if std > 1 else 1e-6
+    results = results_of(norm, example, epsilon)
+    assert_kept(norm, example, results, epsilon, formula=True)  # its sums are in float32
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_numbers_that_are_none_are_where_the_formula_has_them():
-    (layer, _) = ROWS
-    example = example_of(layer, (4, 1, 128))
+    example = example_of(LAYER, (4, 1, 128))
     example.x.reshape(-1, 128)[0, 3], example.x.reshape(-1, 128)[2, 5] = np.nan, np.inf
-    right = compute(layer, "xla", 1e-6, example)
-    for ours, formula in zip(results_of(layer, example, 1e-6), right, strict=True):
+    right = compute(LAYER, "xla", 1e-6, example)
+    for ours, formula in zip(results_of(LAYER, example, 1e-6), right, strict=True):
         np.testing.assert_array_equal(np.isnan(ours), np.isnan(formula))
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_each_part_of_a_batch_has_its_own_gradients():
-    (layer, _) = ROWS
-    example = example_of(layer, (3, 8, 128))
-    together = results_of(layer, example, 1e-6, batch=3)
+    example = example_of(LAYER, (3, 8, 128))
+    together = results_of(LAYER, example, 1e-6, batch=3)
     for part in range(3):
         own = {name: getattr(example, name)[part] for name in ("x", "tx", "dy")}
-        alone = results_of(layer, example._replace(**own), 1e-6)
+        alone = results_of(LAYER, example._replace(**own), 1e-6)
         np.testing.assert_array_equal(together.dscale[part], alone.dscale)
         np.testing.assert_array_equal(together.dbias[part], alone.dbias)
 
@@ -135,19 +141,17 @@ def test_the_sum_with_a_residual_is_normalized_before_it_is_rounded(rng):
 
 
 def test_tiles():
-    for k in (32, 96, 768, 1024, 2048, 4096, 5120, LONGEST):
-        for rows in (8, 4096, 7):
-            t = tile(rows, k)
-            if rows == 7 and k % 128:
-                assert t is None
-                continue
-            assert t
+    """The rule in `WIDTHS`, and that a tile is whole rows or whole segments."""
+    for rows, k in itertools.product((8, 4096, 7), range(32, 9000, 32)):
+        t = tile(rows, k)
+        short = k <= 1024 and rows % 4 == 0 and k % 64 == 0
+        middle = k <= 4096 and k % 256 == 0
+        assert (t is not None) == (short or middle or (k <= 8192 and k % 512 == 0)), (rows, k)
+        if t:
             assert rows % t.rows == 0
             assert t.segments == 1 or t.rows == 1
-            lanes = 128 * t.vector * t.warpgroups
-            assert t.rows * k % lanes == 0
-    assert tile(8, LONGEST + 128) is None
-    assert tile(8, 1000) is None
+            assert t.rows * k % (128 * t.vector * t.warpgroups) == 0
+            assert t.programs >= 132
 
 
 def test_refusals(monkeypatch):
@@ -155,7 +159,7 @@ def test_refusals(monkeypatch):
     monkeypatch.setitem(kernels.KERNELS, "cpu", gpu)
     x = jnp.ones((8, 128))
     for norm, sentence in (
-        (lambda x: jn.layer_norm(x[:, :100], implementation="kernel"), "a multiple of 32"),
+        (lambda x: jn.layer_norm(x[:, :100], implementation="kernel"), "a multiple of 64"),
         (lambda x: jn.layer_norm(x, where=x > 0, implementation="kernel"), "it takes no mask"),
         (lambda x: jn.instance_norm(x[None], implementation="kernel"), "layer and rms norm"),
         (lambda x: jn.rms_norm(x.astype(jnp.float16), implementation="kernel"), "float32 or bf"),
@@ -182,7 +186,7 @@ def test_it_compiles_for_an_h100(dtype):
         y, pullback = jax.vjp(f, x, scale)
         return pullback(y)
 
-    for k in (768, 4096, LONGEST):
+    for k in (768, 4096, 8192):
         x = jax.ShapeDtypeStruct((1056, k), dtype)
         text = compiled(chip, both, (x, like((k,)))).as_text()
         assert text.count("mosaic_gpu") >= 2

@@ -55,6 +55,35 @@ def test_without_a_kernel_there_is_nothing_to_verify(capsys, monkeypatch):
     assert "cpu: no kernel to verify, no compiler was found." in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("few")
+def test_where_all_is_declined_nothing_is_verified(capsys, monkeypatch):
+    names = ("missing", "level", "unproven", "value", "cotangent")
+    shy = types.SimpleNamespace(declines=lambda request: "it is shy")
+    vars(shy).update({name: getattr(cpu, name) for name in names} | {"missing": lambda: None})
+    vars(shy)["level"] = lambda: "none"
+    monkeypatch.setattr(kernels, "KERNELS", {"cpu": shy})
+    assert verify.main([]) == 2
+    said = capsys.readouterr().out
+    assert "declined: it is shy" in said
+    assert "nothing was verified" in said
+
+
+@pytest.mark.usefixtures("kernel")
+def test_ctrl_c_is_one_sentence(capsys, monkeypatch):
+    def interrupt(megabytes):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "verify", interrupt)
+    assert verify.main([]) == 130
+    assert "Interrupted" in capsys.readouterr().err
+
+
+def test_a_wrong_variable_is_one_sentence(capsys, monkeypatch):
+    monkeypatch.setenv(kernels.VARIABLE, "kernle")
+    assert verify.main([]) == 2
+    assert "must be 'xla', 'kernel' or not be given, got 'kernle'" in capsys.readouterr().err
+
+
 def test_a_wrong_flag_is_one_sentence(capsys):
     assert verify.main(["--megabytes", "0"]) == 2
     assert "--megabytes must be at least 1, got 0." in capsys.readouterr().err

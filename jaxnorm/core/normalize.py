@@ -53,7 +53,7 @@ def checked(
     *,
     epsilon: float,
     where: ArrayLike | None = None,
-    residual: ArrayLike | None = None,
+    residual: jax.Array | None = None,
     scale_offset: float = 0.0,
     subtract_mean: bool = True,
     devices: Devices = LOCAL,
@@ -76,7 +76,7 @@ def checked(
         x,
         check_params(params, layout, spec.dtype),
         layout.mask(where),
-        None if residual is None else check_residual(residual, x),
+        residual,
     )
     if spec.implementation != "xla":
         request = operations.request(spec, x.dtype, masked=where is not None)
@@ -163,6 +163,10 @@ def check_input(x: Any) -> jax.Array:
 
 def check_residual(residual: Any, x: jax.Array) -> jax.Array:
     """The residual as an array like x."""
+    if residual is None:
+        raise TypeError(
+            "residual must be an array like x, got None; without one, call layer_norm or rms_norm."
+        )
     residual = as_array(residual)
     if residual.shape != x.shape:
         raise ValueError(
@@ -232,7 +236,8 @@ def check_scale_offset(offset: float, params: NormParams | None) -> float:
 
 
 def _check_number(value: float, name: str) -> float:
-    if isinstance(value, Tracer) or not isinstance(value, Real | jax.Array):
+    number = isinstance(value, Real) or (isinstance(value, jax.Array) and value.ndim == 0)
+    if isinstance(value, Tracer) or not number:
         raise TypeError(
             f"{name} must be a number that is known while tracing, got {type(value).__name__}; "
             "it is compiled into the program, so bind it with functools.partial."

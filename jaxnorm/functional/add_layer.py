@@ -4,7 +4,7 @@ import jax
 from jax.typing import ArrayLike
 
 from jaxnorm.core.layout import Axes, layer_layout
-from jaxnorm.core.normalize import add_and_normalize, check_input, checked
+from jaxnorm.core.normalize import add_and_normalize, check_input, check_residual, checked
 from jaxnorm.core.standardize import NormParams
 
 
@@ -74,7 +74,7 @@ def add_layer_norm(
         params,
         epsilon=epsilon,
         where=where,
-        residual=residual,
+        residual=check_residual(residual, x),
         scale_offset=scale_offset,
         implementation=implementation,
     )

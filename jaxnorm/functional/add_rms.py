@@ -4,7 +4,7 @@ import jax
 from jax.typing import ArrayLike
 
 from jaxnorm.core.layout import Axes, layer_layout
-from jaxnorm.core.normalize import add_and_normalize, check_input, checked
+from jaxnorm.core.normalize import add_and_normalize, check_input, check_residual, checked
 from jaxnorm.core.standardize import NormParams
 
 
@@ -70,7 +70,7 @@ def add_rms_norm(
         params,
         epsilon=epsilon,
         where=where,
-        residual=residual,
+        residual=check_residual(residual, x),
         scale_offset=scale_offset,
         subtract_mean=False,
         implementation=implementation,

@@ -148,7 +148,7 @@ def check_implementation(implementation: str | None) -> str | None:
     if implementation not in (None, *CHOICES):
         raise ValueError(
             f"{source} must be 'xla', 'kernel' or not be given, got {implementation!r}; "
-            "see jaxnorm.implementations() for what there is."
+            f"set it to one of {', '.join(map(repr, CHOICES))}, or leave it out."
         )
     return implementation
 

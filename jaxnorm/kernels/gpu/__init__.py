@@ -1,7 +1,7 @@
 """The kernel for NVIDIA GPUs, in Pallas, by its backend Mosaic GPU.
 
-It takes rows of the last axes (layer and rms norm) that registers can hold: rows.py, by the numbers
-of tiles.py.
+It takes layer and rms norm of rows that fit into registers. tiles.py divides them, rows.py computes
+a tile.
 """
 
 import functools
@@ -9,11 +9,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxnorm.kernels.gpu.tiles import LANES, LONGEST, WARPS, tile
+from jaxnorm.kernels.gpu.tiles import WIDTHS, tile
 from jaxnorm.kernels.request import Request, common_refusal, rows_of
 
 OLDEST_JAX = (0, 11)  # older ones can't interpret it, so it was not tested with them
-PROVEN = "9.0"  # the compute capability of the GPU that it was measured on, an H100
+PROVEN = "NVIDIA H100 80GB HBM3"  # the GPU that it was measured on
 
 
 @functools.cache
@@ -26,8 +26,8 @@ def missing() -> str | None:
 
 
 def level() -> str:
-    """What it is compiled by."""
-    return "Pallas (Mosaic GPU)"
+    """What hardware it is compiled for, and by what."""
+    return "NVIDIA GPUs, by Pallas (Mosaic GPU)"
 
 
 @functools.cache
@@ -37,8 +37,8 @@ def unproven() -> str | None:
         device = jax.devices("cuda")[0]
     except RuntimeError:
         return "there is no NVIDIA GPU here to run it by default"
-    if device.compute_capability != PROVEN:
-        return f"it was measured on an H100 only, not on {device.device_kind}"
+    if device.device_kind != PROVEN:
+        return f"it was measured on an {PROVEN} only, and this is an {device.device_kind}"
     return None
 
 
@@ -51,10 +51,7 @@ def declines(request: Request) -> str | None:
     if rows is None:
         return "it takes layer and rms norm over the last axes, of known sizes, only"
     if tile(*rows) is None:
-        return (
-            f"it takes rows of a multiple of {LANES} elements (of {WARPS * LANES}, if {WARPS} does "
-            f"not divide their number), up to {LONGEST}, and x has {rows[0]} rows of {rows[1]}"
-        )
+        return f"it takes {WIDTHS}, and x has {rows[0]} rows of {rows[1]}"
     if request.exported:
         return "Mosaic's code is not promised to run by other versions of JAX than exported it"
     return None

@@ -300,7 +300,7 @@ def _call(
 
 
 def _load(ref: Any, layout: Any) -> jax.Array:
-    load: Any = plgpu.load  # older versions of JAX have other arguments
+    load: Any = plgpu.load  # the oldest jax that jaxnorm supports types it otherwise
     return load(ref, layout=layout, optimized=False)  # only shared memory has optimized loads
 
 

@@ -11,7 +11,10 @@ WARPS, LANES = 4, 32  # of a warpgroup, of a warp
 VECTOR_BYTES = 16  # of one load
 ELEMENTS = 32  # of x, at most, that a thread keeps
 WARPGROUPS = 2  # at most, for one row; with four a thread has too few registers
-LONGEST = WARPGROUPS * WARPS * LANES * ELEMENTS  # elements of a row
+WIDTHS = (
+    "rows of a multiple of 64 elements up to 1024 (if 4 divides their number), of 256 up to 4096, "
+    "or of 512 up to 8192"
+)
 MULTIPROCESSORS = 132  # of an H100
 REGISTERS = 65536  # of each
 
@@ -55,14 +58,14 @@ class Tile(NamedTuple):
 def tile(rows: int, k: int, most: int = 4) -> Tile | None:
     """How so many rows of k elements are taken, or None if they can't be.
 
-    A thread loads at `most` so many elements at once. Few rows, or a number that the warps do not
-    divide, are taken in segments.
+    A thread loads two to `most` elements at once; one at a time is too slow. Few rows, or a number
+    that the warps do not divide, are taken in segments. WIDTHS says what that makes.
     """
     warp = LANES * ELEMENTS
     fits = [1] if rows % WARPS == 0 and k <= warp else []
     fits += [WARPS * n for n in (1, WARPGROUPS) if k <= n * WARPS * warp]
     for segments in fits:
-        for vector in (8, 4, 2, 1):
+        for vector in (8, 4, 2):
             if vector <= most and k % (segments * LANES * vector) == 0:
                 at_once = WARPS if segments == 1 else 1
                 while at_once > 1 and rows % (2 * at_once) == 0 and 2 * at_once * k <= WARPS * warp:

@@ -36,8 +36,8 @@ def missing() -> str | None:
 
 
 def level() -> str:
-    """What hardware it is compiled for."""
-    return "Pallas"
+    """What hardware it is compiled for, and by what."""
+    return "TPUs, by Pallas"
 
 
 def unproven() -> str:
