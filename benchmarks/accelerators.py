@@ -22,7 +22,7 @@ from benchmarks.chips import CHIPS, Chip, compiled, compiled_over
 from benchmarks.collectives import collectives_of
 from benchmarks.hlo import Program
 from benchmarks.jax_norms import jaxnorm_norm, linen_norm
-from benchmarks.kernel_calls import with_residual
+from benchmarks.kernel_calls import refusal, with_residual
 from benchmarks.pallas_bytes import vmem
 from benchmarks.programs import arguments, programs_of, size_of
 from benchmarks.training_steps import steps, training_step
@@ -198,9 +198,13 @@ def work(chip: Chip, parts: Sequence[str], only: str) -> Iterator[tuple[str, Cal
     if "norms" in parts:
         for problem in PROBLEMS:
             yield name_of(problem), lambda problem=problem: norm_rows(chip, problem)
-    if "kernels" in parts and chip.platform in KERNELS:
+    if "kernels" in parts:
         for problem in FOR_KERNELS:
-            yield name_of(problem), lambda problem=problem: kernel_rows(chip, problem)
+            name, reason = name_of(problem), refusal(KERNELS[chip.platform], problem)
+            if reason and re.search(only, name):
+                print(f"{chip.name} {name}, by the kernel: left out, {reason}", file=sys.stderr)
+            if not reason:
+                yield name, lambda problem=problem: kernel_rows(chip, problem)
     if "devices" in parts:
         yield name_of(FOR_DEVICES), lambda: device_rows(chip)
     if "steps" in parts:

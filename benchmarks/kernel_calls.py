@@ -3,14 +3,27 @@
 import math
 from collections.abc import Callable
 
+import jax.numpy as jnp
+
 from benchmarks.cases import EPSILON, Problem
 from jaxnorm.kernels import Kernel
+from jaxnorm.kernels.request import Request
+
+
+def refusal(kernel: Kernel, problem: Problem) -> str | None:
+    """Why the kernel does not support the problem with a residual, or None."""
+    dtype, centred = jnp.dtype(problem.dtype), problem.norm == "layer"
+    request = Request(_block(problem), dtype, dtype, centred, adds=True)
+    return kernel.missing() or kernel.declines(request)
+
+
+def _block(problem: Problem) -> tuple[int, int, int, int]:
+    return math.prod(problem.shape) // problem.features, 1, 1, problem.features
 
 
 def with_residual(kernel: Kernel, problem: Problem) -> tuple[Callable, Callable]:
     """The two calls of a kernel of rows, as they are made where a residual is added."""
-    k = problem.features
-    block = math.prod(problem.shape) // k, 1, 1, k
+    block = _block(problem)
 
     def forward(x, residual, params):
         """y; and what is kept: the sum, the mean and rstd, with an axis of one for the features."""
