@@ -18,6 +18,7 @@ def few(monkeypatch):
     timed = [Case("add_layer", 16, 64, "float32"), Case("rms", 16, 64, "bfloat16")]
     monkeypatch.setattr(verify, "fast_cases", lambda megabytes: iter(timed))
     monkeypatch.setattr(verify, "ROUNDS", 1)
+    monkeypatch.setattr(verify, "CALLS", 1)
 
 
 @pytest.mark.usefixtures("kernel", "few")
