@@ -2,7 +2,8 @@
 
 The programs are those of `benchmarks.accelerators`, which counts their bytes without the chip.
 "jaxnorm" is what users get; on GPUs that is a kernel for layer and rms norm. Each round runs all
-calls of a case in another order; times are medians. It takes ten minutes on an H100.
+calls of a case in another order; times are medians. The norms in bfloat16 and three training steps
+took four minutes on an H100.
 """
 
 import argparse

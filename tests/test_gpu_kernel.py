@@ -16,6 +16,7 @@ from benchmarks.chips import CHIPS, compiled, compiled_over
 from jaxnorm import kernels
 from jaxnorm.kernels import gpu
 from jaxnorm.kernels.gpu.tiles import tile
+from jaxnorm.kernels.request import Request
 
 # conftest.py keeps compiled programs; those of a chip that is not there can't be loaded again.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
@@ -157,6 +158,8 @@ def test_tiles():
 def test_refusals(monkeypatch):
     monkeypatch.setattr(gpu, "missing", lambda: None)
     monkeypatch.setitem(kernels.KERNELS, "cpu", gpu)
+    huge = Request((2**20, 1, 1, 4096), jnp.dtype("float32"), jnp.dtype("float32"))
+    assert "fewer than 2**31 elements" in (gpu.declines(huge) or "")
     x = jnp.ones((8, 128))
     for norm, sentence in (
         (lambda x: jn.layer_norm(x[:, :100], implementation="kernel"), "a multiple of 64"),

@@ -1,10 +1,11 @@
 """The kernel for NVIDIA GPUs, in Pallas, by its backend Mosaic GPU.
 
-It takes layer and rms norm of rows that fit into registers. tiles.py divides them, rows.py computes
-a tile.
+It takes layer and rms norm of rows that fit into registers. tiles.py divides them, registers.py
+loads and sums a tile, rows.py computes it.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,8 @@ def declines(request: Request) -> str | None:
     rows = rows_of(request.block)
     if rows is None:
         return "it takes layer and rms norm over the last axes, of known sizes, only"
+    if math.prod(rows) >= 2**31:
+        return f"it takes fewer than 2**31 elements, and x has {math.prod(rows)}"
     if tile(*rows) is None:
         return f"it takes {WIDTHS}, and x has {rows[0]} rows of {rows[1]}"
     if request.exported:
