@@ -111,8 +111,7 @@ def backward(
     programs = min(t.programs, tiles)
 
     def body(refs, results, shared):
-        number = lax.axis_index("program")  # one axis: a GPU's others are short
-        part, program = lax.div(number, programs), lax.rem(number, programs)
+        part, program = lax.axis_index("part"), lax.axis_index("program")
         param = t.load_param(refs["scale"]) if "scale" in refs else None
 
         def step(i, sums):
@@ -141,7 +140,7 @@ def backward(
         steps = (tiles - program + programs - 1) // programs
         sums = lax.fori_loop(0, steps, step, {name: zeros() for name in names})
         for name in names:
-            own = results[name].at[number]
+            own = results[name].at[part * programs + program]
             if t.segments > 1:
                 own[pl.ds(t.segment(), WARPS), :] = sums[name]
             else:
@@ -165,7 +164,7 @@ def backward(
             "dscale": of_features if wanted[0] else None,
             "dbias": of_features if wanted[1] else None,
         },
-        {"program": batch * programs},
+        {"part": batch, "program": programs},
     )
     sums = [found.get(name) for name in ("dscale", "dbias")]
     return [
