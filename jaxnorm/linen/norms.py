@@ -1,13 +1,4 @@
-"""Flax linen modules: drop-ins for the classes of the same names in `flax.linen`.
-
-Each inherits from Flax's class and replaces `__call__`. Arguments, variables and initialization are
-Flax's, so checkpoints load in both directions and `isinstance` holds. The modules own variables and
-do no arithmetic.
-
-`use_fast_variance` and `force_float32_reductions` are accepted but ignored: statistics are always
-accurate, and in float32 or better. The latter still decides the dtype of running statistics. A
-`mask` is the `where` of the functions.
-"""
+"""The five norms, and those of a residual sum: Flax's classes with another `__call__`."""
 
 from typing import Any
 
@@ -28,16 +19,6 @@ from jaxnorm.core.normalize import (
     normalize_with,
 )
 from jaxnorm.core.standardize import NormParams
-
-__all__ = [
-    "AddLayerNorm",
-    "AddRMSNorm",
-    "BatchNorm",
-    "GroupNorm",
-    "InstanceNorm",
-    "LayerNorm",
-    "RMSNorm",
-]
 
 
 class BatchNorm(nn.BatchNorm):

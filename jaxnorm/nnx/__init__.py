@@ -1,0 +1,30 @@
+"""Flax nnx modules: drop-ins for the classes of the same names in `flax.nnx`.
+
+Each inherits from Flax's class and replaces `__call__`. Arguments, variables and initialization are
+Flax's, so checkpoints load in both directions and `isinstance` holds. The modules own variables and
+do no arithmetic.
+
+`use_fast_variance` is accepted but ignored: statistics are always accurate, and in float32 or
+better. `promote_dtype` is called as in Flax, but only the result is rounded to its dtype, not x or
+the running statistics. A `mask` is the `where` of the functions.
+"""
+
+from jaxnorm.nnx.norms import (
+    AddLayerNorm,
+    AddRMSNorm,
+    BatchNorm,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+    RMSNorm,
+)
+
+__all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
+    "BatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "RMSNorm",
+]
