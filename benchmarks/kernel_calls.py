@@ -33,6 +33,7 @@ def with_residual(kernel: Kernel, problem: Problem) -> tuple[Callable, Callable]
             params["scale"],
             params.get("bias"),
             block=block,
+            batch=1,
             epsilon=EPSILON,
             subtract_mean=problem.norm == "layer",
         )

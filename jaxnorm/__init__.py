@@ -9,6 +9,7 @@ from jaxnorm.core.standardize import NormParams, init_params
 from jaxnorm.functional.add_layer import add_layer_norm
 from jaxnorm.functional.add_rms import add_rms_norm
 from jaxnorm.functional.batch import batch_norm
+from jaxnorm.functional.given import denormalize, normalize
 from jaxnorm.functional.group import group_norm
 from jaxnorm.functional.instance import instance_norm
 from jaxnorm.functional.layer import layer_norm
@@ -27,6 +28,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "batch_norm",
+    "denormalize",
     "group_norm",
     "implementations",
     "init_batch_norm_state",
@@ -35,6 +37,7 @@ __all__ = [
     "layer_norm",
     "merge_moments",
     "moments",
+    "normalize",
     "pad_batch",
     "rms_norm",
     "update_batch_norm_state",

@@ -43,12 +43,18 @@ def checked_call(
         layout,
         params,
         epsilon=module.epsilon,
+        scale_offset=module.scale_offset,
         where=None if mask is None else jnp.asarray(mask, bool),
         residual=None if residual is None else residual.astype(x.dtype),
         subtract_mean=subtract_mean,
         devices=devices,
         dtype=dtype,
     )
+
+
+def initial_scale(offset: float) -> float:
+    """The scale that, with its offset, changes nothing."""
+    return 1.0 - offset
 
 
 def update_running_statistics(

@@ -61,13 +61,7 @@ class Case(NamedTuple):
 
     def arrays(self) -> tuple[tuple[jax.Array, ...], Any]:
         """The arguments: x, perhaps a residual, scale and bias; and a cotangent of the result."""
-        keys = jax.random.split(jax.random.key(0), 5)
-        draw = lambda key, *shape: jax.random.normal(key, shape, jnp.float32)
-        x = self.mean + self.std * draw(keys[0], self.rows, self.k)
-        dy, residual = (draw(key, self.rows, self.k).astype(self.dtype) for key in keys[1:3])
-        params = 1 + draw(keys[3], self.k), draw(keys[4], self.k)
-        given = (x.astype(self.dtype), *((residual,) if self.adds else ()), *params)
-        return given, (dy, dy) if self.adds else dy
+        return _drawn(self, jax.random.key(0, impl="rbg"))
 
     def function(self, implementation: str) -> Callable:
         """The norm of these arguments."""
@@ -75,6 +69,16 @@ class Case(NamedTuple):
             getattr(jn, f"{self.norm}_norm"), epsilon=self.epsilon, implementation=implementation
         )
         return lambda *given: norm(*given[:-2], jn.NormParams(*given[-2:]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _drawn(case: Case, key: jax.Array) -> tuple[tuple[jax.Array, ...], Any]:
+    # All at once: a generator of random numbers takes longer to compile than a norm.
+    drawn = jax.random.normal(key, (3 * case.rows + 2, case.k), jnp.float32)
+    x, dy, residual, scale, bias = jnp.split(drawn, np.cumsum([case.rows] * 3 + [1]))
+    x, dy, residual = (a.astype(case.dtype) for a in (case.mean + case.std * x, dy, residual))
+    given = (x, *((residual,) if case.adds else ()), 1 + scale[0], bias[0])
+    return given, (dy, dy) if case.adds else dy
 
 
 def right_cases() -> Iterator[Case]:

@@ -228,11 +228,12 @@ struct Options {
 
 constexpr XLA_FFI_DataType kF32 = XLA_FFI_DataType_F32;
 
-// Forward and backward of `batch` blocks; what went wrong, or nothing.
+// Forward and backward of `batch` blocks, each with a scale of its own and all with one bias; what
+// went wrong, or nothing.
 std::string run(XLA_FFI_DataType type, const Block& b, int64_t batch, const Options& has) {
   const int64_t size = batch * b.n * b.example(), groups = batch * b.groups();
   const int64_t means = has.subtract_mean ? groups : 0;
-  const int64_t scales = has.scale ? b.features() : 0, biases = has.bias ? b.features() : 0;
+  const int64_t scales = has.scale ? batch * b.features() : 0, biases = has.bias ? b.features() : 0;
   Array x(type, size), y(type, size), dy(type, size), dx(type, size);
   Array scale(kF32, scales), bias(kF32, biases), high(kF32, means), low(kF32, means);
   Array var(kF32, groups), rstd(kF32, groups);
@@ -241,11 +242,11 @@ std::string run(XLA_FFI_DataType type, const Block& b, int64_t batch, const Opti
   Array dscale(kF32, has.gradients ? batch * b.features() : 0);
   Array dbias(kF32, has.gradients && has.bias ? batch * b.features() : 0);
   x.fill(1), dy.fill(2), scale.fill(3), bias.fill(4), residual.fill(5), dtotal.fill(6);
-  const Block all = {batch * b.n, b.s, b.g, b.k};
   Call forward;
   forward.argument(x).argument(residual).argument(scale).argument(bias);
   forward.result(y).result(total).result(high).result(low).result(var).result(rstd);
-  forward.number("epsilon", 1e-6).block(all).boolean("subtract_mean", has.subtract_mean);
+  forward.integer("batch", batch).number("epsilon", 1e-6).block(b);
+  forward.boolean("subtract_mean", has.subtract_mean);
   std::string error = forward.run(jaxnorm_forward);
   if (!error.empty()) return error;
   Call backward;
@@ -304,13 +305,12 @@ bool refuses(const char* what, const Block& b, int64_t batch, int64_t groups, in
   Call forward, backward;
   forward.argument(x).argument(none).argument(scale).argument(none);
   forward.result(y).result(none).result(high).result(low).result(var).result(rstd);
-  forward.number("epsilon", 1e-6).block(b).boolean("subtract_mean", true);
+  forward.integer("batch", batch).number("epsilon", 1e-6).block(b).boolean("subtract_mean", true);
   backward.argument(x).argument(x).argument(none).argument(scale);
   backward.argument(high).argument(low).argument(rstd);
   backward.result(y).result(none).result(none);
   backward.integer("batch", batch).block(b).boolean("subtract_mean", true);
-  // The forward handler has no batch.
-  if ((batch == 1 && forward.run(jaxnorm_forward).empty()) || backward.run(jaxnorm_backward).empty()) {
+  if (forward.run(jaxnorm_forward).empty() || backward.run(jaxnorm_backward).empty()) {
     std::printf("taken: %s\n", what);
     return false;
   }

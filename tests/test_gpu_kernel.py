@@ -54,6 +54,7 @@ def results_of(norm, example, epsilon, batch=1):
         scale,
         bias,
         block=(rows, 1, 1, k),
+        batch=1,
         epsilon=epsilon,
         subtract_mean=norm.subtract_mean,
     )
@@ -125,7 +126,7 @@ def test_the_sum_with_a_residual_is_normalized_before_it_is_rounded(rng):
     x, residual = (jnp.asarray(rng.standard_normal((rows, k)), jnp.bfloat16) for _ in range(2))
     block = (rows, 1, 1, k)
     y, total, high, low, _, rstd = gpu.value(
-        x, residual, None, None, block=block, epsilon=1e-6, subtract_mean=True
+        x, residual, None, None, block=block, batch=1, epsilon=1e-6, subtract_mean=True
     )
     assert total is not None
     exact = x.astype(jnp.float32) + residual.astype(jnp.float32)

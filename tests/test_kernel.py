@@ -160,7 +160,8 @@ def call_forward(y=None, stat=4, scale=6, x=None, residual=NONE, total=None, **s
     """A call past Python's checks, of layer norm over rows of six."""
     x = jnp.ones((4, 6)) if x is None else x
     block = {
-        name: np.int64(size) for name, size in ({"n": 4, "s": 1, "g": 1, "k": 6} | sizes).items()
+        name: np.int64(size)
+        for name, size in ({"batch": 1, "n": 4, "s": 1, "g": 1, "k": 6} | sizes).items()
     }
     y = y or struct(*x.shape, dtype=x.dtype)
     if total is None:
@@ -235,7 +236,13 @@ def test_the_door_refuses_statistics_of_another_type():
     x = jnp.ones((4, 6))
     results = [struct(4, 6), struct(0), *[struct(4, dtype=jnp.int32)] * 4]
     call = jax.ffi.ffi_call("jaxnorm_forward", results)
-    sizes = {"n": np.int64(4), "s": np.int64(1), "g": np.int64(1), "k": np.int64(6)}
+    sizes = {
+        "batch": np.int64(1),
+        "n": np.int64(4),
+        "s": np.int64(1),
+        "g": np.int64(1),
+        "k": np.int64(6),
+    }
     with pytest.raises(Exception, match=r"[Ww]rong buffer dtype"):
         jax.block_until_ready(
             call(x, NONE, x[0], x[0], **sizes, epsilon=np.float64(1), subtract_mean=True)

@@ -45,7 +45,8 @@ class Tiny:
         rows = rows_of(request.block) and request.subtract_mean
         return None if rows and not request.masked and not request.exported else "it is tiny"
 
-    def value(self, x, residual, scale, bias, *, block, epsilon, subtract_mean):
+    def value(self, x, residual, scale, bias, *, block, batch, epsilon, subtract_mean):
+        assert batch == 1
         assert residual is None
         assert bias is None
         assert subtract_mean

@@ -12,10 +12,9 @@ from jaxnorm.verify import Case
 @pytest.fixture
 def few(monkeypatch):
     """A case that the kernel supports, one that it declines, and one to be timed."""
-    cases = [Case("layer", 8, 64, "float32", mean=1e4), Case("rms", 4, 2**15, "bfloat16")]
-    cases += [Case("add_rms", 4, 2**15, "bfloat16"), Case("add_layer", 6, 50, "float32")]
+    cases = [Case("layer", 8, 64, "float32", mean=1e4), Case("add_rms", 4, 2**15, "bfloat16")]
     monkeypatch.setattr(verify, "right_cases", lambda: iter(cases))
-    timed = [Case("add_layer", 16, 64, "float32"), Case("rms", 16, 64, "bfloat16")]
+    timed = [Case("add_layer", 16, 64, "float32")]
     monkeypatch.setattr(verify, "fast_cases", lambda megabytes: iter(timed))
     monkeypatch.setattr(verify, "ROUNDS", 1)
     monkeypatch.setattr(verify, "CALLS", 1)
@@ -30,7 +29,7 @@ def test_the_kernel_of_this_machine_is_right(capsys):
     assert "add_rms_norm 4 x 32768 bfloat16" in said
     assert "declined: it adds a residual to rows of bfloat16 of up to 16384" in said
     assert "The kernel's errors are within the limit." in said
-    assert "of 4 programs." in said
+    assert "of 2 programs." in said
 
 
 @pytest.mark.usefixtures("kernel", "few")

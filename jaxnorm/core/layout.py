@@ -100,6 +100,26 @@ class Layout:
                 sizes[place] *= length
         return sizes[0], sizes[1], sizes[2], sizes[3]
 
+    def param_blocks(self, shape: tuple[int, ...]) -> int | None:
+        """How many equal runs of examples have a parameter of that shape each.
+
+        None if it differs along other axes too, or not from run to run.
+        """
+        if shape == self.feature_shape:
+            return 1
+        blocks, ended = 1, False
+        for axis, (size, full) in enumerate(zip(shape, self.shape, strict=True)):
+            if axis in self.feature_axes:
+                if size != full:
+                    return None
+            elif size != full:
+                ended = True
+            elif full != 1:
+                if ended or axis in self.reduction_axes:
+                    return None
+                blocks *= full
+        return blocks
+
     def sum(self, a: jax.Array, where: jax.Array | None = None) -> jax.Array:
         """Sums of an array of the shape of x, over the elements that share statistics.
 
@@ -154,7 +174,12 @@ class Layout:
         return lax.slice_in_dim(x, start, start + length, 1, axis)
 
     def broadcast(self, param: jax.Array) -> jax.Array:
-        """A scale, bias or running statistic, reshaped to broadcast against x."""
+        """A scale, bias or running statistic, so that it broadcasts against x.
+
+        It has the shape of the features, or the rank of x.
+        """
+        if param.shape != self.feature_shape:
+            return param
         axes = self.feature_axes
         return param.reshape([size if axis in axes else 1 for axis, size in enumerate(self.shape)])
 

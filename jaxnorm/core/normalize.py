@@ -22,7 +22,12 @@ from jaxnorm.core.devices import LOCAL, Devices
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.moments import Moments, Statistics
 from jaxnorm.core.spec import NormSpec
-from jaxnorm.core.standardize import NormParams, measure_and_standardize, standardize_by
+from jaxnorm.core.standardize import (
+    NormParams,
+    measure_and_standardize,
+    standardize_by,
+    undo_standardize,
+)
 
 
 class Arrays(NamedTuple):
@@ -79,7 +84,7 @@ def checked(
         residual,
     )
     if spec.implementation != "xla":
-        request = operations.request(spec, x.dtype, masked=where is not None)
+        request = operations.request(spec, x.dtype, arrays.params, masked=where is not None)
         if not kernels.supported(request, required=spec.implementation == "kernel"):
             spec = spec._replace(implementation="xla")
     return spec, arrays
@@ -119,26 +124,33 @@ def normalize_with(
     name: str,
     x: jax.Array,
     layout: Layout,
-    mean: jax.Array,
-    var: jax.Array,
+    moments: tuple[ArrayLike, ArrayLike],
     params: NormParams | None = None,
     *,
     epsilon: float,
+    scale_offset: float = 0.0,
     dtype: DTypeLike | None = None,
+    inverse: bool = False,
 ) -> jax.Array:
-    """Standardize x by given statistics, such as running ones."""
+    """Standardize x by a given mean and variance, such as running ones; or undo that."""
     spec = _spec(name, x, layout, epsilon, dtype)
-    mean = check_feature_array(mean, "the running mean", layout, spec.dtype)
-    var = check_feature_array(var, "the running variance", layout, spec.dtype)
-    return _normalize_with(spec, x, mean, var, check_params(params, layout, spec.dtype))
+    spec = spec._replace(scale_offset=check_scale_offset(scale_offset, params))
+    mean, var = (
+        check_param(value, f"the {what}", layout, spec.dtype)
+        for value, what in zip(moments, ("mean", "variance"), strict=True)
+    )
+    params = check_params(params, layout, spec.dtype)
+    return _normalize_with(spec, inverse, x, mean, var, params)
 
 
-@program
-def _normalize_with(spec, x, mean, var, params):
+@functools.partial(program, static_argnums=(0, 1))
+def _normalize_with(spec, inverse, x, mean, var, params):
     with jax.named_scope(spec.name):
         mean = spec.layout.broadcast(mean).astype(spec.compute_dtype)
         var = spec.layout.broadcast(var).astype(real_dtype(spec.compute_dtype))
         rstd = reciprocal_std(var, spec.epsilon)
+        if inverse:
+            return undo_standardize(spec, x, mean, rstd, params)
         return standardize_by(spec, x, mean, None, rstd, params)
 
 
@@ -192,10 +204,27 @@ def check_params(params: NormParams | None, layout: Layout, dtype: jnp.dtype) ->
         )
     return NormParams(
         *(
-            None if value is None else check_feature_array(value, name, layout, dtype)
+            None if value is None else check_param(value, name, layout, dtype)
             for name, value in zip(params._fields, params, strict=True)
         )
     )
+
+
+def add_params(
+    learned: NormParams, given: NormParams, layout: Layout, dtype: jnp.dtype
+) -> NormParams:
+    """The sum of two scales and of two biases, in float32 or better; None is no summand."""
+
+    def add(name, a, b):
+        if b is None:
+            return a
+        b = check_param(b, name, layout, dtype)
+        if a is None:
+            return b
+        wide = promote(a.dtype, b.dtype, jnp.float32)
+        return layout.broadcast(a).astype(wide) + layout.broadcast(b).astype(wide)
+
+    return NormParams(*map(add, NormParams._fields, learned, given))
 
 
 def check_feature_array(value, name: str, layout: Layout, dtype: jnp.dtype) -> jax.Array:
@@ -206,6 +235,25 @@ def check_feature_array(value, name: str, layout: Layout, dtype: jnp.dtype) -> j
             f"{name} must have shape {layout.feature_shape} to fit x of shape {layout.shape}, got "
             f"{value.shape}; make it with that many features, or give x another feature axis."
         )
+    return _real_if(value, name, dtype)
+
+
+def check_param(value, name: str, layout: Layout, dtype: jnp.dtype) -> jax.Array:
+    """An array of the shape of the features or that broadcasts to x by its rank, real if x is."""
+    value = as_array(value)
+    fits = value.ndim == len(layout.shape) and all(
+        size in (1, full) for size, full in zip(value.shape, layout.shape, strict=True)
+    )
+    if value.shape != layout.feature_shape and not fits:
+        raise ValueError(
+            f"{name} must have shape {layout.feature_shape}, or {len(layout.shape)} axes of size 1 "
+            f"or as in x, to fit x of shape {layout.shape}, got {value.shape}; make it with that "
+            "many features, or insert axes of size 1."
+        )
+    return _real_if(value, name, dtype)
+
+
+def _real_if(value: jax.Array, name: str, dtype: jnp.dtype) -> jax.Array:
     if jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
             f"{name} must be real where the result is, got {value.dtype} for a result of {dtype}; "

@@ -67,13 +67,14 @@ def cotangent(spec, x, params, stats, dy, dtotal) -> list[jax.Array]:
     return [dx, *(jax.tree.leaves(dparams) if spec.param_gradients else ())]
 
 
-def request(spec: NormSpec, dtype: jnp.dtype, masked: bool = False) -> Request:
-    """What a kernel has to support; `dtype` is that of x."""
+def request(spec: NormSpec, dtype: jnp.dtype, params: NormParams, masked: bool = False) -> Request:
+    """What a kernel has to support; `dtype` is that of x, and of `params` the shapes count."""
     return Request(
         block=spec.layout.block,
         dtype=dtype,
         result_dtype=spec.dtype,
         subtract_mean=spec.subtract_mean,
+        param_blocks=_param_blocks(spec, params),
         adds=spec.adds,
         masked=masked,
         over_devices=bool(spec.statistics_devices.names),
@@ -88,12 +89,18 @@ def value_by_kernel(
     params: NormParams,
 ) -> list[jax.Array]:
     """The value; the axes that `vmap` has added are more examples of the block."""
-    batch, (n, s, g, k) = x.shape[: spec.batch_dims], _block(spec)
+    scale, bias, blocks, block = _divided(spec, x, params)
+    batch = x.shape[: spec.batch_dims]
+    if blocks == math.prod(batch):
+        # All have the same scale and bias.
+        blocks, block = 1, (blocks * block[0], *block[1:])
     y, total, *stats = kernel.value(
         x,
         residual,
-        *_flat(spec, params),
-        block=(math.prod(batch) * n, s, g, k),
+        scale,
+        bias,
+        block=block,
+        batch=blocks,
         epsilon=spec.epsilon,
         subtract_mean=spec.subtract_mean,
     )
@@ -111,11 +118,11 @@ def cotangent_by_kernel(
     dtotal: jax.Array | None,
 ) -> list[jax.Array]:
     """The cotangents; along the axes that `vmap` has added, those of the parameters differ too."""
-    batch, block = x.shape[: spec.batch_dims], _block(spec)
+    scale, _, blocks, block = _divided(spec, x, params)
+    batch = x.shape[: spec.batch_dims]
     n, _, g, _ = block
-    *mean, _, rstd = (a.reshape(math.prod(batch), n, g) for a in stats)
+    *mean, _, rstd = (a.reshape(blocks, n, g) for a in stats)
     high, low = mean or (None, None)
-    scale, _ = _flat(spec, params)
     dx, *grads = kernel.cotangent(
         x,
         dy,
@@ -125,7 +132,7 @@ def cotangent_by_kernel(
         low,
         rstd,
         block=block,
-        batch=math.prod(batch),
+        batch=blocks,
         wanted=tuple(spec.param_gradients and param is not None for param in params),
     )
     return [
@@ -138,14 +145,31 @@ def cotangent_by_kernel(
     ]
 
 
-def _block(spec: NormSpec) -> tuple[int, int, int, int]:
-    assert spec.layout.block  # else the kernel had declined
-    return spec.layout.block
+def _param_blocks(spec: NormSpec, params: NormParams) -> int | None:
+    """Into how many blocks x is divided, so that each has one scale and bias; None if it can't."""
+    found = {spec.layout.param_blocks(param.shape) for param in params if param is not None}
+    return (found or {1}).pop() if len(found) <= 1 else None
 
 
-def _flat(spec: NormSpec, params: NormParams) -> list[jax.Array | None]:
-    """Scale and bias as kernels take them: the scale with its offset, in the arithmetic's dtype."""
-    scale, bias = (None if param is None else param.reshape(-1) for param in params)
+def _divided(
+    spec: NormSpec, x: jax.Array, params: NormParams
+) -> tuple[jax.Array | None, jax.Array | None, int, tuple[int, int, int, int]]:
+    """Scale and bias as kernels take them, the number of blocks with one each, and such a block.
+
+    The scale has its offset, in the arithmetic's dtype.
+    """
+    parts, block = _param_blocks(spec, params), spec.layout.block
+    assert parts  # else the kernel had declined
+    assert block
+    batch = math.prod(x.shape[: spec.batch_dims])
+
+    def flat(param):
+        if param is None or parts == 1:
+            return None if param is None else param.reshape(-1)
+        return jnp.tile(param.reshape(parts, -1), (batch, 1))
+
+    scale, bias = map(flat, params)
     if scale is not None and spec.scale_offset:
         scale = spec.prepare(scale) + spec.scale_offset
-    return [scale, bias]
+    n, s, g, k = block
+    return scale, bias, batch * parts, (n // parts, s, g, k)

@@ -114,8 +114,9 @@ class Operation:
     def _lower(self, platform, ctx, *leaves, tree, spec):
         function = self.on_leaves(tree, spec)
         if self.by_kernel:
-            x = tree.unflatten(ctx.avals_in)[0]
-            request = operations.request(spec, x.dtype)
+            avals = tree.unflatten(ctx.avals_in)
+            params = avals[self.batched.index(False)]
+            request = operations.request(spec, avals[0].dtype, params)
             required = spec.implementation == "kernel"
             kernel = kernels.for_program(platform, ctx, request, required=required)
             if kernel:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import export
 from jax.typing import DTypeLike
 
+from jaxnorm.core.arithmetic import reciprocal_or_zero
 from jaxnorm.core.moments import (
     Kept,
     Statistics,
@@ -102,6 +103,19 @@ def _scale(spec: NormSpec, scale: jax.Array) -> jax.Array:
     """The factor of h. The offset is added here because in bfloat16 1 + 0.00390625 is 1."""
     scale = spec.prepare(spec.layout.broadcast(scale))
     return scale + spec.scale_offset if spec.scale_offset else scale
+
+
+@functools.partial(jax.checkpoint, static_argnums=0)
+def undo_standardize(
+    spec: NormSpec, y: jax.Array, mean: jax.Array, rstd: jax.Array, params: NormParams
+) -> jax.Array:
+    """The equation solved for x."""
+    x = spec.prepare(y)
+    if params.bias is not None:
+        x = x - spec.prepare(spec.layout.broadcast(params.bias))
+    if params.scale is not None:
+        x = x / _scale(spec, params.scale)
+    return (x * spec.prepare(reciprocal_or_zero(rstd)) + mean).astype(spec.dtype)
 
 
 # With statistics that are given. The backward pass computes again what this computes.

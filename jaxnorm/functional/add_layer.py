@@ -31,7 +31,8 @@ def add_layer_norm(
     Args:
       x: array of any shape with at least one axis; floating-point or complex.
       residual: array of the shape and dtype of x, such as the stream of a transformer.
-      params: scale and bias of the shape of x along `axis` (in the order of x), or None.
+      params: scale and bias, each of the shape of x along `axis` (in the order of x), or of the
+        rank of x with each axis of size 1 or as in x (one for each example, say), or None.
       axis: the axis or axes that share statistics.
       epsilon: added to the variance; in units of x squared.
       where: boolean, broadcastable to x: True counts in the statistics. Every position is added and

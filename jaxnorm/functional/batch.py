@@ -42,11 +42,12 @@ def batch_norm(
     axis_index_groups: AxisGroups = None,
     ddof: int = 0,
     virtual_batch_size: int | None = None,
+    scale_offset: float = 0.0,
     implementation: str | None = None,
 ) -> tuple[jax.Array, BatchNormState]:
     """Batch normalization: zero mean and unit variance for each feature over the batch.
 
-        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+        y = (x - mean) / sqrt(var + epsilon) * (scale_offset + scale) + bias
 
     In training, mean and variance are measured over all axes of x but the features', and over the
     devices of `axis_name`; the state moves towards them. Otherwise they are those of the state.
@@ -57,7 +58,8 @@ def batch_norm(
       axis_name: a name or a tuple of names, bound by `jax.shard_map`, `jax.pmap` or `jax.vmap`,
         over which statistics are shared; None inside such a map means local statistics. Under
         plain `jax.jit` statistics are global without it, however x is sharded.
-      params: scale and bias of shape (features,), or None.
+      params: scale and bias, each of shape (features,), or of the rank of x with each axis of size
+        1 or as in x (one for each example, say), or None.
       train: whether to measure x and update the state; a Python bool.
       momentum: the weight of the old state, in [0, 1]; None: the cumulative average; one count
         serves all features.
@@ -72,6 +74,8 @@ def batch_norm(
       virtual_batch_size: ghost batch norm: each run of this many examples shares statistics, on
         each device separately. The examples are the first axis that holds no features. The state
         moves towards the moments of the whole batch, over all devices of `axis_name`.
+      scale_offset: added to the scale, in float32 or better. With 1, a scale of zeros changes
+        nothing.
       implementation: "kernel" for the platform's kernel, "xla" for XLA. None: the environment
         variable JAXNORM_IMPLEMENTATION if set, else the kernel if it supports the input, else XLA.
         See `implementations`. Without `train`, XLA computes it.
@@ -84,8 +88,9 @@ def batch_norm(
       TypeError: x is of an integer type, `where` is not boolean, params is not a NormParams, state
         is not a BatchNormState, or `train` is traced.
       ValueError: an axis is out of range or given twice, a shape does not fit, x is a scalar,
-        epsilon is negative, momentum is outside [0, 1], nothing binds `axis_name`, the virtual
-        batch size does not divide the batch, or the kernel is asked for and can't run.
+        epsilon is negative, there is an offset and no scale, momentum is outside [0, 1], nothing
+        binds `axis_name`, the virtual batch size does not divide the batch, or the kernel is asked
+        for and can't run.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm as jn
@@ -114,8 +119,16 @@ def batch_norm(
     state = check_state(state, layout, x.dtype)
     if not train:
         check_implementation(implementation)
-        mean, var = state.mean, state.var
-        return normalize_with("batch_norm", x, layout, mean, var, params, epsilon=epsilon), state
+        y = normalize_with(
+            "batch_norm",
+            x,
+            layout,
+            state[:2],
+            params,
+            epsilon=epsilon,
+            scale_offset=scale_offset,
+        )
+        return y, state
     check_running_dtypes(state)
     spec, arrays = checked(
         "batch_norm",
@@ -124,6 +137,7 @@ def batch_norm(
         params,
         epsilon=epsilon,
         where=where,
+        scale_offset=scale_offset,
         devices=bound_devices(axis_name, axis_index_groups),
         implementation=implementation,
     )

@@ -15,11 +15,12 @@ def instance_norm(
     feature_axis: int = -1,
     epsilon: float = 1e-6,
     where: ArrayLike | None = None,
+    scale_offset: float = 0.0,
     implementation: str | None = None,
 ) -> jax.Array:
     """Instance normalization: zero mean and unit variance in each example and feature.
 
-        y = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias
+        y = (x - mean(x)) / sqrt(var(x) + epsilon) * (scale_offset + scale) + bias
 
     Statistics are shared over all axes but the first, which holds the examples, and the feature
     axis: in an image, over its height and width.
@@ -27,11 +28,14 @@ def instance_norm(
     Args:
       x: array of shape (batch, ..., features), or with the features at `feature_axis`;
         floating-point or complex.
-      params: scale and bias of shape (features,), or None.
+      params: scale and bias, each of shape (features,), or of the rank of x with each axis of size
+        1 or as in x (one for each example, say), or None.
       feature_axis: the axis of the features; any but the first.
       epsilon: added to the variance; in units of x squared.
       where: boolean, broadcastable to x: True counts in the statistics. Every position is
         standardized. Where nothing counts, the result is the bias.
+      scale_offset: added to the scale, in float32 or better. With 1, a scale of zeros changes
+        nothing.
       implementation: "kernel" for the platform's kernel, "xla" for XLA. None: the environment
         variable JAXNORM_IMPLEMENTATION if set, else the kernel if it supports the input, else XLA.
         See `implementations`.
@@ -42,7 +46,7 @@ def instance_norm(
     Raises:
       TypeError: x is of an integer type, `where` is not boolean, or params is not a NormParams.
       ValueError: the feature axis is the first or out of range, a shape does not fit, epsilon is
-        negative, or the kernel is asked for and can't run.
+        negative, there is an offset and no scale, or the kernel is asked for and can't run.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm as jn
@@ -62,6 +66,7 @@ def instance_norm(
         params,
         epsilon=epsilon,
         where=where,
+        scale_offset=scale_offset,
         implementation=implementation,
     )
     return normalize(spec, arrays)

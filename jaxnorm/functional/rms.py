@@ -15,19 +15,23 @@ def rms_norm(
     axis: Axes = -1,
     epsilon: float = 1e-6,
     where: ArrayLike | None = None,
+    scale_offset: float = 0.0,
     implementation: str | None = None,
 ) -> jax.Array:
     """RMS normalization: a mean square of one over `axis`, separately for each example.
 
-        y = x / sqrt(mean(x**2) + epsilon) * scale + bias
+        y = x / sqrt(mean(x**2) + epsilon) * (scale_offset + scale) + bias
 
     Args:
       x: array of any shape with at least one axis; floating-point or complex.
-      params: scale and bias of the shape of x along `axis` (in the order of x), or None.
+      params: scale and bias, each of the shape of x along `axis` (in the order of x), or of the
+        rank of x with each axis of size 1 or as in x (one for each example, say), or None.
       axis: the axis or axes that share statistics.
       epsilon: added to the mean square; in units of x squared.
       where: boolean, broadcastable to x: True counts in the statistics. Every position is
         divided. Where nothing counts, the result is the bias.
+      scale_offset: added to the scale, in float32 or better. With 1, a scale of zeros changes
+        nothing.
       implementation: "kernel" for the platform's kernel, "xla" for XLA. None: the environment
         variable JAXNORM_IMPLEMENTATION if set, else the kernel if it supports the input, else XLA.
         See `implementations`.
@@ -38,7 +42,8 @@ def rms_norm(
     Raises:
       TypeError: x is of an integer type, `where` is not boolean, or params is not a NormParams.
       ValueError: an axis is out of range or given twice, a shape does not fit, x is a scalar,
-        epsilon is negative, or the kernel is asked for and can't run.
+        epsilon is negative, there is an offset and no scale, or the kernel is asked for and can't
+        run.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm as jn
@@ -56,6 +61,7 @@ def rms_norm(
         params,
         epsilon=epsilon,
         where=where,
+        scale_offset=scale_offset,
         subtract_mean=False,
         implementation=implementation,
     )

@@ -41,7 +41,8 @@ class Kernel(Protocol):
     x may have any shape; in memory it is the block (n, s, g, k): n independent examples, s
     positions, g groups of k features. (It is not reshaped to that, because XLA may copy an array to
     add axes of size one.) Statistics are shared over s and k; they have shape (n, g) and are
-    float32. Scale and bias have shape (g * k,), or are None.
+    float32. Scale and bias have shape (g * k,), or are None; or x is `batch` such blocks, and they
+    have shape (batch, g * k).
     """
 
     def missing(self) -> str | None:
@@ -68,6 +69,7 @@ class Kernel(Protocol):
         bias: jax.Array | None,
         *,
         block: tuple[int, int, int, int],
+        batch: int,
         epsilon: float,
         subtract_mean: bool,
     ) -> tuple[

@@ -14,6 +14,8 @@ class Request(NamedTuple):
       dtype: of x.
       result_dtype: of y.
       subtract_mean: whether the mean is subtracted.
+      param_blocks: into how many such blocks of fewer examples x is divided if each is to have one
+        scale and bias; None if no such division does that.
       adds: whether a residual is added to x, and the sum is normalized.
       masked: whether some elements do not count.
       over_devices: whether the statistics are shared over devices.
@@ -24,6 +26,7 @@ class Request(NamedTuple):
     dtype: Any
     result_dtype: Any
     subtract_mean: bool = True
+    param_blocks: int | None = 1
     adds: bool = False
     masked: bool = False
     over_devices: bool = False
@@ -42,6 +45,11 @@ def common_refusal(request: Request) -> str | None:
             f"it takes float32 or bfloat16, for x and the result alike, and x is of {dtype}, the "
             f"result of {result_dtype}"
         )
+    if request.block and request.param_blocks is None:
+        return (
+            "scale and bias must be those of features, or of features and one run of examples, and "
+            "here they differ along other axes"
+        )
     if request.block and not math.prod(request.block):
         return "x has no elements"
     return None
@@ -52,3 +60,10 @@ def rows_of(block: tuple[int, int, int, int] | None) -> tuple[int, int] | None:
     if block is None or block[1] > 1 or block[2] > 1:
         return None
     return block[0], block[3]
+
+
+def one_scale(request: Request) -> str | None:
+    """Why a kernel that takes one scale and bias for all examples declines, or None."""
+    if request.param_blocks == 1:
+        return None
+    return "it takes one scale and bias for all examples"

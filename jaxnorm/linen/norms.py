@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype
 
-from jaxnorm._modules import checked_call, update_running_statistics
+from jaxnorm._modules import checked_call, initial_scale, update_running_statistics
 from jaxnorm.core.axes import count_groups
 from jaxnorm.core.layout import Layout, batch_layout, group_layout, instance_layout, layer_layout
 from jaxnorm.core.normalize import (
     add_and_normalize,
+    add_params,
     check_residual,
     normalize,
     normalize_and_measure,
@@ -39,6 +40,7 @@ class BatchNorm(nn.BatchNorm):
     """
 
     virtual_batch_size: int | None = None
+    scale_offset: float = 0.0
 
     @nn.compact
     def __call__(
@@ -47,6 +49,8 @@ class BatchNorm(nn.BatchNorm):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
     ) -> jax.Array:
         """Normalize x, and in training update the running statistics."""
         use_running_average = nn.merge_param(
@@ -58,18 +62,20 @@ class BatchNorm(nn.BatchNorm):
         mean = self.variable("batch_stats", "mean", jnp.zeros, layout.feature_shape, stats_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, layout.feature_shape, stats_dtype)
         if use_running_average:
-            x, params, dtype = _prepare(self, x, layout)
+            x, params, dtype = _prepare(self, x, layout, NormParams(scale, bias))
             return normalize_with(
                 "batch_norm",
                 x,
                 layout,
-                mean.value,
-                var.value,
+                (mean.value, var.value),
                 params,
                 epsilon=self.epsilon,
+                scale_offset=self.scale_offset,
                 dtype=dtype,
             )
-        y, moments = normalize_and_measure(*_checked("batch_norm", self, x, layout, mask))
+        y, moments = normalize_and_measure(
+            *_checked("batch_norm", self, x, layout, mask, NormParams(scale, bias))
+        )
         if not self.is_initializing():
             dtype = self.dtype or jnp.result_type(x)
             mean.value, var.value = update_running_statistics(
@@ -91,11 +97,20 @@ class LayerNorm(nn.LayerNorm):
       {'params': {'bias': (3,), 'scale': (3,)}}
     """
 
+    scale_offset: float = 0.0
+
     @nn.compact
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
+    ) -> jax.Array:
         """Normalize x."""
         layout = layer_layout(jnp.shape(x), self.reduction_axes, self.feature_axes)
-        return normalize(*_checked("layer_norm", self, x, layout, mask))
+        return normalize(*_checked("layer_norm", self, x, layout, mask, NormParams(scale, bias)))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -108,11 +123,24 @@ class RMSNorm(nn.RMSNorm):
       {'params': {'scale': (3,)}}
     """
 
+    scale_offset: float = 0.0
+
     @nn.compact
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
+    ) -> jax.Array:
         """Normalize x."""
         layout = layer_layout(jnp.shape(x), self.reduction_axes, self.feature_axes)
-        return normalize(*_checked("rms_norm", self, x, layout, mask, subtract_mean=False))
+        return normalize(
+            *_checked(
+                "rms_norm", self, x, layout, mask, NormParams(scale, bias), subtract_mean=False
+            )
+        )
 
 
 class AddLayerNorm(LayerNorm):
@@ -131,10 +159,16 @@ class AddLayerNorm(LayerNorm):
 
     @nn.compact
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (it takes and returns two)
-        self, x: jax.Array, residual: jax.Array, *, mask: jax.Array | None = None
+        self,
+        x: jax.Array,
+        residual: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Normalize the sum; the second result is this total."""
-        return _add("add_layer_norm", self, x, residual, mask)
+        return _add("add_layer_norm", self, x, residual, mask, NormParams(scale, bias))
 
 
 class AddRMSNorm(RMSNorm):
@@ -152,10 +186,18 @@ class AddRMSNorm(RMSNorm):
 
     @nn.compact
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (it takes and returns two)
-        self, x: jax.Array, residual: jax.Array, *, mask: jax.Array | None = None
+        self,
+        x: jax.Array,
+        residual: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Normalize the sum; the second result is this total."""
-        return _add("add_rms_norm", self, x, residual, mask, subtract_mean=False)
+        return _add(
+            "add_rms_norm", self, x, residual, mask, NormParams(scale, bias), subtract_mean=False
+        )
 
 
 class GroupNorm(nn.GroupNorm):
@@ -171,13 +213,22 @@ class GroupNorm(nn.GroupNorm):
       (8, 5, 5, 6)
     """
 
+    scale_offset: float = 0.0
+
     @nn.compact
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
+    ) -> jax.Array:
         """Normalize x."""
         shape = jnp.shape(x)
         num_groups = count_groups(shape[-1], self.num_groups, self.group_size)
         layout = group_layout(shape, num_groups, reduction_axes=self.reduction_axes)
-        return normalize(*_checked("group_norm", self, x, layout, mask))
+        return normalize(*_checked("group_norm", self, x, layout, mask, NormParams(scale, bias)))
 
 
 class InstanceNorm(nn.InstanceNorm):
@@ -192,36 +243,54 @@ class InstanceNorm(nn.InstanceNorm):
       (8, 5, 5, 6)
     """
 
+    scale_offset: float = 0.0
+
     @nn.compact
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
+    ) -> jax.Array:
         """Normalize x."""
         layout = instance_layout(jnp.shape(x), self.feature_axes, "feature_axes")
-        return normalize(*_checked("instance_norm", self, x, layout, mask))
+        return normalize(*_checked("instance_norm", self, x, layout, mask, NormParams(scale, bias)))
 
 
-def _checked(name: str, module: Any, x, layout: Layout, mask, **options: Any):
-    prepared = _prepare(module, x, layout)
+def _checked(name: str, module: Any, x, layout: Layout, mask, given: NormParams, **options: Any):
+    prepared = _prepare(module, x, layout, given)
     bind_names = not module.is_initializing()
     return checked_call(name, module, layout, prepared, mask, bind_names=bind_names, **options)
 
 
-def _add(name: str, module: Any, x, residual, mask, **options: Any):
+def _add(name: str, module: Any, x, residual, mask, given: NormParams, **options: Any):
     layout = layer_layout(jnp.shape(x), module.reduction_axes, module.feature_axes)
     residual = check_residual(residual, jnp.asarray(x))
-    return add_and_normalize(*_checked(name, module, x, layout, mask, residual=residual, **options))
+    options["residual"] = residual
+    return add_and_normalize(*_checked(name, module, x, layout, mask, given, **options))
 
 
-def _prepare(module: Any, x, layout: Layout) -> tuple[jax.Array, NormParams, Dtype]:
-    """x as floating-point or complex, the parameters, and the dtype of the result."""
+def _prepare(
+    module: Any, x, layout: Layout, given: NormParams
+) -> tuple[jax.Array, NormParams, Dtype]:
+    """x as floating-point or complex, the parameters, and the dtype of the result.
+
+    What the call has `given` is added to what is learned.
+    """
     shape, dtype = layout.feature_shape, module.param_dtype
     scale = bias = None
     if module.use_scale:
-        scale = module.param("scale", module.scale_init, shape, dtype)
+        init = module.scale_init
+        if init is nn.initializers.ones:  # Flax's default
+            init = nn.initializers.constant(initial_scale(module.scale_offset))
+        scale = module.param("scale", init, shape, dtype)
     if getattr(module, "use_bias", False):  # RMSNorm has none
         bias = module.param("bias", module.bias_init, shape, dtype)
     with jax.numpy_dtype_promotion("standard"):
-        dtype = canonicalize_dtype(x, scale, bias, dtype=module.dtype)
+        dtype = canonicalize_dtype(x, scale, bias, *given, dtype=module.dtype)
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(dtype)
-    return x, NormParams(scale, bias), dtype
+    return x, add_params(NormParams(scale, bias), given, layout, jnp.dtype(dtype)), dtype

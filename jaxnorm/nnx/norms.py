@@ -12,11 +12,12 @@ from flax.nnx.module import first_from
 from flax.nnx.nn.dtypes import canonicalize_dtype
 from flax.typing import Dtype
 
-from jaxnorm._modules import checked_call, update_running_statistics
+from jaxnorm._modules import checked_call, initial_scale, update_running_statistics
 from jaxnorm.core.arithmetic import promote
 from jaxnorm.core.layout import Layout, batch_layout, group_layout, instance_layout, layer_layout
 from jaxnorm.core.normalize import (
     add_and_normalize,
+    add_params,
     check_residual,
     normalize,
     normalize_and_measure,
@@ -55,10 +56,17 @@ class BatchNorm(nnx.BatchNorm):
     """
 
     @_after(nnx.BatchNorm.__init__)
-    def __init__(self, *arguments: Any, virtual_batch_size: int | None = None, **named: Any):
-        """Flax's arguments, and how many examples share statistics (ghost batch norm)."""
-        super().__init__(*arguments, **named)
+    def __init__(
+        self,
+        *arguments: Any,
+        virtual_batch_size: int | None = None,
+        scale_offset: float = 0.0,
+        **named: Any,
+    ):
+        """Flax's arguments, how many examples share statistics, and what is added to the scale."""
+        super().__init__(*arguments, **_initialized(named, scale_offset))
         self.virtual_batch_size = virtual_batch_size
+        self.scale_offset = scale_offset
 
     def __call__(
         self,
@@ -66,6 +74,8 @@ class BatchNorm(nnx.BatchNorm):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
     ) -> jax.Array:
         """Normalize x, and in training update the running statistics."""
         use_running_average = first_from(
@@ -78,11 +88,18 @@ class BatchNorm(nnx.BatchNorm):
         layout = batch_layout(jnp.shape(x), self.axis, size, "axis")
         mean, var = (_fold(stat[...], layout) for stat in (self.mean, self.var))
         if use_running_average:
-            x, params, dtype = _prepare(self, x, layout, mean, var)
+            x, params, dtype = _prepare(self, x, layout, NormParams(scale, bias), mean, var)
             return normalize_with(
-                "batch_norm", x, layout, mean, var, params, epsilon=self.epsilon, dtype=dtype
+                "batch_norm",
+                x,
+                layout,
+                (mean, var),
+                params,
+                epsilon=self.epsilon,
+                scale_offset=self.scale_offset,
+                dtype=dtype,
             )
-        call = _checked("batch_norm", self, x, layout, mask, mean, var)
+        call = _checked("batch_norm", self, x, layout, mask, NormParams(scale, bias), mean, var)
         y, moments = normalize_and_measure(*call)
         updated = update_running_statistics(mean, var, moments, self.momentum, moments.mean.dtype)
         for stat, value in zip((self.mean, self.var), updated, strict=True):
@@ -108,10 +125,23 @@ class LayerNorm(nnx.LayerNorm):
       (8, 3)
     """
 
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    @_after(nnx.LayerNorm.__init__)
+    def __init__(self, *arguments: Any, scale_offset: float = 0.0, **named: Any):
+        """Flax's arguments, and what is added to the scale."""
+        super().__init__(*arguments, **_initialized(named, scale_offset))
+        self.scale_offset = scale_offset
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
+    ) -> jax.Array:
         """Normalize x."""
         layout = layer_layout(jnp.shape(x), self.reduction_axes, self.feature_axes)
-        return normalize(*_checked("layer_norm", self, x, layout, mask))
+        return normalize(*_checked("layer_norm", self, x, layout, mask, NormParams(scale, bias)))
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -124,10 +154,27 @@ class RMSNorm(nnx.RMSNorm):
       (8, 3)
     """
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    @_after(nnx.RMSNorm.__init__)
+    def __init__(self, *arguments: Any, scale_offset: float = 0.0, **named: Any):
+        """Flax's arguments, and what is added to the scale."""
+        super().__init__(*arguments, **_initialized(named, scale_offset))
+        self.scale_offset = scale_offset
+
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        *,
+        scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
+    ) -> jax.Array:
         """Normalize x."""
         layout = layer_layout(jnp.shape(x), self.reduction_axes, self.feature_axes)
-        return normalize(*_checked("rms_norm", self, x, layout, mask, subtract_mean=False))
+        return normalize(
+            *_checked(
+                "rms_norm", self, x, layout, mask, NormParams(scale, bias), subtract_mean=False
+            )
+        )
 
 
 class AddLayerNorm(LayerNorm):
@@ -146,10 +193,16 @@ class AddLayerNorm(LayerNorm):
     """
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (it takes and returns two)
-        self, x: jax.Array, residual: jax.Array, *, mask: jax.Array | None = None
+        self,
+        x: jax.Array,
+        residual: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Normalize the sum; the second result is this total."""
-        return _add("add_layer_norm", self, x, residual, mask)
+        return _add("add_layer_norm", self, x, residual, mask, NormParams(scale, bias))
 
 
 class AddRMSNorm(RMSNorm):
@@ -167,10 +220,18 @@ class AddRMSNorm(RMSNorm):
     """
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (it takes and returns two)
-        self, x: jax.Array, residual: jax.Array, *, mask: jax.Array | None = None
+        self,
+        x: jax.Array,
+        residual: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Normalize the sum; the second result is this total."""
-        return _add("add_rms_norm", self, x, residual, mask, subtract_mean=False)
+        return _add(
+            "add_rms_norm", self, x, residual, mask, NormParams(scale, bias), subtract_mean=False
+        )
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -186,7 +247,20 @@ class GroupNorm(nnx.GroupNorm):
       (8, 5, 5, 6)
     """
 
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    @_after(nnx.GroupNorm.__init__)
+    def __init__(self, *arguments: Any, scale_offset: float = 0.0, **named: Any):
+        """Flax's arguments, and what is added to the scale."""
+        super().__init__(*arguments, **_initialized(named, scale_offset))
+        self.scale_offset = scale_offset
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
+    ) -> jax.Array:
         """Normalize x."""
         features, shape = self.num_groups * self.group_size, jnp.shape(x)
         if shape[-1:] != (features,):
@@ -195,7 +269,7 @@ class GroupNorm(nnx.GroupNorm):
                 f"{shape}; make the module for the last axis of x."
             )
         layout = group_layout(shape, self.num_groups, reduction_axes=self.reduction_axes)
-        return normalize(*_checked("group_norm", self, x, layout, mask))
+        return normalize(*_checked("group_norm", self, x, layout, mask, NormParams(scale, bias)))
 
 
 class InstanceNorm(nnx.InstanceNorm):
@@ -210,21 +284,36 @@ class InstanceNorm(nnx.InstanceNorm):
       (8, 5, 5, 6)
     """
 
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    @_after(nnx.InstanceNorm.__init__)
+    def __init__(self, *arguments: Any, scale_offset: float = 0.0, **named: Any):
+        """Flax's arguments, and what is added to the scale."""
+        super().__init__(*arguments, **_initialized(named, scale_offset))
+        self.scale_offset = scale_offset
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
+    ) -> jax.Array:
         """Normalize x."""
         layout = instance_layout(jnp.shape(x), self.feature_axes, "feature_axes")
-        return normalize(*_checked("instance_norm", self, x, layout, mask))
+        return normalize(*_checked("instance_norm", self, x, layout, mask, NormParams(scale, bias)))
 
 
-def _checked(name: str, module: Any, x, layout: Layout, mask, *running, **options: Any):
-    prepared = _prepare(module, x, layout, *running)
+def _checked(
+    name: str, module: Any, x, layout: Layout, mask, given: NormParams, *running, **options: Any
+):
+    prepared = _prepare(module, x, layout, given, *running)
     return checked_call(name, module, layout, prepared, mask, **options)
 
 
-def _add(name: str, module: Any, x, residual, mask, **options: Any):
+def _add(name: str, module: Any, x, residual, mask, given: NormParams, **options: Any):
     layout = layer_layout(jnp.shape(x), module.reduction_axes, module.feature_axes)
     residual = check_residual(residual, jnp.asarray(x))
-    cast, params, dtype = _prepare(module, x, layout)
+    cast, params, dtype = _prepare(module, x, layout, given)
     # The total has the dtype of x, though the parameters' may be better.
     x = jnp.asarray(x) if jnp.issubdtype(residual.dtype, jnp.inexact) else cast
     prepared = x, params, dtype
@@ -234,20 +323,30 @@ def _add(name: str, module: Any, x, residual, mask, **options: Any):
 
 
 def _prepare(
-    module: Any, x, layout: Layout, *running: jax.Array
+    module: Any, x, layout: Layout, given: NormParams, *running: jax.Array
 ) -> tuple[jax.Array, NormParams, Dtype]:
-    """Return x and the parameters as `promote_dtype` makes them, and the result's dtype."""
+    """Return x and the parameters as `promote_dtype` makes them, and the result's dtype.
+
+    What the call has `given` is added to what is learned.
+    """
     owned = [module.scale, module.bias] if hasattr(module, "use_bias") else [module.scale]
     values = [None if param is None else param[...] for param in owned]
     with jax.numpy_dtype_promotion("standard"):
         promoted = module.promote_dtype((x, *running, *values), dtype=module.dtype)
         cast, values = promoted[0], promoted[1 + len(running) :]
-        dtype = canonicalize_dtype(cast, *values, dtype=module.dtype)
+        dtype = canonicalize_dtype(cast, *values, *given, dtype=module.dtype)
     # Cast up now, but down only with the result: statistics are those of x as it was given.
     x = jnp.asarray(x)
     if promote(x.dtype, cast.dtype) != x.dtype:
         x = cast
-    return x, NormParams(*(_fold(value, layout) for value in values)), dtype
+    learned = NormParams(*(_fold(value, layout) for value in values))
+    return x, add_params(learned, given, layout, jnp.dtype(dtype)), dtype
+
+
+def _initialized(named: dict[str, Any], scale_offset: float) -> dict[str, Any]:
+    """Arguments of a constructor, with an initial scale that changes nothing if none is given."""
+    scale_init = nnx.initializers.constant(initial_scale(scale_offset))
+    return {"scale_init": scale_init, **named}
 
 
 def _fold(value: Any, layout: Layout) -> Any:

@@ -104,12 +104,13 @@ def value(
     bias: jax.Array | None,
     *,
     block: tuple[int, int, int, int],
+    batch: int,
     epsilon: float,
     subtract_mean: bool,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None, jax.Array, jax.Array]:
-    """y, the total and the statistics."""
+    """y, the total and the statistics, of `batch` blocks."""
     n, _, g, _ = block
-    statistic = jax.ShapeDtypeStruct((n, g), jnp.float32)
+    statistic = jax.ShapeDtypeStruct((batch, n, g), jnp.float32)
     mean = statistic if subtract_mean else _NOTHING
     like_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
     total = _NOTHING if residual is None else like_x
@@ -120,6 +121,7 @@ def value(
         _float32(None) if residual is None else residual,
         _float32(scale),
         _float32(bias),
+        batch=np.int64(batch),
         **_attributes(block),
         epsilon=np.float64(epsilon),
         subtract_mean=subtract_mean,

@@ -202,9 +202,8 @@ static void columns_forward(const Forward& f, Pool& pool) {
   auto write_chunk = [&](int64_t slot, int64_t e, int64_t chunk) {
     const float* mean = origin(slot, m.chunks);
     const float *scale = mean + width, *bias = scale + width;
-    const int64_t elements = b.n * b.example();
     m.each_row(e, chunk, [&](int64_t at, int64_t size) {
-      write_row(y + at, x + at, mean, scale, bias, size, should_stream(y + at, elements));
+      write_row(y + at, x + at, mean, scale, bias, size, should_stream(y + at, f.elements));
     });
   };
   m.each_example(pool, tasks, measure, finish_groups, write_chunk);

@@ -129,9 +129,8 @@ static void columns_backward(const Backward& f, Pool& pool) {
   };
   auto write_chunk = [&](int64_t slot, int64_t e, int64_t chunk) {
     const float* factors = floats + slot * 5 * width;
-    const int64_t elements = b.n * b.example();
     m.each_row(e, chunk, [&](int64_t at, int64_t size) {
-      write_gradient(dx + at, x + at, dy + at, factors, width, size, should_stream(dx + at, elements));
+      write_gradient(dx + at, x + at, dy + at, factors, width, size, should_stream(dx + at, f.elements));
     });
   };
   m.each_example(pool, tasks, measure, finish_groups, write_chunk);

@@ -1,4 +1,5 @@
 // XLA's FFI calls: checked, and passed to the best level that runs on this machine.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <exception>
@@ -60,6 +61,11 @@ auto* data_or_null(Buffer& buffer, int64_t offset = 0) {
   return buffer.element_count() ? buffer.typed_data() + offset : nullptr;
 }
 
+// An array like x, from some byte on.
+char* part_of(const ffi::AnyBuffer& a, int64_t offset) {
+  return a.element_count() ? static_cast<char*>(a.untyped_data()) + offset : nullptr;
+}
+
 ffi::Error check(const ffi::AnyBuffer& x, const Block& block, int64_t batch) {
   if (batch < 1 || block.n < 1 || block.s < 1 || block.g < 1 || block.k < 1) {
     return wrong("a block with an empty axis");
@@ -91,21 +97,68 @@ ffi::Error guarded(Run run) {
   }
 }
 
+// Runs tasks on the thread that calls.
+class Alone final : public Pool {
+ public:
+  void run(int64_t tasks, void (*task)(const void*, int64_t), const void* context) override {
+    for (int64_t i = 0; i < tasks; ++i) task(context, i);
+  }
+};
+
+// run(i, pool) for each of `batch` blocks: a thread has whole blocks if there are enough for all
+// threads, else all threads share each block.
+template <class Run>
+void each_block(ffi::ThreadPool& threads, int64_t batch, int64_t elements, const Run& run) {
+  if (batch < threads.num_threads()) {
+    for (int64_t i = 0; i < batch; ++i) {
+      Team team(threads);
+      run(i, team);
+    }
+    return;
+  }
+  struct Context {
+    const Run& run;
+    int64_t batch, tasks;
+  };
+  constexpr int64_t kElements = 1 << 16;
+  const Context context = {run, batch, std::clamp<int64_t>(elements / kElements, 1, std::min<int64_t>(batch, 64))};
+  Team team(threads);
+  team.run(
+      context.tasks,
+      [](const void* given, int64_t task) {
+        const Context& c = *static_cast<const Context*>(given);
+        Alone pool;
+        for (int64_t i = c.batch * task / c.tasks; i < c.batch * (task + 1) / c.tasks; ++i) c.run(i, pool);
+      },
+      &context);
+}
+
 using Float32 = ffi::Buffer<ffi::F32>;
 
+// The scale or bias of a block: all have the same, or each has its own.
+bool fits_blocks(const Float32& param, const Block& block, int64_t batch) {
+  return fits(param, block.features()) || holds(param, batch * block.features());
+}
+
+const float* param_of(const Float32& param, const Block& block, int64_t i) {
+  const bool shared = static_cast<int64_t>(param.element_count()) == block.features();
+  return data_or_null(param, shared ? 0 : i * block.features());
+}
+
+// `batch` such blocks, which may each have a scale and bias.
 ffi::Error forward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer residual, Float32 scale,
                    Float32 bias, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> total,
                    ffi::Result<Float32> mean_high, ffi::Result<Float32> mean_low,
-                   ffi::Result<Float32> var, ffi::Result<Float32> rstd,
+                   ffi::Result<Float32> var, ffi::Result<Float32> rstd, int64_t batch,
                    int64_t n, int64_t s, int64_t g, int64_t k, double epsilon, bool subtract_mean) {
   const Block block = {n, s, g, k};
-  if (ffi::Error error = check(x, block, 1); error.failure()) return error;
-  const int64_t means = subtract_mean ? block.groups() : 0;
-  if (!holds(*mean_high, means) || !holds(*mean_low, means) || !holds(*var, block.groups()) ||
-      !holds(*rstd, block.groups())) {
+  if (ffi::Error error = check(x, block, batch); error.failure()) return error;
+  const int64_t groups = block.groups(), means = subtract_mean ? batch * groups : 0;
+  if (!holds(*mean_high, means) || !holds(*mean_low, means) || !holds(*var, batch * groups) ||
+      !holds(*rstd, batch * groups)) {
     return wrong("statistics of another size");
   }
-  if (!fits(scale, block.features()) || !fits(bias, block.features())) {
+  if (!fits_blocks(scale, block, batch) || !fits_blocks(bias, block, batch)) {
     return wrong("a scale or bias of another size");
   }
   if (y->element_count() != x.element_count() || y->element_type() != x.element_type()) {
@@ -118,28 +171,39 @@ ffi::Error forward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer res
   if (adds && (s > 1 || (k > kLongestSum && x.element_type() == ffi::BF16))) {
     return wrong("a residual for columns or for long rows of bfloat16");
   }
+  const int64_t elements = x.element_count(), bytes = x.size_bytes() / batch;
   return guarded([&] {
-    Forward call = {block, epsilon, subtract_mean, x.untyped_data(),
-                    adds ? residual.untyped_data() : nullptr, data_or_null(scale), data_or_null(bias),
-                    y->untyped_data(), adds ? total->untyped_data() : nullptr,
-                    {data_or_null(*mean_high), data_or_null(*mean_low), var->typed_data(), rstd->typed_data()}};
-    Team team(threads);
-    level_in_use.load()->forward(element_of(x), call, team);
+    each_block(threads, batch, elements, [&](int64_t i, Pool& pool) {
+      Forward call = {block,
+                      elements,
+                      epsilon,
+                      subtract_mean,
+                      part_of(x, i * bytes),
+                      part_of(residual, i * bytes),
+                      param_of(scale, block, i),
+                      param_of(bias, block, i),
+                      part_of(*y, i * bytes),
+                      part_of(*total, i * bytes),
+                      {data_or_null(*mean_high, i * groups), data_or_null(*mean_low, i * groups),
+                       data_or_null(*var, i * groups), data_or_null(*rstd, i * groups)}};
+      level_in_use.load()->forward(element_of(x), call, pool);
+    });
   });
 }
 
-// `batch` such blocks, each with its own dscale and dbias: what jax.vmap adds.
+// `batch` such blocks, each with its own dscale and dbias.
 ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy,
-                    ffi::AnyBuffer dtotal, Float32 scale, Float32 mean_high, Float32 mean_low, Float32 rstd, ffi::Result<ffi::AnyBuffer> dx,
-                    ffi::Result<Float32> dscale, ffi::Result<Float32> dbias, int64_t batch,
-                    int64_t n, int64_t s, int64_t g, int64_t k, bool subtract_mean) {
+                    ffi::AnyBuffer dtotal, Float32 scale, Float32 mean_high, Float32 mean_low,
+                    Float32 rstd, ffi::Result<ffi::AnyBuffer> dx, ffi::Result<Float32> dscale,
+                    ffi::Result<Float32> dbias, int64_t batch, int64_t n, int64_t s, int64_t g,
+                    int64_t k, bool subtract_mean) {
   const Block block = {n, s, g, k};
   if (ffi::Error error = check(x, block, batch); error.failure()) return error;
   const int64_t groups = block.groups(), means = subtract_mean ? batch * groups : 0;
   if (!holds(mean_high, means) || !holds(mean_low, means) || !holds(rstd, batch * groups)) {
     return wrong("statistics of another size");
   }
-  if (!fits(scale, block.features()) || !fits(*dscale, batch * block.features()) ||
+  if (!fits_blocks(scale, block, batch) || !fits(*dscale, batch * block.features()) ||
       !fits(*dbias, batch * block.features())) {
     return wrong("a scale or bias of another size");
   }
@@ -148,29 +212,28 @@ ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy
       return wrong("a gradient unlike x");
     }
   }
-  const bool adds = dtotal.element_count() > 0;
-  if (!like_or_none(dtotal, x) || (adds && s > 1)) {
+  if (!like_or_none(dtotal, x) || (dtotal.element_count() > 0 && s > 1)) {
     return wrong("a gradient of the total unlike x, or for columns");
   }
+  const int64_t elements = x.element_count(), bytes = x.size_bytes() / batch;
   return guarded([&] {
-    const int64_t bytes = x.size_bytes() / batch;
-    Team team(threads);
-    for (int64_t i = 0; i < batch; ++i) {
+    each_block(threads, batch, elements, [&](int64_t i, Pool& pool) {
       const int64_t feature = i * block.features();
       Backward call = {block,
+                       elements,
                        subtract_mean,
-                       static_cast<const char*>(x.untyped_data()) + i * bytes,
-                       static_cast<const char*>(dy.untyped_data()) + i * bytes,
-                       adds ? static_cast<const char*>(dtotal.untyped_data()) + i * bytes : nullptr,
-                       data_or_null(scale),
+                       part_of(x, i * bytes),
+                       part_of(dy, i * bytes),
+                       part_of(dtotal, i * bytes),
+                       param_of(scale, block, i),
                        data_or_null(mean_high, i * groups),
                        data_or_null(mean_low, i * groups),
                        data_or_null(rstd, i * groups),
-                       static_cast<char*>(dx->untyped_data()) + i * bytes,
+                       part_of(*dx, i * bytes),
                        data_or_null(*dscale, feature),
                        data_or_null(*dbias, feature)};
-      level_in_use.load()->backward(element_of(x), call, team);
-    }
+      level_in_use.load()->backward(element_of(x), call, pool);
+    });
   });
 }
 
@@ -192,6 +255,7 @@ XLA_FFI_DEFINE_HANDLER(kForward, jaxnorm::forward,
                            .Ret<jaxnorm::Float32>()
                            .Ret<jaxnorm::Float32>()
                            .Ret<jaxnorm::Float32>()
+                           .Attr<int64_t>("batch")
                            .Attr<int64_t>("n")
                            .Attr<int64_t>("s")
                            .Attr<int64_t>("g")

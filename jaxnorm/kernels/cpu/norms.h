@@ -29,6 +29,7 @@ constexpr int64_t kLongestSum = 1 << 14;
 
 struct Forward {
   Block block;
+  int64_t elements;  // of all arrays like this one, if the call has several
   double epsilon;
   bool subtract_mean;
   const void *x, *residual;   // null: no residual; with one, s = 1
@@ -39,6 +40,7 @@ struct Forward {
 
 struct Backward {
   Block block;
+  int64_t elements;  // as in Forward
   bool subtract_mean;
   const void *x, *dy, *dtotal;  // null: no dtotal; with one, s = 1
   const float* scale;

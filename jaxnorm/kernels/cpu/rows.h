@@ -82,7 +82,7 @@ static inline void normalize_rows_of(const X* x, const Forward& f, int64_t row) 
   for (int r = 0; r < R; ++r, x += k, y += k) {
     const VF32 mean = Set(moments[r].mean_high), rstd = Set(moments[r].rstd);
     const VF32 low = Set(-moments[r].mean_low * moments[r].rstd);
-    const bool streamed = should_stream(y, f.block.groups() * k);
+    const bool streamed = should_stream(y, f.elements);
     for_each_vector(k, [&](int, int64_t i, auto lanes) BODY {
       __builtin_prefetch(x + R * k + i);  // the next rows, while these are computed
       VF32 h = LoadN(x + i, lanes);
@@ -100,7 +100,7 @@ static inline void add_residual(const Forward& f, int64_t start, int64_t size, f
   const T *x = static_cast<const T*>(f.x) + start, *residual = static_cast<const T*>(f.residual) + start;
   T* total = static_cast<T*>(f.total) + start;
   const bool apart = static_cast<void*>(sums) != total;
-  const bool streamed = apart && should_stream(total, f.block.groups() * f.block.k);
+  const bool streamed = apart && should_stream(total, f.elements);
   for_each_vector(size, [&](int, int64_t i, auto lanes) BODY {
     __builtin_prefetch(x + size + i);  // the next rows
     __builtin_prefetch(residual + size + i);

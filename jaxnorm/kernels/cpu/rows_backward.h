@@ -50,7 +50,7 @@ struct Rows {
     dtotal = f.dtotal ? static_cast<const T*>(f.dtotal) + row * k : nullptr;
     dx = static_cast<T*>(f.dx) + row * k;
     scale = kScale ? f.scale + feature : nullptr;
-    elements = f.block.groups() * k;
+    elements = f.elements;
     for (int r = 0; r < R; ++r) {
       rstd[r] = Set(f.rstd[row + r]);
       mean[r] = Set(kSubtractMean ? f.mean_high[row + r] : 0);

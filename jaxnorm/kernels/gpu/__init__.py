@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnorm.kernels.gpu.tiles import WIDTHS, tile
-from jaxnorm.kernels.request import Request, common_refusal, rows_of
+from jaxnorm.kernels.request import Request, common_refusal, one_scale, rows_of
 
 OLDEST_JAX = (0, 11)  # older ones can't interpret it, so it was not tested with them
 PROVEN = "NVIDIA H100 80GB HBM3"  # the GPU that it was measured on
@@ -46,7 +46,7 @@ def unproven() -> str | None:
 @functools.cache
 def declines(request: Request) -> str | None:
     """Why it does not support such a call, or None if it does."""
-    if reason := common_refusal(request):
+    if reason := common_refusal(request) or one_scale(request):
         return reason
     rows = rows_of(request.block)
     if rows is None:
@@ -67,13 +67,14 @@ def value(
     bias: jax.Array | None,
     *,
     block: tuple[int, int, int, int],
+    batch: int,
     epsilon: float,
     subtract_mean: bool,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None, jax.Array, jax.Array]:
     """y, the sum with the residual, and the statistics."""
     from jaxnorm.kernels.gpu import rows  # Pallas takes a second to import
 
-    n, _, _, k = block
+    n, k = batch * block[0], block[3]
     y, total, *mean, var, rstd = rows.forward(
         x.reshape(n, k),
         None if residual is None else residual.reshape(n, k),

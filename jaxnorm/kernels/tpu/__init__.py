@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnorm.kernels.request import Request, common_refusal, rows_of
+from jaxnorm.kernels.request import Request, common_refusal, one_scale, rows_of
 from jaxnorm.kernels.tpu import blocks
 
 interpret: Any = False  # what Pallas is told; tests run the kernels without a TPU
@@ -48,7 +48,7 @@ def unproven() -> str:
 @functools.cache
 def declines(request: Request) -> str | None:
     """Why it does not support such a call, or None if it does."""
-    if reason := common_refusal(request):
+    if reason := common_refusal(request) or one_scale(request):
         return reason
     rows = rows_of(request.block)
     if rows is None:
@@ -70,6 +70,7 @@ def value(
     bias: jax.Array | None,
     *,
     block: tuple[int, int, int, int],
+    batch: int,
     epsilon: float,
     subtract_mean: bool,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None, jax.Array, jax.Array]:
@@ -77,7 +78,7 @@ def value(
     from jaxnorm.kernels.tpu import calls
 
     k = block[3]
-    plan = _plan(x, 1, k, _with_residual(_FORWARD, residual is not None))
+    plan = _plan(x, batch, k, _with_residual(_FORWARD, residual is not None))
     given = {
         "x": _rows(x, plan),
         "residual": _rows(residual, plan),

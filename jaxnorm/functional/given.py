@@ -1,0 +1,129 @@
+"""Normalization by statistics that are given, and its inverse."""
+
+import jax
+from jax.typing import ArrayLike
+
+from jaxnorm.core.axes import Axes
+from jaxnorm.core.layout import batch_layout
+from jaxnorm.core.moments import Moments
+from jaxnorm.core.normalize import check_input, normalize_with
+from jaxnorm.core.standardize import NormParams
+from jaxnorm.functional.moments import check_moments
+
+
+def normalize(
+    x: ArrayLike,
+    moments: Moments,
+    params: NormParams | None = None,
+    *,
+    feature_axis: Axes = -1,
+    epsilon: float = 1e-5,
+    scale_offset: float = 0.0,
+) -> jax.Array:
+    """Standardize x by moments that are given: of a data set, or of another array.
+
+        y = (x - mean) / sqrt(var + epsilon) * (scale_offset + scale) + bias
+
+    `denormalize` undoes it. Gradients flow to the moments too; `jax.lax.stop_gradient` stops them.
+
+    Args:
+      x: array of any shape with at least one axis; floating-point or complex.
+      moments: mean and variance, each of shape (features,), or of the rank of x with each axis of
+        size 1 or as in x. The count is not used.
+      params: scale and bias of such shapes, or None.
+      feature_axis: the axis of the features, or several; shape (features,) is then that of x along
+        them, in the order of x.
+      epsilon: added to the variance; in units of x squared.
+      scale_offset: added to the scale, in float32 or better.
+
+    Returns:
+      An array of the shape and dtype of x, computed in float32 or better.
+
+    Raises:
+      TypeError: x is of an integer type, moments is not a Moments, or params is not a NormParams.
+      ValueError: an axis is out of range or given twice, a shape does not fit, x is a scalar,
+        epsilon is negative, or there is an offset and no scale.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm as jn
+      >>> data = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+      >>> jn.normalize(jnp.array([[2.0, 40.0]]), jn.moments(data, axis=0)).round(4)
+      Array([[0., 2.]], dtype=float32)
+
+    References:
+      LeCun, Bottou, Orr and Müller, "Efficient BackProp", 1998 (the inputs of a network).
+      Kim et al., "Reversible Instance Normalization for Accurate Time-Series Forecasting against
+      Distribution Shift", 2022 (the inputs, and the inverse for the outputs).
+    """
+    return _by_moments(
+        "normalize",
+        x,
+        moments,
+        params,
+        feature_axis,
+        epsilon=epsilon,
+        scale_offset=scale_offset,
+    )
+
+
+def denormalize(
+    y: ArrayLike,
+    moments: Moments,
+    params: NormParams | None = None,
+    *,
+    feature_axis: Axes = -1,
+    epsilon: float = 1e-5,
+    scale_offset: float = 0.0,
+) -> jax.Array:
+    """The inverse of `normalize` with the same arguments.
+
+        x = (y - bias) / (scale_offset + scale) * sqrt(var + epsilon) + mean
+
+    A scale of zero can't be undone: the result is then infinite or NaN.
+
+    Args:
+      y: array of any shape with at least one axis; floating-point or complex.
+      moments: as in `normalize`.
+      params: as in `normalize`.
+      feature_axis: as in `normalize`.
+      epsilon: added to the variance; in units of x squared.
+      scale_offset: added to the scale, in float32 or better.
+
+    Returns:
+      An array of the shape and dtype of y, computed in float32 or better.
+
+    Raises:
+      TypeError: y is of an integer type, moments is not a Moments, or params is not a NormParams.
+      ValueError: an axis is out of range or given twice, a shape does not fit, y is a scalar,
+        epsilon is negative, or there is an offset and no scale.
+
+    Examples:
+      A forecast in the units of a time series that was normalized by itself (RevIN):
+
+      >>> import jax, jax.numpy as jnp, jaxnorm as jn
+      >>> series = jnp.array([[[1.0], [2.0], [3.0]]])  # batch, time, features
+      >>> own = jax.tree.map(lambda a: jnp.expand_dims(a, 1), jn.moments(series, axis=1))
+      >>> forecast = jn.normalize(series, own)[:, -1:] + 1.0  # a model's, say
+      >>> jn.denormalize(forecast, own).round(1)
+      Array([[[3.8]]], dtype=float32)
+
+    References:
+      Kim et al., "Reversible Instance Normalization for Accurate Time-Series Forecasting against
+      Distribution Shift", 2022.
+    """
+    return _by_moments(
+        "denormalize",
+        y,
+        moments,
+        params,
+        feature_axis,
+        epsilon=epsilon,
+        scale_offset=scale_offset,
+        inverse=True,
+    )
+
+
+def _by_moments(name, x, moments, params, feature_axis, **options) -> jax.Array:
+    x = check_input(x)
+    layout = batch_layout(x.shape, feature_axis)
+    return normalize_with(name, x, layout, check_moments(moments)[:2], params, **options)
