@@ -75,3 +75,44 @@ def reciprocal_std(var: jax.Array, epsilon: float, count: jax.Array | None = Non
     if count is not None:
         zero |= count == 0
     return jnp.where(zero, 0, lax.rsqrt(jnp.where(zero, 1, var + epsilon)))
+
+
+@jax.custom_jvp
+def quotient(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a / b, for b that is not zero; its derivative contains no power of b that could overflow."""
+    return a / b
+
+
+@quotient.defjvp
+def _quotient_jvp(primals, tangents):
+    (a, b), (ta, tb) = primals, tangents
+    result = quotient(a, b)
+    return result, (ta - result * tb) * quotient(jnp.ones_like(b), b)
+
+
+@jax.custom_jvp
+def tanh(a: jax.Array) -> jax.Array:
+    """The hyperbolic tangent of real numbers; its derivative does not cancel where it is near one.
+
+    That is 1 - tanh(a)**2, of which float32 holds no digit from about 9 on.
+    """
+    return jnp.tanh(a)
+
+
+@tanh.defjvp
+def _tanh_jvp(primals, tangents):
+    ((a,), (ta,)) = primals, tangents
+    return tanh(a), ta * _sech_squared(a)
+
+
+@jax.custom_jvp
+def _sech_squared(a):
+    decay = jnp.exp(-2 * jnp.abs(a))  # which can't overflow
+    return 4 * decay / (1 + decay) ** 2
+
+
+@_sech_squared.defjvp
+def _sech_squared_jvp(primals, tangents):
+    ((a,), (ta,)) = primals, tangents
+    result = _sech_squared(a)
+    return result, ta * (-2 * tanh(a) * result)

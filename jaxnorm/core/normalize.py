@@ -69,7 +69,7 @@ def checked(
 
     The arithmetic is in float32 or better; the result has `dtype`, by default that of x.
     """
-    spec = _spec(name, x, layout, epsilon, dtype)
+    spec = make_spec(name, x, layout, epsilon, dtype)
     spec = spec._replace(
         subtract_mean=subtract_mean,
         scale_offset=check_scale_offset(scale_offset, params),
@@ -133,7 +133,7 @@ def normalize_with(
     inverse: bool = False,
 ) -> jax.Array:
     """Standardize x by a given mean and variance, such as running ones; or undo that."""
-    spec = _spec(name, x, layout, epsilon, dtype)
+    spec = make_spec(name, x, layout, epsilon, dtype)
     spec = spec._replace(scale_offset=check_scale_offset(scale_offset, params))
     mean, var = (
         check_param(value, f"the {what}", layout, spec.dtype)
@@ -154,9 +154,14 @@ def _normalize_with(spec, inverse, x, mean, var, params):
         return standardize_by(spec, x, mean, None, rstd, params)
 
 
-def _spec(
-    name: str, x: jax.Array, layout: Layout, epsilon: float, dtype: DTypeLike | None
+def make_spec(
+    name: str,
+    x: jax.Array,
+    layout: Layout,
+    epsilon: float = 0.0,
+    dtype: DTypeLike | None = None,
 ) -> NormSpec:
+    """The spec of a call without options: arithmetic in float32 or better, a result like x."""
     dtype = jnp.dtype(dtype or x.dtype)
     compute_dtype = promote(x.dtype, dtype, jnp.float32)
     return NormSpec(name, layout, compute_dtype, dtype, check_epsilon(epsilon))
@@ -262,17 +267,41 @@ def _real_if(value: jax.Array, name: str, dtype: jnp.dtype) -> jax.Array:
     return value
 
 
+def check_scalar_or_features(value, name: str, layout: Layout, dtype: jnp.dtype) -> jax.Array:
+    """A number, which may be traced, or an array with one element for each feature."""
+    value = as_array(value)
+    if value.ndim:
+        return check_feature_array(value, name, layout, dtype)
+    if jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{name} must be real where the result is, got {value.dtype} for a result of {dtype}; "
+            "take the real part."
+        )
+    return value
+
+
+def check_real(x: jax.Array, name: str, why: str) -> None:
+    """Check that x is not complex."""
+    if jnp.iscomplexobj(x):
+        raise TypeError(
+            f"x must be real for {name}, got dtype {x.dtype}; {why}, so give it the real and the "
+            "imaginary part as features."
+        )
+
+
 def check_epsilon(epsilon: float) -> float:
     """Epsilon as a Python float; it is compiled in."""
-    epsilon = _check_number(epsilon, "epsilon")
+    epsilon = check_number(epsilon, "epsilon")
     if not epsilon >= 0:
-        raise ValueError(f"epsilon must be at least 0, got {epsilon}; it is added to the variance.")
+        raise ValueError(
+            f"epsilon must be at least 0, got {epsilon}; it keeps a divisor from zero."
+        )
     return epsilon
 
 
 def check_scale_offset(offset: float, params: NormParams | None) -> float:
     """The offset as a Python float; there must be a scale to add it to."""
-    offset = _check_number(offset, "scale_offset")
+    offset = check_number(offset, "scale_offset")
     if not math.isfinite(offset):
         raise ValueError(f"scale_offset must be finite, got {offset}; it is added to the scale.")
     if offset and getattr(params, "scale", None) is None:
@@ -283,7 +312,8 @@ def check_scale_offset(offset: float, params: NormParams | None) -> float:
     return offset
 
 
-def _check_number(value: float, name: str) -> float:
+def check_number(value: float, name: str) -> float:
+    """A number as a Python float; it is compiled in."""
     number = isinstance(value, Real) or (isinstance(value, jax.Array) and value.ndim == 0)
     if isinstance(value, Tracer) or not number:
         raise TypeError(

@@ -1,0 +1,68 @@
+"""A bounded function in the place of standardizing: y = function(alpha * x + shift) * scale + bias.
+
+Nothing is measured. The backward pass keeps x and computes the function again.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxnorm.core.layout import Layout
+from jaxnorm.core.normalize import (
+    check_params,
+    check_real,
+    check_scalar_or_features,
+    make_spec,
+    program,
+)
+from jaxnorm.core.spec import NormSpec
+from jaxnorm.core.standardize import NormParams, standardize
+
+
+def bound(
+    name: str,
+    function: Callable,
+    x: jax.Array,
+    layout: Layout,
+    alpha,
+    shift,
+    params: NormParams | None,
+) -> jax.Array:
+    """The equation, for arguments that have not been checked; a shift of None is zero."""
+    check_real(x, name, "it has no value there that is bounded")
+    spec = make_spec(name, x, layout)
+    return _bound(
+        spec,
+        function,
+        x,
+        check_scalar_or_features(alpha, "alpha", layout, x.dtype),
+        None if shift is None else check_scalar_or_features(shift, "shift", layout, x.dtype),
+        check_params(params, layout, x.dtype),
+    )
+
+
+@functools.partial(program, static_argnums=(0, 1))
+def _bound(spec, function, x, alpha, shift, params):
+    with jax.named_scope(spec.name):
+        return _bounded(spec, function, x, alpha, shift, params)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(0, 1))
+def _bounded(
+    spec: NormSpec,
+    function: Callable,
+    x: jax.Array,
+    alpha: jax.Array,
+    shift: jax.Array | None,
+    params: NormParams,
+) -> jax.Array:
+    argument = spec.prepare(x) * _per_feature(spec, alpha)
+    if shift is not None:
+        argument = argument + _per_feature(spec, shift)
+    return standardize(spec, function(argument), None, None, jnp.ones((), jnp.float32), params)
+
+
+def _per_feature(spec: NormSpec, a: jax.Array) -> jax.Array:
+    return spec.prepare(spec.layout.broadcast(a) if a.ndim else a)

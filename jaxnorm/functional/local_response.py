@@ -1,0 +1,144 @@
+"""Local response normalization: each feature divided by a power of its neighbours' sum of squares.
+
+The paper's sum is the square of a length, that of the neighbours and the root of k, and the length
+is computed as a multiple of its longest part. So no square over- or underflows.
+"""
+
+import functools
+import math
+import operator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxnorm.core.arithmetic import quotient, square
+from jaxnorm.core.layout import batch_layout
+from jaxnorm.core.normalize import check_input, check_number, make_spec, program
+from jaxnorm.core.spec import NormSpec
+
+
+class Response(NamedTuple):
+    """The constants of the equation."""
+
+    size: int
+    alpha: float
+    beta: float
+    k: float
+
+
+def local_response_norm(
+    x: ArrayLike,
+    *,
+    size: int,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    feature_axis: int = -1,
+) -> jax.Array:
+    """Local response normalization (LRN): each feature is inhibited by its neighbours.
+
+        y = x / (k + alpha / size * sum(x**2 over the neighbours))**beta
+
+    The neighbours are `size` features around each one, itself included. Beyond the first and the
+    last feature there are zeros. If the size is even, one more of them comes after than before, as
+    in ONNX; PyTorch has one more before. The paper's alpha, like that of TensorFlow, is not divided
+    by the size: it is `alpha / size` here.
+
+    Args:
+      x: array of any shape with at least one axis; floating-point or complex.
+      size: how many neighbours, a positive integer; (size - 1) // 2 come before.
+      alpha: the weight of the mean square of the neighbours, at least 0; in units of 1 / x squared.
+      beta: the exponent.
+      k: added to the weighted mean square, at least 0. If it is 0, y is 0 where all neighbours are.
+      feature_axis: the axis of the features.
+
+    Returns:
+      An array of the shape and dtype of x. The arithmetic is in float32 or better.
+
+    Raises:
+      TypeError: x is of an integer type, the size is not an integer, or alpha, beta or k is not a
+        number.
+      ValueError: the axis is out of range, x is a scalar, the size is not positive, alpha or k is
+        negative, or one of the numbers is not finite.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm as jn
+      >>> jn.local_response_norm(jnp.array([1.0, 1.0, 2.0, 0.0]), size=3, alpha=3.0, beta=1.0)
+      Array([0.33333334, 0.14285715, 0.33333334, 0.        ], dtype=float32)
+
+    References:
+      Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional Neural
+      Networks", NeurIPS 2012.
+    """
+    x = check_input(x)
+    spec = make_spec("local_response_norm", x, batch_layout(x.shape, feature_axis))
+    constants = Response(
+        _check_size(size),
+        _check_finite(alpha, "alpha", least=0),
+        _check_finite(beta, "beta"),
+        _check_finite(k, "k", least=0),
+    )
+    return _local(spec, constants, x)
+
+
+@functools.partial(program, static_argnums=(0, 1))
+def _local(spec, constants, x):
+    with jax.named_scope(spec.name):
+        return _inhibited(spec, constants, x)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(0, 1))
+def _inhibited(spec: NormSpec, constants: Response, x: jax.Array) -> jax.Array:
+    x = spec.prepare(x)
+    length = _length(spec, constants, x)
+    zero = length == 0
+    divisor = jnp.where(zero, 1, length)
+    # The quotient first: a power of the length alone may leave the range of float32.
+    y = quotient(x, divisor.astype(x.dtype)) * (divisor ** (1 - 2 * constants.beta)).astype(x.dtype)
+    return jnp.where(zero, 0, y).astype(spec.dtype)
+
+
+def _length(spec: NormSpec, constants: Response, x: jax.Array) -> jax.Array:
+    """sqrt(k + alpha / size * sum(x**2)), over the neighbours of each feature."""
+    (axis,), size = spec.layout.feature_axes, constants.size
+    before, after = (size - 1) // 2, size // 2
+    root_k, root_alpha = math.sqrt(constants.k), math.sqrt(constants.alpha / size)
+    edges = [(before, after) if i == axis else (0, 0) for i in range(x.ndim)]
+    padded = jnp.pad(root_alpha * x, edges)
+    neighbours = [
+        lax.slice_in_dim(padded, start, start + x.shape[axis], axis=axis) for start in range(size)
+    ]
+    # The length does not depend on its unit, so neither does its derivative.
+    parts = [lax.stop_gradient(jnp.abs(a)) for a in neighbours]
+    longest = functools.reduce(jnp.maximum, parts, jnp.full_like(parts[0], root_k))
+    zero = longest == 0
+    unit = jnp.where(zero, 1, longest)
+    squares = [square(a / unit.astype(a.dtype)) for a in neighbours]
+    total = functools.reduce(operator.add, squares, (root_k / unit) ** 2)
+    return jnp.where(zero, 0, unit * jnp.sqrt(jnp.where(zero, 1, total)))
+
+
+def _check_size(size: int) -> int:
+    try:
+        size = operator.index(size)
+    except TypeError:
+        raise TypeError(
+            f"size must be an integer, got {size!r}; it is compiled into the program, so in "
+            "jax.jit make it a static argument."
+        ) from None
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}; it counts a feature itself too.")
+    return size
+
+
+def _check_finite(value: float, name: str, least: float = -math.inf) -> float:
+    number = check_number(value, name)
+    if not math.isfinite(number) or number < least:
+        bound = "finite" if least < 0 else f"finite and at least {least}"
+        raise ValueError(
+            f"{name} must be {bound}, got {number}; the paper's is small and positive."
+        )
+    return number
