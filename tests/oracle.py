@@ -44,6 +44,11 @@ def gradient(x, g, axes, epsilon, where=None, subtract_mean=True):
     return rstd * (g - w * own / np.maximum(n, 1))
 
 
+def two_norm(x, axes, where=True):
+    """The length of vectors along axes, which stay with size one."""
+    return np.sqrt(np.where(where, np.abs(wide(x)) ** 2, 0).sum(axes, keepdims=True))
+
+
 def affine(h, scale, bias, axes):
     """h * scale + bias, where scale and bias span axes."""
     shape = [size if axis in axes else 1 for axis, size in enumerate(h.shape)]
