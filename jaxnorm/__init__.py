@@ -10,13 +10,19 @@ from jaxnorm.functional.add_layer import add_layer_norm
 from jaxnorm.functional.add_rms import add_rms_norm
 from jaxnorm.functional.batch import batch_norm
 from jaxnorm.functional.given import denormalize, normalize
+from jaxnorm.functional.dynamic_erf import dynamic_erf
+from jaxnorm.functional.dynamic_tanh import dynamic_tanh
+from jaxnorm.functional.filter_response import filter_response_norm
+from jaxnorm.functional.global_response import global_response_norm
 from jaxnorm.functional.group import group_norm
 from jaxnorm.functional.instance import instance_norm
 from jaxnorm.functional.layer import layer_norm
+from jaxnorm.functional.local_response import local_response_norm
 from jaxnorm.functional.moments import merge_moments, moments
 from jaxnorm.functional.padding import pad_batch
 from jaxnorm.functional.rms import rms_norm
 from jaxnorm.functional.state import BatchNormState, init_batch_norm_state, update_batch_norm_state
+from jaxnorm.functional.unit import unit_norm
 from jaxnorm.kernels import implementations
 
 __version__ = "0.1.0"
@@ -29,16 +35,22 @@ __all__ = [
     "add_rms_norm",
     "batch_norm",
     "denormalize",
+    "dynamic_erf",
+    "dynamic_tanh",
+    "filter_response_norm",
+    "global_response_norm",
     "group_norm",
     "implementations",
     "init_batch_norm_state",
     "init_params",
     "instance_norm",
     "layer_norm",
+    "local_response_norm",
     "merge_moments",
     "moments",
     "normalize",
     "pad_batch",
     "rms_norm",
+    "unit_norm",
     "update_batch_norm_state",
 ]

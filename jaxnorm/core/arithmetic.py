@@ -77,9 +77,20 @@ def reciprocal_std(var: jax.Array, epsilon: float, count: jax.Array | None = Non
     return jnp.where(zero, 0, lax.rsqrt(jnp.where(zero, 1, var + epsilon)))
 
 
+def magnitude(a: jax.Array) -> jax.Array:
+    """A power of two near `a`, which is at least 0.
+
+    As a factor it changes no digit; neither it nor its reciprocal is zero or infinite.
+    """
+    kind = jnp.finfo(a.dtype)
+    return jnp.clip(lax.reduce_precision(a, kind.nexp, 0), kind.tiny, 1 / kind.tiny)
+
+
 @jax.custom_jvp
 def quotient(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a / b, for b that is not zero; its derivative contains no power of b that could overflow."""
+    """a / b, for real b that is not zero; no power of b in the derivative can overflow."""
+    if jnp.iscomplexobj(a):
+        return lax.complex(jnp.real(a) / b, jnp.imag(a) / b)
     return a / b
 
 
@@ -87,7 +98,8 @@ def quotient(a: jax.Array, b: jax.Array) -> jax.Array:
 def _quotient_jvp(primals, tangents):
     (a, b), (ta, tb) = primals, tangents
     result = quotient(a, b)
-    return result, (ta - result * tb) * quotient(jnp.ones_like(b), b)
+    rate = ta - result * tb.astype(a.dtype)
+    return result, rate * quotient(jnp.ones_like(b), b).astype(a.dtype)
 
 
 @jax.custom_jvp

@@ -31,7 +31,7 @@ def bound(
     params: NormParams | None,
 ) -> jax.Array:
     """The equation, for arguments that have not been checked; a shift of None is zero."""
-    check_real(x, name, "it has no value there that is bounded")
+    check_real(x, name)
     spec = make_spec(name, x, layout)
     return _bound(
         spec,

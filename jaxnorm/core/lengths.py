@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnorm.core.arithmetic import promote, real_product, square
+from jaxnorm.core.arithmetic import magnitude, promote, real_product, square
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.layout import moments_layout
 
@@ -51,7 +51,5 @@ def _scaled(x, where, layout):
         x = jnp.where(where, x, 0)
     size = jnp.abs(lax.stop_gradient(x))
     largest = jnp.max(size, layout.reduction_axes, keepdims=True, initial=0)
-    # A power of two changes no digit; its reciprocal is finite, too.
-    kind = jnp.finfo(size.dtype)
-    scale = jnp.clip(lax.reduce_precision(largest, kind.nexp, 0), kind.tiny, 1 / kind.tiny)
+    scale = magnitude(largest)
     return x * (1 / scale).astype(x.dtype), scale

@@ -280,12 +280,12 @@ def check_scalar_or_features(value, name: str, layout: Layout, dtype: jnp.dtype)
     return value
 
 
-def check_real(x: jax.Array, name: str, why: str) -> None:
+def check_real(x: jax.Array, name: str) -> None:
     """Check that x is not complex."""
     if jnp.iscomplexobj(x):
         raise TypeError(
-            f"x must be real for {name}, got dtype {x.dtype}; {why}, so give it the real and the "
-            "imaginary part as features."
+            f"x must be real for {name}, got dtype {x.dtype}; pass the real and the imaginary part "
+            "as features of their own."
         )
 
 

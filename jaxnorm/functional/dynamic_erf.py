@@ -41,8 +41,8 @@ def dynamic_erf(
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm as jn
-      >>> jn.dynamic_erf(jnp.array([-100.0, 0.0, 2.0]), alpha=0.5, shift=0.0).round(4)
-      Array([-1.    ,  0.    ,  0.8427], dtype=float32)
+      >>> jn.dynamic_erf(jnp.array([-100.0, 0.0, 100.0]), alpha=0.5, shift=0.0)
+      Array([-1.,  0.,  1.], dtype=float32)
 
     References:
       Chen, Lu, Zhu, Sun and Liu, "Stronger Normalization-Free Transformers", 2025,

@@ -1,7 +1,10 @@
 """Local response normalization: each feature divided by a power of its neighbours' sum of squares.
 
-The paper's sum is the square of a length, that of the neighbours and the root of k, and the length
-is computed as a multiple of its longest part. So no square over- or underflows.
+With u a power of two near the largest of the neighbours and the root of k, and r**2 = alpha / size,
+
+    x / (k + sum((r x)**2))**beta = x / u * (k / u**2 + sum((r x / u)**2))**-beta * u**(1 - 2 beta)
+
+where no square over- or underflows.
 """
 
 import functools
@@ -14,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxnorm.core.arithmetic import quotient, square
+from jaxnorm.core.arithmetic import magnitude, square
 from jaxnorm.core.layout import batch_layout
 from jaxnorm.core.normalize import check_input, check_number, make_spec, program
 from jaxnorm.core.spec import NormSpec
@@ -66,8 +69,8 @@ def local_response_norm(
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm as jn
-      >>> jn.local_response_norm(jnp.array([1.0, 1.0, 2.0, 0.0]), size=3, alpha=3.0, beta=1.0)
-      Array([0.33333334, 0.14285715, 0.33333334, 0.        ], dtype=float32)
+      >>> jn.local_response_norm(jnp.array([1.0, 0.0, 2.0, 0.0]), size=3, alpha=3.0, beta=1.0)
+      Array([0.5, 0. , 0.4, 0. ], dtype=float32)
 
     References:
       Krizhevsky, Sutskever and Hinton, "ImageNet Classification with Deep Convolutional Neural
@@ -92,33 +95,25 @@ def _local(spec, constants, x):
 
 @functools.partial(jax.checkpoint, static_argnums=(0, 1))
 def _inhibited(spec: NormSpec, constants: Response, x: jax.Array) -> jax.Array:
+    (axis,), (size, alpha, beta, k) = spec.layout.feature_axes, constants
     x = spec.prepare(x)
-    length = _length(spec, constants, x)
-    zero = length == 0
-    divisor = jnp.where(zero, 1, length)
-    # The quotient first: a power of the length alone may leave the range of float32.
-    y = quotient(x, divisor.astype(x.dtype)) * (divisor ** (1 - 2 * constants.beta)).astype(x.dtype)
-    return jnp.where(zero, 0, y).astype(spec.dtype)
-
-
-def _length(spec: NormSpec, constants: Response, x: jax.Array) -> jax.Array:
-    """sqrt(k + alpha / size * sum(x**2)), over the neighbours of each feature."""
-    (axis,), size = spec.layout.feature_axes, constants.size
-    before, after = (size - 1) // 2, size // 2
-    root_k, root_alpha = math.sqrt(constants.k), math.sqrt(constants.alpha / size)
-    edges = [(before, after) if i == axis else (0, 0) for i in range(x.ndim)]
-    padded = jnp.pad(root_alpha * x, edges)
-    neighbours = [
-        lax.slice_in_dim(padded, start, start + x.shape[axis], axis=axis) for start in range(size)
-    ]
-    # The length does not depend on its unit, so neither does its derivative.
-    parts = [lax.stop_gradient(jnp.abs(a)) for a in neighbours]
-    longest = functools.reduce(jnp.maximum, parts, jnp.full_like(parts[0], root_k))
+    padding = [((size - 1) // 2, size // 2) if i == axis else (0, 0) for i in range(x.ndim)]
+    padded = jnp.pad(x, padding)
+    shift = lambda start: lax.slice_in_dim(padded, start, start + x.shape[axis], axis=axis)
+    neighbours = [shift(start) for start in range(size)]
+    # The result does not depend on the unit, so neither does its derivative. The root of the weight
+    # is a part of it, as a power of two.
+    weight = alpha / size
+    root = 2.0 ** math.floor(math.log2(weight) / 2) if weight else 0.0
+    parts = [root * lax.stop_gradient(jnp.abs(a)) for a in neighbours]
+    longest = functools.reduce(jnp.maximum, parts, jnp.full_like(parts[0], math.sqrt(k)))
     zero = longest == 0
-    unit = jnp.where(zero, 1, longest)
-    squares = [square(a / unit.astype(a.dtype)) for a in neighbours]
-    total = functools.reduce(operator.add, squares, (root_k / unit) ** 2)
-    return jnp.where(zero, 0, unit * jnp.sqrt(jnp.where(zero, 1, total)))
+    unit = jnp.where(zero, 1, magnitude(longest))
+    squares = [square(a * (root / unit).astype(a.dtype)) for a in neighbours]
+    total = functools.reduce(operator.add, squares) * (weight / root**2 if weight else 0.0)
+    total = jnp.where(zero, 1, total + k / unit / unit)
+    factor = total**-beta * unit ** (1 - 2 * beta)
+    return ((x * (1 / unit).astype(x.dtype)) * factor.astype(x.dtype)).astype(spec.dtype)
 
 
 def _check_size(size: int) -> int:
