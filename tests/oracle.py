@@ -102,6 +102,83 @@ def instance_norm(x, scale=None, bias=None, *, feature_axis=-1, epsilon=1e-6, wh
     return affine(standardized(x, axes, epsilon, where)[0], scale, bias, (feature,))
 
 
+def unit_norm(x, *, axis=-1, ord=2, epsilon=1e-12, where=None):
+    """The length of a vector is its 1-, 2- or infinity-norm."""
+    x = wide(x)
+    size = np.abs(x) if where is None else np.where(where, np.abs(x), 0)
+    power = {1: lambda a: a.sum(axis, keepdims=True), np.inf: lambda a: a.max(axis, keepdims=True)}
+    power[2] = lambda a: np.sqrt((a**2).sum(axis, keepdims=True))
+    return x / np.maximum(power[ord](size), epsilon)
+
+
+def global_response_norm(x, scale=None, bias=None, *, feature_axis=-1, epsilon=1e-6):
+    """Woo et al., 2023: gx, nx, and gamma * (x * nx) + beta + x."""
+    x, feature = wide(x), feature_axis % np.ndim(x)
+    axes = tuple(axis for axis in range(1, x.ndim) if axis != feature)
+    gx = np.sqrt((np.abs(x) ** 2).sum(axes, keepdims=True))
+    nx = gx / (gx.mean(feature, keepdims=True) + epsilon)
+    return affine(x * nx, scale, bias, (feature,)) + x
+
+
+def filter_response_norm(
+    x, scale=None, bias=None, threshold=None, *, feature_axis=-1, epsilon=1e-6
+):
+    """Singh and Krishnan, 2019: FRN, and the TLU."""
+    x, feature = wide(x), feature_axis % np.ndim(x)
+    axes = tuple(axis for axis in range(1, x.ndim) if axis != feature)
+    nu2 = (np.abs(x) ** 2).mean(axes, keepdims=True)
+    y = affine(x / np.sqrt(nu2 + epsilon), scale, bias, (feature,))
+    return y if threshold is None else np.maximum(y, affine(0 * x, None, threshold, (feature,)))
+
+
+def dynamic_tanh(x, alpha, scale=None, bias=None, *, feature_axis=-1):
+    """Zhu et al., 2025."""
+    feature = feature_axis % np.ndim(x)
+    return affine(np.tanh(_times(x, alpha, feature)), scale, bias, (feature,))
+
+
+def dynamic_erf(x, alpha, shift, scale=None, bias=None, *, feature_axis=-1):
+    """Chen et al., 2025."""
+    feature = feature_axis % np.ndim(x)
+    argument = _times(x, alpha, feature) + _times(np.ones_like(x), shift, feature)
+    return affine(np.vectorize(math.erf)(argument), scale, bias, (feature,))
+
+
+def _times(x, a, feature):
+    return wide(x) * wide(a) if np.ndim(a) == 0 else affine(wide(x), a, None, (feature,))
+
+
+def local_response_norm(x, *, size, alpha=1e-4, beta=0.75, k=1.0, feature_axis=-1):
+    """Krizhevsky et al., 2012, with alpha / size, feature by feature, in ONNX's words."""
+    x = np.moveaxis(wide(x), feature_axis, -1)
+    last = x.shape[-1] - 1
+    squares = np.zeros(x.shape)
+    for c in range(last + 1):
+        first = max(0, c - math.floor((size - 1) / 2))
+        end = min(last, c + math.ceil((size - 1) / 2))
+        squares[..., c] = (np.abs(x[..., first : end + 1]) ** 2).sum(-1)
+    return np.moveaxis(x / (k + alpha / size * squares) ** beta, -1, feature_axis)
+
+
+def cotangents(function, args, dy):
+    """Those of all arguments, by central differences in float64: right to some 1e-10."""
+    args = [wide(a) for a in args]
+
+    def along(index, place):
+        step = np.zeros_like(args[index])
+        step[place] = 1e-5 * max(np.abs(args[index]).max(), np.finfo(np.float64).tiny)
+        ends = [
+            function(*args[:index], args[index] + sign * step, *args[index + 1 :])
+            for sign in (1, -1)
+        ]
+        return ((ends[0] - ends[1]) / (2 * step[place]) * wide(dy)).sum()
+
+    return [
+        np.array([along(i, place) for place in np.ndindex(a.shape)]).reshape(a.shape)
+        for i, a in enumerate(args)
+    ]
+
+
 def units(result, truth, dtype=np.float32):
     """The largest error, in units in the last place of the largest element of the truth."""
     result, truth = wide(result), wide(truth)

@@ -45,6 +45,11 @@ def square(a: jax.Array) -> jax.Array:
     return real_product(a, a)
 
 
+def absolute(a: jax.Array) -> jax.Array:
+    """The absolute value; its derivative at zero is zero, where that of jnp.abs is one."""
+    return jnp.abs(a) if jnp.iscomplexobj(a) else a * lax.stop_gradient(jnp.sign(a))
+
+
 def drop_last_bit(a: jax.Array) -> jax.Array:
     """`a` rounded to one bit less than its dtype has.
 

@@ -65,7 +65,7 @@ def local_response_norm(
       TypeError: x is of an integer type, the size is not an integer, or alpha, beta or k is not a
         number.
       ValueError: the axis is out of range, x is a scalar, the size is not positive, alpha or k is
-        negative, or one of the numbers is not finite.
+        negative or both are 0, or one of the numbers is not finite.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm as jn
@@ -84,6 +84,10 @@ def local_response_norm(
         _check_finite(beta, "beta"),
         _check_finite(k, "k", least=0),
     )
+    if not constants.alpha and not constants.k:
+        raise ValueError(
+            "alpha or k must be positive, got 0 for both; x would be divided by a power of zero."
+        )
     return _local(spec, constants, x)
 
 
@@ -111,8 +115,10 @@ def _inhibited(spec: NormSpec, constants: Response, x: jax.Array) -> jax.Array:
     unit = jnp.where(zero, 1, magnitude(longest))
     squares = [square(a * (root / unit).astype(a.dtype)) for a in neighbours]
     total = functools.reduce(operator.add, squares) * (weight / root**2 if weight else 0.0)
-    total = jnp.where(zero, 1, total + k / unit / unit)
-    factor = total**-beta * unit ** (1 - 2 * beta)
+    if k:  # else XLA would divide zero by the square of the unit, which may be zero too
+        total = total + k / unit / unit
+    total = jnp.where(zero, 1, total)
+    factor = jnp.where(zero, 0, total**-beta * unit ** (1 - 2 * beta))
     return ((x * (1 / unit).astype(x.dtype)) * factor.astype(x.dtype)).astype(spec.dtype)
 
 

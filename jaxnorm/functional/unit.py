@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm.core.arithmetic import quotient
+from jaxnorm.core.arithmetic import absolute, quotient
 from jaxnorm.core.layout import Axes, moments_layout
 from jaxnorm.core.lengths import two_norm
 from jaxnorm.core.normalize import check_input, check_number, make_spec, program
@@ -86,7 +86,9 @@ def _divide(spec: NormSpec, x: jax.Array, where: jax.Array | None, norm: jax.Arr
 
 @functools.partial(jax.checkpoint, static_argnums=0)
 def _one_norm(spec, x, where):
-    return jnp.sum(jnp.abs(spec.prepare(x)), spec.layout.reduction_axes, where=where, keepdims=True)
+    return jnp.sum(
+        absolute(spec.prepare(x)), spec.layout.reduction_axes, where=where, keepdims=True
+    )
 
 
 def _two_norm(spec, x, where):
@@ -95,7 +97,7 @@ def _two_norm(spec, x, where):
 
 @functools.partial(jax.checkpoint, static_argnums=0)
 def _infinity_norm(spec, x, where):
-    size = jnp.abs(spec.prepare(x))
+    size = absolute(spec.prepare(x))
     return jnp.max(size, spec.layout.reduction_axes, where=where, keepdims=True, initial=0)
 
 
