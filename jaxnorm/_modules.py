@@ -1,5 +1,6 @@
 """What `jaxnorm.linen` and `jaxnorm.nnx` share: arguments of a norm by a module's attributes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -78,3 +79,9 @@ def update_running_statistics(
         state.mean.astype(promote(mean.dtype, dtype)),
         state.var.astype(promote(var.dtype, real_dtype(dtype))),
     )
+
+
+def called(function: Callable, x: Any, dtype: DTypeLike, *args: Any, **options: Any) -> jax.Array:
+    """`function(x, ...)` with a result of `dtype`: x is cast up before, and y down after."""
+    x = jnp.asarray(x)
+    return function(x.astype(promote(x.dtype, dtype)), *args, **options).astype(dtype)

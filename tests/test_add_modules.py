@@ -28,7 +28,7 @@ def variables_of(flavour, name, *args, **arguments) -> Any:
     arguments = {"scale_init": ramp, **arguments}
     if flavour is jaxnorm.linen:
         module = getattr(flavour, name)(**arguments)
-        return module.init(jax.random.key(0), *args)["params"], (
+        return module.init(jax.random.key(0), *args).get("params", {}), (
             lambda params, *args, **named: module.apply({"params": params}, *args, **named)
         )
     graph, state = nnx.split(getattr(flavour, name)(6, rngs=nnx.Rngs(0), **arguments))

@@ -101,7 +101,7 @@ def test_the_derivative_is_accurate_where_the_function_is_nearly_one(norm):
     dx = jax.vjp(function, x)[1](np.ones_like(x))[0]
     # The exponent, of up to 16, is rounded by half a unit, so the result is by 8. Had it been
     # 1 - tanh(8)**2, no digit would be right.
-    np.testing.assert_allclose(dx, right, rtol=12 * np.finfo(np.float32).eps)
+    np.testing.assert_allclose(dx, right, rtol=12 * float(np.finfo(np.float32).eps))
 
 
 @one_each
@@ -122,7 +122,7 @@ def test_bfloat16_is_rounded_once(norm, rng):
 
 
 @pytest.mark.usefixtures("x64", "unoptimized")
-@each
+@pytest.mark.parametrize("norm", [UNIT[0], UNIT[2], *ONE_EACH], ids=name_of)
 def test_jvp_and_grad_of_grad_under_vmap_and_jit(norm, rng):
     """Against central differences of the value, and of the gradient's length."""
     args = norm.arguments(rng, SHAPE, np.float64)
@@ -157,9 +157,7 @@ def test_at_zero_there_is_no_nan(norm, rng):
         assert not gradients[0].any()
 
 
-@pytest.mark.parametrize(
-    "norm", [UNIT[0], UNIT[1], GLOBAL_RATIO, UNBOUNDED, LOCAL_RATIO], ids=name_of
-)
+@pytest.mark.parametrize("norm", [UNIT[1], GLOBAL_RATIO, UNBOUNDED, LOCAL_RATIO], ids=name_of)
 def test_complex_input(norm, rng):
     parts = of_parts(norm)
     dy = rng.standard_normal((2, *SHAPE)).astype(np.float32)

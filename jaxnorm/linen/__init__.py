@@ -2,13 +2,20 @@
 
 Each inherits from Flax's class and replaces `__call__`. Arguments, variables and initialization are
 Flax's, so checkpoints load in both directions and `isinstance` holds. The modules own variables and
-do no arithmetic.
+do no arithmetic. `DynamicErf`, `DynamicTanh`, `FilterResponseNorm` and `GlobalResponseNorm` are not
+in Flax; their arguments are in its manner.
 
 `use_fast_variance` and `force_float32_reductions` are accepted but ignored: statistics are always
 accurate, and in float32 or better. The latter still decides the dtype of running statistics. A
 `mask` is the `where` of the functions.
 """
 
+from jaxnorm.linen.family import (
+    DynamicErf,
+    DynamicTanh,
+    FilterResponseNorm,
+    GlobalResponseNorm,
+)
 from jaxnorm.linen.norms import (
     AddLayerNorm,
     AddRMSNorm,
@@ -23,6 +30,10 @@ __all__ = [
     "AddLayerNorm",
     "AddRMSNorm",
     "BatchNorm",
+    "DynamicErf",
+    "DynamicTanh",
+    "FilterResponseNorm",
+    "GlobalResponseNorm",
     "GroupNorm",
     "InstanceNorm",
     "LayerNorm",

@@ -2,13 +2,20 @@
 
 Each inherits from Flax's class and replaces `__call__`. Arguments, variables and initialization are
 Flax's, so checkpoints load in both directions and `isinstance` holds. The modules own variables and
-do no arithmetic.
+do no arithmetic. `DynamicErf`, `DynamicTanh`, `FilterResponseNorm` and `GlobalResponseNorm` are not
+in Flax; their arguments are in its manner.
 
 `use_fast_variance` is accepted but ignored: statistics are always accurate, and in float32 or
 better. `promote_dtype` is called as in Flax, but only the result is rounded to its dtype, not x or
 the running statistics. A `mask` is the `where` of the functions.
 """
 
+from jaxnorm.nnx.family import (
+    DynamicErf,
+    DynamicTanh,
+    FilterResponseNorm,
+    GlobalResponseNorm,
+)
 from jaxnorm.nnx.norms import (
     AddLayerNorm,
     AddRMSNorm,
@@ -23,6 +30,10 @@ __all__ = [
     "AddLayerNorm",
     "AddRMSNorm",
     "BatchNorm",
+    "DynamicErf",
+    "DynamicTanh",
+    "FilterResponseNorm",
+    "GlobalResponseNorm",
     "GroupNorm",
     "InstanceNorm",
     "LayerNorm",
