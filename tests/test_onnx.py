@@ -1,4 +1,4 @@
-"""ONNX's own node cases for the five norms, features first as ONNX has them."""
+"""ONNX's own node cases for all normalizations that it has, features first as ONNX has them."""
 
 import functools
 from typing import Any
@@ -11,13 +11,17 @@ import jaxnorm as jn
 
 pytest.importorskip("onnx", reason="ONNX is in the extra 'peers'")
 
-OPERATORS = [
-    "BatchNormalization",
-    "GroupNormalization",
-    "InstanceNormalization",
-    "LayerNormalization",
-    "RMSNormalization",
-]
+# How many cases each has.
+OPERATORS = {
+    "BatchNormalization": 4,
+    "GroupNormalization": 2,
+    "InstanceNormalization": 2,
+    "LRN": 2,
+    "LayerNormalization": 19,
+    "LpNormalization": 6,
+    "MeanVarianceNormalization": 1,
+    "RMSNormalization": 19,
+}
 
 
 @functools.cache  # they can be collected only once
@@ -31,7 +35,8 @@ def cases(operator):
     for case in all_cases():
         node = case.model.graph.node[0]
         if node.op_type == operator and "expanded" not in case.name:
-            yield case.name, {a.name: a.f or a.i for a in node.attribute}, case.data_sets[0]
+            attributes = {a.name: a.f or a.i or tuple(a.ints) or 0 for a in node.attribute}
+            yield case.name, attributes, case.data_sets[0]
 
 
 def normalize(operator, attributes, x, *arrays):
@@ -57,6 +62,16 @@ def normalize(operator, attributes, x, *arrays):
         return (jn.group_norm(x, params, num_groups=groups, feature_axis=1, epsilon=epsilon),)
     if operator == "InstanceNormalization":
         return (jn.instance_norm(x, params, feature_axis=1, epsilon=epsilon),)
+    if operator == "LRN":
+        options = {"alpha": 1e-4, "beta": 0.75, "bias": 1.0, **attributes}
+        options["k"] = options.pop("bias")
+        return (jn.local_response_norm(x, feature_axis=1, **options),)
+    if operator == "LpNormalization":
+        return (jn.unit_norm(x, axis=attributes.get("axis", -1), ord=attributes.get("p", 2)),)
+    if operator == "MeanVarianceNormalization":
+        # ONNX adds 1e-9 to the standard deviation.
+        axes = attributes.get("axes", (0, 2, 3))
+        return (jn.layer_norm(x, axis=axes, epsilon=1e-18),)
     axis = tuple(range(attributes.get("axis", -1) % x.ndim, x.ndim))
     if operator == "RMSNormalization":
         return (jn.rms_norm(x, params, axis=axis, epsilon=epsilon),)
@@ -77,4 +92,13 @@ def test_node_cases(operator):
             # The cases were computed in float32, naively.
             np.testing.assert_allclose(result, expected, rtol=1e-5, atol=2e-6, err_msg=name)
         names.append(name)
-    assert len(names) >= 2
+    assert len(names) == OPERATORS[operator]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_these_are_all():
+    """A case of a new operator, or of a new version of ONNX, is to be added above."""
+    operators = [case.model.graph.node[0].op_type for case in all_cases()]
+    found = {name for name in operators if "Normalization" in name or name == "LRN"}
+    assert found == set(OPERATORS)
+    assert sum(OPERATORS.values()) == 55

@@ -145,9 +145,8 @@ class FilterResponseNorm(_Learned):
         )
         self.epsilon = epsilon
         self.use_threshold = use_threshold
-        self.threshold = None
-        if use_threshold:
-            self.threshold = nnx.Param(threshold_init(rngs.params(), (num_features,), param_dtype))
+        make = lambda init: nnx.Param(init(rngs.params(), (num_features,), param_dtype))
+        self.threshold = make(threshold_init) if use_threshold else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalize x."""
