@@ -5,6 +5,7 @@ an array in which the groups are already an axis of their own.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def gradient(x, g, axes, epsilon, where=None, subtract_mean=True):
     return rstd * (g - w * own / np.maximum(n, 1))
 
 
-def two_norm(x, axes, where=True):
+def two_norm(x, axes, where: Any = True):
     """The length of vectors along axes, which stay with size one."""
     return np.sqrt(np.where(where, np.abs(wide(x)) ** 2, 0).sum(axes, keepdims=True))
 
