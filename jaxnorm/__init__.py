@@ -20,6 +20,7 @@ from jaxnorm.functional.layer import layer_norm
 from jaxnorm.functional.local_response import local_response_norm
 from jaxnorm.functional.moments import merge_moments, moments
 from jaxnorm.functional.padding import pad_batch
+from jaxnorm.functional.renorm import Renorm
 from jaxnorm.functional.rms import rms_norm
 from jaxnorm.functional.state import BatchNormState, init_batch_norm_state, update_batch_norm_state
 from jaxnorm.functional.unit import unit_norm
@@ -31,6 +32,7 @@ __all__ = [
     "BatchNormState",
     "Moments",
     "NormParams",
+    "Renorm",
     "add_layer_norm",
     "add_rms_norm",
     "batch_norm",

@@ -27,6 +27,7 @@ def checked_call(
     residual: jax.Array | None = None,
     subtract_mean: bool = True,
     bind_names: bool = True,
+    implementation: str | None = None,
 ) -> tuple[NormSpec, Arrays]:
     """What `normalize` takes, by a module's attributes.
 
@@ -50,6 +51,7 @@ def checked_call(
         subtract_mean=subtract_mean,
         devices=devices,
         dtype=dtype,
+        implementation=implementation,
     )
 
 

@@ -64,6 +64,32 @@ def batch_norm(x, scale=None, bias=None, *, feature_axis=-1, epsilon=1e-5, where
     return affine(standardized(x, axes, epsilon, where)[0], scale, bias, (feature,))
 
 
+def corrections(x, axes, running, limits, epsilon, where=None):
+    """r and d of batch renormalization, by the running mean and variance and (r_max, d_max)."""
+    mean, var, n = statistics(wide(x), axes, where)
+    running_mean, running_var = (wide(a).reshape(mean.shape) for a in running)
+    r_max, d_max = limits
+    std = np.sqrt(running_var + epsilon)
+    r = np.clip(np.sqrt(var + epsilon) / std, 1 / r_max, r_max)
+    d = (mean - running_mean) / std
+    if np.iscomplexobj(d):  # beyond the paper: its absolute value is clipped
+        d = d * np.minimum(1, d_max / np.maximum(np.abs(d), np.finfo(float).tiny))
+    else:
+        d = np.clip(d, -d_max, d_max)
+    return np.where(n > 0, r, 1), np.where(n > 0, d, 0)
+
+
+def batch_renorm(
+    x, running, limits, scale=None, bias=None, *, feature_axis=-1, epsilon=1e-5, where=None
+):
+    """Ioffe, 2017; with the variance for state instead of its root."""
+    features = tuple(a % np.ndim(x) for a in np.atleast_1d(feature_axis))
+    axes = tuple(axis for axis in range(np.ndim(x)) if axis not in features)
+    r, d = corrections(x, axes, running, limits, epsilon, where)
+    h = standardized(x, axes, epsilon, where)[0]
+    return affine(h * r + d, scale, bias, features)
+
+
 def layer_norm(x, scale=None, bias=None, *, axis=-1, epsilon=1e-6, where=None):
     """Ba, Kiros and Hinton, 2016."""
     axes = tuple(a % np.ndim(x) for a in np.atleast_1d(axis))

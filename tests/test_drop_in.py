@@ -96,8 +96,8 @@ def test_signatures_are_those_of_flax(flavour, name, method):
     own = [p for p in ours if p not in theirs]
     first = [p for p in theirs if p not in after]
     assert ours == first + own + after
-    extra = name == "BatchNorm" and method == "__init__"
-    assert [p[0] for p in own] == (["virtual_batch_size"] if extra else [])
+    extra = {"__init__": ["virtual_batch_size", "renorm"], "__call__": ["renorm"]}
+    assert [p[0] for p in own] == (extra[method] if name == "BatchNorm" else [])
     assert all(p[2] is None for p in own)  # changes nothing when left alone
 
 

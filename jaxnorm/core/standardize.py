@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import export
+from jax import export, lax
 from jax.typing import DTypeLike
 
 from jaxnorm.core.arithmetic import reciprocal_or_zero
@@ -153,6 +153,37 @@ def _norm_jvp(spec, primals, tangents):
         x, tx = total, tx + tresidual
     kept = Kept(x, where, group, stats, params)
     return (y, stats, total), norm_tangents(spec, kept, tx, tparams)
+
+
+def standardize_measured(
+    spec: NormSpec,
+    x: jax.Array,
+    stats: Statistics,
+    params: NormParams,
+    where: jax.Array | None = None,
+) -> tuple[jax.Array, Statistics]:
+    """y by statistics that have been measured of this x, and these with their derivative.
+
+    The derivative is that of `measure_and_standardize`. In between, the parameters may be chosen
+    by the statistics.
+    """
+    group = spec.statistics_devices.group()
+    return _norm_of_measured(spec, x, params, where, group, lax.stop_gradient(stats))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _norm_of_measured(spec, x, params, where, group, stats):
+    y = standardize(spec, x, stats.mean_high, stats.mean_low, stats.rstd, params)
+    return y, stats
+
+
+@_norm_of_measured.defjvp
+def _norm_of_measured_jvp(spec, primals, tangents):
+    x, params, where, group, _ = primals
+    tx, tparams, *_ = tangents
+    y, stats = _norm_of_measured(spec, *primals)
+    ty, tstats, _ = norm_tangents(spec, Kept(x, where, group, stats, params), tx, tparams)
+    return (y, stats), (ty, tstats)
 
 
 def norm_tangents(

@@ -12,11 +12,11 @@ from jaxnorm.core.layout import batch_layout
 from jaxnorm.core.normalize import (
     check_input,
     checked,
-    normalize_and_measure,
     normalize_with,
     program,
 )
 from jaxnorm.core.standardize import NormParams
+from jaxnorm.functional.renorm import Renorm, check_renorm, normalize_batch, without_kernel
 from jaxnorm.functional.state import (
     BatchNormState,
     check_ddof,
@@ -43,6 +43,7 @@ def batch_norm(
     ddof: int = 0,
     virtual_batch_size: int | None = None,
     scale_offset: float = 0.0,
+    renorm: Renorm | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, BatchNormState]:
     """Batch normalization: zero mean and unit variance for each feature over the batch.
@@ -51,6 +52,14 @@ def batch_norm(
 
     In training, mean and variance are measured over all axes of x but the features', and over the
     devices of `axis_name`; the state moves towards them. Otherwise they are those of the state.
+
+    Batch renormalization corrects them towards the state as it was before (S):
+
+        y = ((x - mean) / sqrt(var + epsilon) * r + d) * scale + bias
+        r = clip(sqrt((var + epsilon) / (S.var + epsilon)), 1 / r_max, r_max)
+        d = clip((mean - S.mean) / sqrt(S.var + epsilon), -d_max, d_max)
+
+    No gradient flows through r and d.
 
     Args:
       x: array of any shape with at least one axis; floating-point or complex.
@@ -76,9 +85,12 @@ def batch_norm(
         moves towards the moments of the whole batch, over all devices of `axis_name`.
       scale_offset: added to the scale, in float32 or better. With 1, a scale of zeros changes
         nothing.
+      renorm: the limits r_max and d_max of batch renormalization, which may be traced; None is
+        batch norm, and so is Renorm(1, 0). For complex x, d_max limits the absolute value of d.
+        Without `train` it has no effect.
       implementation: "kernel" for the platform's kernel, "xla" for XLA. None: the environment
         variable JAXNORM_IMPLEMENTATION if set, else the kernel if it supports the input, else XLA.
-        See `implementations`. Without `train`, XLA computes it.
+        See `implementations`. Without `train`, or with renorm, XLA computes it.
 
     Returns:
       y, of the shape and dtype of x, and the new state (the same one if not `train`). Statistics
@@ -86,11 +98,11 @@ def batch_norm(
 
     Raises:
       TypeError: x is of an integer type, `where` is not boolean, params is not a NormParams, state
-        is not a BatchNormState, or `train` is traced.
+        is not a BatchNormState, renorm is not a Renorm, or `train` is traced.
       ValueError: an axis is out of range or given twice, a shape does not fit, x is a scalar,
         epsilon is negative, there is an offset and no scale, momentum is outside [0, 1], nothing
-        binds `axis_name`, the virtual batch size does not divide the batch, or the kernel is asked
-        for and can't run.
+        binds `axis_name`, the virtual batch size does not divide the batch or comes with renorm,
+        r_max is below 1, d_max is below 0, or the kernel is asked for and can't run.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm as jn
@@ -108,6 +120,8 @@ def batch_norm(
       Internal Covariate Shift", 2015, arXiv:1502.03167.
       Hoffer, Hubara and Soudry, "Train longer, generalize better: closing the generalization gap in
       large batch training of neural networks", 2017, arXiv:1705.08741 (ghost batch norm).
+      Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized
+      Models", 2017, arXiv:1702.03275. It averages standard deviations; our state has the variance.
     """
     x = check_input(x)
     if not isinstance(train, bool | np.bool_):
@@ -117,6 +131,7 @@ def batch_norm(
         )
     layout = batch_layout(x.shape, feature_axis, virtual_batch_size if train else None)
     state = check_state(state, layout, x.dtype)
+    renorm = check_renorm(renorm, layout)
     if not train:
         check_implementation(implementation)
         y = normalize_with(
@@ -139,12 +154,12 @@ def batch_norm(
         where=where,
         scale_offset=scale_offset,
         devices=bound_devices(axis_name, axis_index_groups),
-        implementation=implementation,
+        implementation=without_kernel(renorm, implementation),
     )
-    return _train(spec, check_ddof(ddof), arrays, state, check_weights(momentum))
+    return _train(spec, check_ddof(ddof), arrays, state, check_weights(momentum), renorm)
 
 
 @functools.partial(program, static_argnums=(0, 1))
-def _train(spec, ddof, arrays, state, weights):
-    y, moments = normalize_and_measure(spec, arrays)
+def _train(spec, ddof, arrays, state, weights, renorm):
+    y, moments = normalize_batch(spec, arrays, state.mean, state.var, renorm)
     return y, move(state, moments, weights, ddof)

@@ -16,17 +16,18 @@ from jaxnorm.core.normalize import (
     add_params,
     check_residual,
     normalize,
-    normalize_and_measure,
     normalize_with,
 )
 from jaxnorm.core.standardize import NormParams
+from jaxnorm.functional.renorm import Renorm, check_renorm, normalize_batch, without_kernel
 
 
 class BatchNorm(nn.BatchNorm):
     """`jaxnorm.batch_norm` with learned scale and bias and running statistics in `batch_stats`.
 
     `use_running_average` is `not train`, `axis` is `feature_axis`; other arguments are those of the
-    function. While the module is initialized, nothing has to bind `axis_name`, and the running
+    function. `renorm` is given as numbers to the constructor, or to a call, which wins and may
+    trace it. While the module is initialized, nothing has to bind `axis_name`, and the running
     statistics do not change.
 
     Examples:
@@ -41,6 +42,7 @@ class BatchNorm(nn.BatchNorm):
 
     virtual_batch_size: int | None = None
     scale_offset: float = 0.0
+    renorm: Renorm | None = None
 
     @nn.compact
     def __call__(
@@ -51,6 +53,7 @@ class BatchNorm(nn.BatchNorm):
         mask: jax.Array | None = None,
         scale: jax.Array | None = None,
         bias: jax.Array | None = None,
+        renorm: Renorm | None = None,
     ) -> jax.Array:
         """Normalize x, and in training update the running statistics."""
         use_running_average = nn.merge_param(
@@ -58,6 +61,7 @@ class BatchNorm(nn.BatchNorm):
         )
         size = None if use_running_average else self.virtual_batch_size
         layout = batch_layout(jnp.shape(x), self.axis, size, "axis")
+        renorm = check_renorm(self.renorm if renorm is None else renorm, layout)
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, layout.feature_shape, stats_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, layout.feature_shape, stats_dtype)
@@ -73,9 +77,16 @@ class BatchNorm(nn.BatchNorm):
                 scale_offset=self.scale_offset,
                 dtype=dtype,
             )
-        y, moments = normalize_and_measure(
-            *_checked("batch_norm", self, x, layout, mask, NormParams(scale, bias))
+        call = _checked(
+            "batch_norm",
+            self,
+            x,
+            layout,
+            mask,
+            NormParams(scale, bias),
+            implementation=without_kernel(renorm),
         )
+        y, moments = normalize_batch(*call, mean.value, var.value, renorm)
         if not self.is_initializing():
             dtype = self.dtype or jnp.result_type(x)
             mean.value, var.value = update_running_statistics(

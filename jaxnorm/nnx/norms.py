@@ -20,10 +20,10 @@ from jaxnorm.core.normalize import (
     add_params,
     check_residual,
     normalize,
-    normalize_and_measure,
     normalize_with,
 )
 from jaxnorm.core.standardize import NormParams
+from jaxnorm.functional.renorm import Renorm, check_renorm, normalize_batch, without_kernel
 
 
 def _after(inherited: Callable) -> Callable[[Callable], Callable]:
@@ -42,9 +42,9 @@ class BatchNorm(nnx.BatchNorm):
     """`jaxnorm.batch_norm` with learned scale and bias and running statistics.
 
     `use_running_average` is `not train`, `axis` is `feature_axis`; other arguments are those of the
-    function.
-    `train()`, `eval()` and `nnx.view` set `use_running_average`; a call may override it. Under
-    `nnx.vmap`, give `axis_name` if one module serves all examples.
+    function. `renorm` is given as numbers to the constructor, or to a call, which wins and may
+    trace it. `train()`, `eval()` and `nnx.view` set `use_running_average`; a call may override it.
+    Under `nnx.vmap`, give `axis_name` if one module serves all examples.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm.nnx as jn
@@ -61,12 +61,14 @@ class BatchNorm(nnx.BatchNorm):
         *arguments: Any,
         virtual_batch_size: int | None = None,
         scale_offset: float = 0.0,
+        renorm: Renorm | None = None,
         **named: Any,
     ):
-        """Flax's arguments, how many examples share statistics, and what is added to the scale."""
+        """Flax's arguments, those of ghost batch norm and renormalization, and a scale's offset."""
         super().__init__(*arguments, **_initialized(named, scale_offset))
         self.virtual_batch_size = virtual_batch_size
         self.scale_offset = scale_offset
+        self.renorm = renorm
 
     def __call__(
         self,
@@ -76,6 +78,7 @@ class BatchNorm(nnx.BatchNorm):
         mask: jax.Array | None = None,
         scale: jax.Array | None = None,
         bias: jax.Array | None = None,
+        renorm: Renorm | None = None,
     ) -> jax.Array:
         """Normalize x, and in training update the running statistics."""
         use_running_average = first_from(
@@ -86,6 +89,7 @@ class BatchNorm(nnx.BatchNorm):
         )
         size = None if use_running_average else self.virtual_batch_size
         layout = batch_layout(jnp.shape(x), self.axis, size, "axis")
+        renorm = check_renorm(self.renorm if renorm is None else renorm, layout)
         mean, var = (_fold(stat[...], layout) for stat in (self.mean, self.var))
         if use_running_average:
             x, params, dtype = _prepare(self, x, layout, NormParams(scale, bias), mean, var)
@@ -99,8 +103,18 @@ class BatchNorm(nnx.BatchNorm):
                 scale_offset=self.scale_offset,
                 dtype=dtype,
             )
-        call = _checked("batch_norm", self, x, layout, mask, NormParams(scale, bias), mean, var)
-        y, moments = normalize_and_measure(*call)
+        call = _checked(
+            "batch_norm",
+            self,
+            x,
+            layout,
+            mask,
+            NormParams(scale, bias),
+            mean,
+            var,
+            implementation=without_kernel(renorm),
+        )
+        y, moments = normalize_batch(*call, mean, var, renorm)
         updated = update_running_statistics(mean, var, moments, self.momentum, moments.mean.dtype)
         for stat, value in zip((self.mean, self.var), updated, strict=True):
             # A variable that is a reference must not keep a tracer of jax.grad.

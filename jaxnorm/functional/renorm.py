@@ -1,0 +1,157 @@
+"""Batch renormalization: batch norm corrected towards the running statistics."""
+
+import functools
+from numbers import Real
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import export, lax
+from jax.core import Tracer
+
+from jaxnorm.core.arithmetic import as_array, promote, real_dtype
+from jaxnorm.core.layout import Layout
+from jaxnorm.core.moments import Moments, Statistics, statistics
+from jaxnorm.core.normalize import (
+    Arrays,
+    check_feature_array,
+    normalize_and_measure,
+    program,
+)
+from jaxnorm.core.spec import NormSpec
+from jaxnorm.core.standardize import NormParams, standardize_measured
+from jaxnorm.kernels import check_implementation, refuse
+
+
+@functools.partial(export.register_namedtuple_serialization, serialized_name="jaxnorm.Renorm")
+class Renorm(NamedTuple):
+    """How far batch renormalization may correct a batch towards the running statistics.
+
+    Both limits are scalars. They may be traced, so that a schedule needs one program. Renorm(1, 0)
+    corrects nothing; Renorm(inf, inf) standardizes by the running statistics, but with the gradient
+    of batch norm. The paper starts with (1, 0) and ends with (3, 5).
+
+    Attributes:
+      r_max: of the scale: r lies in [1 / r_max, r_max]; at least 1.
+      d_max: of the shift, in standard deviations: d lies in [-d_max, d_max]; at least 0.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxnorm as jn
+      >>> @jax.jit
+      ... def step(x, state, count):
+      ...     t = jnp.clip(count / 1000, 0, 1)
+      ...     return jn.batch_norm(x, state, renorm=jn.Renorm(1 + 2 * t, 5 * t))
+      >>> y, state = step(jnp.ones((8, 3)), jn.init_batch_norm_state(3), 500)
+      >>> y[0].round(4)
+      Array([1., 1., 1.], dtype=float32)
+    """
+
+    r_max: float | jax.Array
+    d_max: float | jax.Array
+
+
+def check_renorm(renorm: Renorm | None, layout: Layout) -> Renorm | None:
+    """The limits, checked; None if they are the numbers 1 and 0, which correct nothing."""
+    if renorm is None:
+        return None
+    if not isinstance(renorm, Renorm):
+        raise TypeError(
+            f"renorm must be a Renorm or None, got {type(renorm).__name__}; write "
+            "jaxnorm.Renorm(r_max=3.0, d_max=5.0)."
+        )
+    _check_limit("r_max", renorm.r_max, 1)
+    _check_limit("d_max", renorm.d_max, 0)
+    if isinstance(renorm.r_max, Real) and isinstance(renorm.d_max, Real) and renorm == (1, 0):
+        return None
+    if layout.sub_batches:
+        raise ValueError(
+            "renorm must be given without virtual_batch_size, got both; sub-batches are for the "
+            "noise of their own statistics, which renorm takes away, so leave one of them out."
+        )
+    return renorm
+
+
+def _check_limit(name: str, limit: float | jax.Array, least: int) -> None:
+    if not isinstance(limit, Real | jax.Array) or jnp.iscomplexobj(limit):
+        raise TypeError(
+            f"{name} must be a real number, got {type(limit).__name__}; write for example "
+            "jaxnorm.Renorm(r_max=3.0, d_max=5.0)."
+        )
+    if jnp.ndim(limit):
+        raise ValueError(
+            f"{name} must be a scalar, got shape {jnp.shape(limit)}; one limit serves all features."
+        )
+    if not isinstance(limit, Tracer) and not limit >= least:
+        raise ValueError(
+            f"{name} must be at least {least}, got {limit}; Renorm(1, 0) corrects nothing, and "
+            "greater limits correct more."
+        )
+
+
+def without_kernel(renorm: Renorm | None, implementation: str | None = None) -> str | None:
+    """The implementation; if there is renorm, the formula.
+
+    Raises:
+      ValueError: there is renorm, and the kernel is asked for.
+    """
+    if renorm is None:
+        return implementation
+    if check_implementation(implementation) == "kernel":
+        refuse("no kernel does batch renormalization, unless the limits are the numbers 1 and 0")
+    return "xla"
+
+
+def normalize_batch(
+    spec: NormSpec, arrays: Arrays, mean: jax.Array, var: jax.Array, renorm: Renorm | None
+) -> tuple[jax.Array, Moments]:
+    """Standardize x by its own statistics, corrected towards the running ones if there is renorm.
+
+    The second result is the moments, over the devices.
+    """
+    if renorm is None:
+        return normalize_and_measure(spec, arrays)
+    mean = check_feature_array(mean, "the running mean", spec.layout, spec.dtype)
+    var = check_feature_array(var, "the running variance", spec.layout, spec.dtype)
+    return _renormalize(spec, arrays, mean, var, renorm)
+
+
+@program
+def _renormalize(spec, arrays, mean, var, renorm):
+    x, params, where, _ = arrays
+    with jax.named_scope(spec.name):
+        stats = statistics(spec, lax.stop_gradient(x), where)
+        r, d = _corrections(spec, *lax.stop_gradient((stats, mean, var)), renorm)
+        y, stats = standardize_measured(spec, x, stats, _corrected(spec, params, r, d), where)
+    return y, stats.moments(spec.layout, spec.devices)
+
+
+def _corrections(
+    spec: NormSpec, stats: Statistics, mean: jax.Array, var: jax.Array, renorm: Renorm
+) -> tuple[jax.Array, jax.Array]:
+    """r and d of each feature, in the arithmetic's dtype; 1 and 0 where nothing counts."""
+    flat = (a.reshape(spec.layout.feature_shape) for a in jax.tree.leaves(stats))
+    high, low, own_var, count, _ = flat
+    # A state in float64 keeps its precision, though x may be in float32.
+    dtype = promote(own_var.dtype, var.dtype, real_dtype(mean.dtype))
+    r_max, d_max = (lax.stop_gradient(as_array(limit).astype(dtype)) for limit in renorm)
+    own_std, std = (jnp.sqrt(v.astype(dtype) + spec.epsilon) for v in (own_var, var))
+    high, low, mean = (a.astype(promote(dtype, high.dtype, mean.dtype)) for a in (high, low, mean))
+    shift = (high - mean) + low
+    r = jnp.clip(_ratio(own_std, std), 1 / r_max, r_max)
+    # Of a complex shift, the absolute value is limited; of a real one, this is to clip it.
+    size = jnp.minimum(_ratio(jnp.abs(shift), std), d_max)
+    d = jnp.sign(shift) * size.astype(shift.dtype)
+    return spec.prepare(jnp.where(count > 0, r, 1)), spec.prepare(jnp.where(count > 0, d, 0))
+
+
+def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a / b, infinite where b alone is zero, and zero where both are."""
+    return jnp.where(a == 0, 0, a / b)
+
+
+def _corrected(spec: NormSpec, params: NormParams, r: jax.Array, d: jax.Array) -> NormParams:
+    """The parameters of h that are those of h r + d: (h r + d) scale + bias."""
+    if params.scale is not None:
+        scale = spec.prepare(params.scale)
+        r, d = scale * r, scale * d
+    return NormParams(r, d if params.bias is None else spec.prepare(params.bias) + d)
