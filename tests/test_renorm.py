@@ -1,7 +1,6 @@
 """Batch renormalization: the paper's numbers, and no gradient through r and d."""
 
 import functools
-import os
 from typing import Any
 
 import jax
@@ -9,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from flax import nnx
-from jax import export, lax
-from maps import ALL, EVEN, mapped
+from jax import lax
+from renorming import LIMITS, MEAN, VAR, assert_equal, problem, renormed, some, state_of, truth
 from transformations import (
     SHAPE,
     assert_same,
@@ -22,49 +20,8 @@ from transformations import (
 )
 
 import jaxnorm as jn
-import jaxnorm.linen
-import jaxnorm.nnx
-from benchmarks.collectives import collectives_of
 
-LIMITS = (1.5, 0.5)
 FLOAT64: Any = np.float64
-# For x of mean and variance one: both corrections are clipped from above, from below, and not.
-MEAN, VAR = np.array([0.0, 0.9, 1.2, 6.0]), np.array([0.1, 0.9, 9.0, 1.1])
-
-
-def state_of(dtype=jnp.float32, shift=0.0):
-    return jn.BatchNormState(
-        jnp.asarray(MEAN + shift, dtype), jnp.asarray(VAR, dtype), jnp.int32(3)
-    )
-
-
-def renormed(x, scale=None, bias=None, where=None, state=None, limits=LIMITS, **options):
-    """y alone."""
-    params, state = jn.NormParams(scale, bias), state_of() if state is None else state
-    renorm = jn.Renorm(*limits)
-    return jn.batch_norm(x, state, params=params, where=where, renorm=renorm, **options)[0]
-
-
-def problem(rng, dtype: Any = np.float32, shape=SHAPE) -> tuple[Any, ...]:
-    """x, scale and bias, and the cotangent of y."""
-    draw = lambda shape: rng.standard_normal(shape).astype(dtype)
-    return draw(shape) + dtype(1), 1 + draw(shape[-1:]), draw(shape[-1:]), draw(shape)
-
-
-def some(rng, shape=SHAPE):
-    """A mask, under which the third feature counts nowhere."""
-    return (rng.random(shape) < 0.7) & (np.arange(shape[-1]) != 2)
-
-
-def truth(x, scale, bias, dy, where=None, state=None, limits=LIMITS, epsilon=1e-5):
-    """y and the gradients of x, scale and bias; the features come last."""
-    running = (MEAN, VAR) if state is None else state[:2]
-    axes = tuple(range(x.ndim - 1))
-    r, d = oracle.corrections(x, axes, running, limits, epsilon, where)
-    h, dy = oracle.standardized(x, axes, epsilon, where)[0], oracle.wide(dy)
-    y = oracle.batch_renorm(x, running, limits, scale, bias, epsilon=epsilon, where=where)
-    dx = oracle.gradient(x, dy * oracle.wide(scale) * r, axes, epsilon, where)
-    return y, dx, (dy * (h * r + d)).sum(axes), dy.sum(axes)
 
 
 @jax.jit
@@ -180,10 +137,6 @@ def both(x, scale, bias, dy, where=None, renorm=None, implementation=None):
     return (y, state), vjp(dy)
 
 
-def assert_equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 @pytest.mark.parametrize("numbers", [(1, 0), (1.0, 0.0), (np.float32(1), -0.0)])
 def test_the_numbers_one_and_zero_are_batch_norm_to_the_bit(numbers, rng):
     args = problem(rng)
@@ -268,222 +221,3 @@ def test_bfloat16_is_rounded_once_and_alone_is_kept(rng):
         rounding = 0.51 * casts * float(jnp.finfo(jnp.bfloat16).eps)
         error = np.abs(oracle.wide(result) - expected).max()
         assert error <= rounding * np.abs(expected).max()
-
-
-def over_devices(shards, params, groups=None):
-    """y and the new state, on one of eight devices."""
-    x, where = shards
-    return jn.batch_norm(
-        x,
-        state_of(),
-        "data",
-        params=params,
-        where=where,
-        renorm=jn.Renorm(*LIMITS),
-        axis_index_groups=groups,
-    )
-
-
-@pytest.mark.parametrize(
-    ("how", "groups", "exchanged"),
-    [
-        # What batch norm exchanges: statistics and counts, then two sums, and those that are the
-        # gradients of scale and bias.
-        ("checked", ALL, [("all-gather", 4 * 4, 8), ("all-reduce", 4 * 4, 8)]),
-        (
-            "unchecked",
-            EVEN,
-            [("all-gather", 16, 4), ("all-reduce", 2 * 4, 8), ("reduce-scatter", 4 * 2 * 4, 4)],
-        ),
-        ("vmap", EVEN, []),
-    ],
-    ids=["checked", "unchecked-groups", "vmap-groups"],
-)
-def test_eight_devices_are_as_one_and_exchange_as_little_as_batch_norm(how, groups, exchanged, rng):
-    x, scale, bias, weights = problem(rng, shape=(8, 5, 4))
-    where, params = some(rng, x.shape), jn.NormParams(scale, bias)
-    norm = functools.partial(over_devices, groups=None if groups == ALL else groups)
-
-    def run(x, where, params):
-        f = lambda x, params: mapped(how, norm)((x, where), params)
-        y, vjp, state = jax.vjp(f, x, params, has_aux=True)
-        return y, *vjp(weights), state
-
-    program: Any = jax.jit(run).lower(x, where, params).compile()
-    found = collectives_of(program.as_text())
-    assert sorted((c.kind, c.numbers, c.devices) for c in found) == exchanged
-    y, dx, params, state = jax.device_get(program(x, where, params))
-    sums = np.zeros((2, 4))
-    for group in map(list, groups):
-        args = x[group], scale, bias, weights[group], where[group]
-        right = truth(*args)
-        assert oracle.units(y[group], right[0]) < 4
-        assert oracle.units(dx[group], right[1]) < 8  # a sum of each device, and of these
-        sums += right[2:]
-        one = jn.batch_norm(x[group], state_of(), where=where[group])[1]
-        for stat, expected in zip(state, one, strict=True):
-            many = np.broadcast_to(expected, stat[group].shape)
-            np.testing.assert_allclose(stat[group], many, rtol=1e-6)
-    for gradient, expected in zip(params, sums, strict=True):
-        assert oracle.units(gradient, expected) < 16
-
-
-def test_steps_of_training_beside_keras(rng):
-    """Keras averages standard deviations, so before each step it is given ours."""
-    os.environ.setdefault("KERAS_BACKEND", "jax")
-    keras: Any = pytest.importorskip("keras", reason="Keras is in the extra 'benchmarks'")
-    if keras.backend.backend() != "jax":
-        pytest.skip("KERAS_BACKEND is not jax")
-    epsilon, momentum, rate = 1e-3, 0.8, 0.05
-    clipping = {"rmax": LIMITS[0], "rmin": 1 / LIMITS[0], "dmax": LIMITS[1]}
-    layer = keras.layers.BatchNormalization(
-        renorm=True, renorm_clipping=clipping, epsilon=epsilon, momentum=momentum
-    )
-    layer.build((16, 4))
-    names = [variable.name for variable in layer.non_trainable_variables]
-
-    def theirs(h, params, state):
-        std = jnp.sqrt(state.var + epsilon)
-        given = {"renorm_mean": state.mean, "moving_mean": state.mean, "renorm_stddev": std}
-        stats = [given.get(name, std) for name in names]
-        y, stats = layer.stateless_call([*params], stats, h, training=True)
-        # What its variance would be without renorm, which averages it as ours does.
-        var = momentum * state.var + (1 - momentum) * jnp.var(h, 0)
-        return y, jn.BatchNormState(stats[names.index("moving_mean")], var, state.count)
-
-    def ours(h, params, state):
-        options: Any = {"epsilon": epsilon, "momentum": momentum}
-        return jn.batch_norm(h, state, params=params, renorm=jn.Renorm(*LIMITS), **options)
-
-    def steps(norm, batches, weights, targets):
-        def loss(weights, params, state, batch):
-            y, state = norm(batch @ weights, params, state)
-            return jnp.mean((y - targets) ** 2), (y, state)
-
-        def step(carry, batch):
-            weights, params, state = carry
-            gradient, (y, state) = jax.grad(loss, (0, 1), has_aux=True)(*carry, batch)
-            weights, params = jax.tree.map(lambda a, g: a - rate * g, (weights, params), gradient)
-            return (weights, params, state._replace(count=state.count * 0)), (y, gradient)
-
-        return lax.scan(step, (weights, jn.init_params(4), state_of()), batches)
-
-    batches = rng.standard_normal((6, 16, 4)).astype(np.float32) + 1
-    weights, targets = (rng.standard_normal(s).astype(np.float32) for s in ((4, 4), (16, 4)))
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        a, b = (
-            jax.jit(functools.partial(steps, f))(batches, weights, targets) for f in (ours, theirs)
-        )
-    for result, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        # Some units of numbers up to ten, after six steps.
-        np.testing.assert_allclose(result, right, atol=2e-5)
-
-
-def test_the_limits_may_come_from_a_schedule_in_one_program(rng):
-    x = problem(rng)[0]
-    step: Any = jax.jit(lambda x, renorm: jn.batch_norm(x, state_of(), renorm=renorm)[0])
-    for limits in ((1.0, 0.0), (2.0, 0.25), (3.0, 5.0)):
-        right = oracle.batch_renorm(x, (MEAN, VAR), limits)
-        assert oracle.units(step(x, jn.Renorm(*limits)), right) < 4
-    assert step._cache_size() == 1
-    kept = export.deserialize(export.export(step)(x, jn.Renorm(*LIMITS)).serialize())
-    right = oracle.batch_renorm(x, (MEAN, VAR), LIMITS)
-    assert oracle.units(kept.call(x, jn.Renorm(*map(jnp.float32, LIMITS))), right) < 4
-
-
-def linen(x, renorm=None, train=True, **attributes):
-    """y and the new running statistics of linen's module."""
-    module = jaxnorm.linen.BatchNorm(not train, momentum=0.5, **attributes)
-    variables = {"params": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}
-    variables["batch_stats"] = dict(zip(("mean", "var"), state_of(), strict=False))
-    y, updates = module.apply(variables, x, renorm=renorm, mutable=["batch_stats"])
-    return y, updates["batch_stats"]["mean"], updates["batch_stats"]["var"]
-
-
-def nnx_module(x, renorm=None, train=True, **attributes):
-    """The same of nnx's."""
-    module = jaxnorm.nnx.BatchNorm(
-        4, use_running_average=not train, momentum=0.5, rngs=nnx.Rngs(0), **attributes
-    )
-    module.mean[...], module.var[...] = state_of()[:2]
-    return module(x, renorm=renorm), module.mean[...], module.var[...]
-
-
-@pytest.mark.parametrize("module", [linen, nnx_module], ids=["linen", "nnx"])
-def test_modules_are_the_function(module, rng):
-    x = problem(rng)[0]
-
-    def function(renorm, **options):
-        y, state = jn.batch_norm(x, state_of(), momentum=0.5, renorm=renorm, **options)
-        return y, state.mean, state.var
-
-    renorm = jn.Renorm(*LIMITS)
-    assert_equal(module(x, renorm), function(renorm))
-    assert_equal(module(x, renorm, train=False), function(None, train=False))
-    schedule: Any = jax.jit(lambda x, t: module(x, jn.Renorm(1 + t, t)))
-    for t in (0.5, 1.0):
-        for result, right in zip(schedule(x, t), function(jn.Renorm(1 + t, t)), strict=True):
-            assert oracle.units(result, right) < 2  # the compiler may fuse other operations
-    assert schedule._cache_size() == 1
-
-
-@pytest.mark.parametrize("flavour", ["linen", "nnx"])
-def test_a_call_wins_over_the_constructor(flavour, rng):
-    x = problem(rng)[0]
-    mine, other = jn.Renorm(*LIMITS), jn.Renorm(3.0, 5.0)
-    if flavour == "linen":
-        module = jaxnorm.linen.BatchNorm(use_running_average=False, renorm=mine)
-        variables = module.init(jax.random.key(0), x)
-        call = lambda **k: module.apply(variables, x, mutable=["batch_stats"], **k)[0]
-    else:
-        call = lambda **k: jaxnorm.nnx.BatchNorm(4, renorm=mine, rngs=nnx.Rngs(0))(x, **k)
-    state, params = jn.init_batch_norm_state(4), jn.init_params(4)
-    for given, wins in ((None, mine), (other, other), (jn.Renorm(1, 0), None)):
-        right = jn.batch_norm(x, state, params=params, renorm=wins)[0]
-        np.testing.assert_array_equal(call(renorm=given), right)
-
-
-NAN = float("nan")
-TEXT: Any = "3"
-
-
-@pytest.mark.parametrize(
-    ("renorm", "error", "words"),
-    [
-        ((3.0, 5.0), TypeError, "renorm must be a Renorm or None, got tuple"),
-        (jn.Renorm(0.5, 1.0), ValueError, "r_max must be at least 1, got 0.5"),
-        (jn.Renorm(NAN, 1.0), ValueError, "r_max must be at least 1, got nan"),
-        (jn.Renorm(2.0, -1.0), ValueError, "d_max must be at least 0, got -1.0"),
-        (jn.Renorm(2.0, NAN), ValueError, "d_max must be at least 0, got nan"),
-        (jn.Renorm(TEXT, 1.0), TypeError, "r_max must be a real number, got str"),
-        (jn.Renorm(2.0, jnp.ones(4)), ValueError, "d_max must be a scalar, got shape"),
-    ],
-    ids=str,
-)
-def test_says_what_is_wrong(renorm, error, words):
-    x = jnp.ones((6, 4))
-    for train in (True, False):
-        with pytest.raises(error, match=f"^{words}.*; [^\n]*$"):
-            jn.batch_norm(x, state_of(), renorm=renorm, train=train)
-    for module in (linen, nnx_module):
-        with pytest.raises(error, match=words):
-            module(x, renorm)
-
-
-def test_says_what_does_not_go_together():
-    x, renorm = jnp.ones((6, 4)), jn.Renorm(*LIMITS)
-    options: list[tuple[Any, str]] = [
-        ({"virtual_batch_size": 3}, "renorm must be given without virtual_batch_size.*; .*noise"),
-        ({"implementation": "kernel"}, "implementation='kernel' .* no kernel does batch renorm"),
-    ]
-    for option, words in options:
-        with pytest.raises(ValueError, match=words):
-            jn.batch_norm(x, state_of(), renorm=renorm, **option)
-    jn.batch_norm(x, state_of(), renorm=jn.Renorm(1, 0), virtual_batch_size=3)
-
-
-@pytest.mark.parametrize("module", [linen, nnx_module], ids=["linen", "nnx"])
-def test_the_kernel_that_the_environment_asks_for_is_refused(module, monkeypatch):
-    monkeypatch.setenv("JAXNORM_IMPLEMENTATION", "kernel")
-    with pytest.raises(ValueError, match=r"no kernel does batch renorm.*JAXNORM_IMPLEMENTATION"):
-        module(jnp.ones((6, 4)), jn.Renorm(*LIMITS))
