@@ -22,8 +22,15 @@ from jaxnorm.functional.moments import merge_moments, moments
 from jaxnorm.functional.padding import pad_batch
 from jaxnorm.functional.renorm import Renorm
 from jaxnorm.functional.rms import rms_norm
+from jaxnorm.functional.spectral import (
+    SpectralNormState,
+    init_spectral_norm_state,
+    spectral_norm,
+)
+from jaxnorm.functional.standardized_weight import standardize_weight
 from jaxnorm.functional.state import BatchNormState, init_batch_norm_state, update_batch_norm_state
 from jaxnorm.functional.unit import unit_norm
+from jaxnorm.functional.weight import init_weight_norm, weight_norm
 from jaxnorm.kernels import implementations
 
 __version__ = "0.1.0"
@@ -33,6 +40,7 @@ __all__ = [
     "Moments",
     "NormParams",
     "Renorm",
+    "SpectralNormState",
     "add_layer_norm",
     "add_rms_norm",
     "batch_norm",
@@ -45,6 +53,8 @@ __all__ = [
     "implementations",
     "init_batch_norm_state",
     "init_params",
+    "init_spectral_norm_state",
+    "init_weight_norm",
     "instance_norm",
     "layer_norm",
     "local_response_norm",
@@ -53,6 +63,9 @@ __all__ = [
     "normalize",
     "pad_batch",
     "rms_norm",
+    "spectral_norm",
+    "standardize_weight",
     "unit_norm",
     "update_batch_norm_state",
+    "weight_norm",
 ]

@@ -8,13 +8,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxnorm.core.arithmetic import promote, real_dtype
+from jaxnorm.core.axes import Axes
 from jaxnorm.core.devices import LOCAL, bound_devices
-from jaxnorm.core.layout import Layout
+from jaxnorm.core.layout import Layout, batch_layout
 from jaxnorm.core.moments import Moments
 from jaxnorm.core.normalize import Arrays, checked
 from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.standardize import NormParams
+from jaxnorm.functional.spectral import divide, start
 from jaxnorm.functional.state import BatchNormState, update_batch_norm_state
+from jaxnorm.functional.weight import weight_norm
 
 
 def checked_call(
@@ -87,3 +90,49 @@ def called(function: Callable, x: Any, dtype: DTypeLike, *args: Any, **options: 
     """`function(x, ...)` with a result of `dtype`: x is cast up before, and y down after."""
     x = jnp.asarray(x)
     return function(x.astype(promote(x.dtype, dtype)), *args, **options).astype(dtype)
+
+
+def weight_normalized(
+    weights: jax.Array,
+    scale: jax.Array | None,
+    feature_axes: Axes,
+    epsilon: float,
+    dtype: DTypeLike,
+) -> jax.Array:
+    """`weight_norm` with the scale as g, of length one without a scale."""
+    wide = weights.astype(promote(weights.dtype, dtype))
+    if scale is None:
+        layout = batch_layout(weights.shape, feature_axes, name="feature_axes")
+        scale = jnp.ones(layout.feature_shape, real_dtype(wide.dtype))
+    return weight_norm(wide, scale, feature_axis=feature_axes, epsilon=epsilon).astype(dtype)
+
+
+def spectrally_normalized(
+    weights: jax.Array, u: jax.Array, steps: int, epsilon: float, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The weights after so many power iterations from u, the new u, and sigma.
+
+    Flax keeps u and sigma, and no v; without a step, it is that of u.
+    """
+    wide = weights.astype(promote(weights.dtype, dtype))
+    layout = batch_layout(wide.shape, -1)
+    y, state, sigma = divide(layout, steps, epsilon, wide, start(layout, wide, u.reshape(-1)))
+    return y.astype(dtype), state.u.reshape(u.shape).astype(u.dtype), sigma
+
+
+def check_matrix(required: bool, name: str, shape: tuple[int, ...]) -> None:
+    """Check that weights are a matrix, if that is required."""
+    if required and len(shape) > 2:
+        raise ValueError(
+            f"{name} must be a matrix where error_on_non_matrix is True, got shape {shape}; set it "
+            "to False, and all axes but the last become the rows of a matrix."
+        )
+
+
+def check_no_mask(mask: jax.Array | None) -> None:
+    """Check that no weights are hidden: they would count in the statistics."""
+    if mask is not None:
+        raise ValueError(
+            f"mask must be None where weights are standardized, got an array of shape {mask.shape};"
+            " use Flax's Conv for a masked convolution."
+        )

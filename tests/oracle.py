@@ -45,9 +45,10 @@ def gradient(x, g, axes, epsilon, where=None, subtract_mean=True):
     return rstd * (g - w * own / np.maximum(n, 1))
 
 
-def two_norm(x, axes, where: Any = True):
+def two_norm(x, axes, where: Any = None):
     """The length of vectors along axes, which stay with size one."""
-    return np.sqrt(np.where(where, np.abs(wide(x)) ** 2, 0).sum(axes, keepdims=True))
+    counted = True if where is None else where
+    return np.sqrt(np.where(counted, np.abs(wide(x)) ** 2, 0).sum(axes, keepdims=True))
 
 
 def affine(h, scale, bias, axes):
@@ -204,6 +205,59 @@ def cotangents(function, args, dy):
         np.array([along(i, place) for place in np.ndindex(a.shape)]).reshape(a.shape)
         for i, a in enumerate(args)
     ]
+
+
+def other_axes(x, feature_axis):
+    """All axes but those of the features."""
+    features = [axis % np.ndim(x) for axis in np.atleast_1d(feature_axis)]
+    return tuple(axis for axis in range(np.ndim(x)) if axis not in features)
+
+
+def weight_norm(v, g, *, feature_axis=-1, epsilon=1e-12):
+    """Salimans and Kingma, 2016."""
+    axes = other_axes(v, feature_axis)
+    length = np.sqrt(two_norm(v, axes) ** 2 + epsilon)
+    return wide(v) / np.where(length > 0, length, 1) * np.expand_dims(wide(g), axes)
+
+
+def weight_norm_gradient(v, g, dw, *, feature_axis=-1, epsilon=1e-12):
+    """The cotangents of v and g."""
+    axes = other_axes(v, feature_axis)
+    h = weight_norm(v, np.ones_like(g), feature_axis=feature_axis, epsilon=epsilon)
+    length = np.sqrt(two_norm(v, axes) ** 2 + epsilon)
+    dg = (wide(dw) * h).sum(axes, keepdims=True)
+    return np.expand_dims(wide(g), axes) / length * (dw - h * dg), dg.squeeze(axes)
+
+
+def standardize_weight(w, gain=None, *, feature_axis=-1, epsilon=1e-6, fan_in=False):
+    """Qiao et al., 2019; with fan_in, Brock et al., 2021."""
+    axes, features = other_axes(w, feature_axis), np.atleast_1d(feature_axis) % np.ndim(w)
+    if not fan_in:
+        return affine(standardized(w, axes, epsilon)[0], gain, None, features)
+    mean, var, n = statistics(wide(w), axes)
+    return affine((wide(w) - mean) / np.sqrt(np.maximum(var * n, epsilon)), gain, None, features)
+
+
+def matrix(w, feature_axis=-1):
+    """Weights as a matrix, whose columns are the features."""
+    w = np.moveaxis(wide(w), feature_axis, -1)
+    return w.reshape(-1, w.shape[-1])
+
+
+def power_iteration(w, u, steps, *, feature_axis=-1):
+    """Miyato et al., 2018, algorithm 1: u, v and sigma after so many steps."""
+    m, u = matrix(w, feature_axis), wide(u)
+    v = m @ u / np.linalg.norm(m @ u)
+    for _ in range(steps):
+        v = m @ u / np.linalg.norm(m @ u)
+        u = m.T @ v / np.linalg.norm(m.T @ v)
+    return u, v, v @ m @ u
+
+
+def spectral_gradient(w, u, v, dy):
+    """The cotangent of w, whose features come last, for that of w / sigma."""
+    sigma, vu = v @ matrix(w) @ u, np.outer(v, u).reshape(np.shape(w))
+    return dy / sigma - np.sum(dy * wide(w)) / sigma**2 * vu
 
 
 def units(result, truth, dtype=np.float32):

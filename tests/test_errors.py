@@ -13,6 +13,7 @@ STATE = jn.init_batch_norm_state(6)
 DICT: Any = {}  # for the type checker, anything
 HALF: Any = 0.5
 FLAT: Any = [0, 1]
+SPECTRAL = jn.init_spectral_norm_state(X, jax.random.key(0))
 SWAPPED: Any = (jn.moments(X, 0), STATE)
 
 
@@ -280,6 +281,38 @@ CASES = [
         ValueError,
         "(6,)",
         "got (4,)",
+    ),
+    bad("integer weights", lambda: jn.weight_norm(X.astype(int), X), TypeError, "v must", "v.as"),
+    bad("lengths of rows", lambda: jn.weight_norm(X, X[:, 0]), ValueError, "g must", "got (4,)"),
+    bad(
+        "gain of another size",
+        lambda: jn.standardize_weight(X, X[:, 0]),
+        ValueError,
+        "gain must have shape (6,)",
+        "got (4,)",
+    ),
+    bad("no state of spectral norm", lambda: jn.spectral_norm(X, DICT), TypeError, "state", "dict"),
+    bad(
+        "state of the transposed weights",
+        lambda: jn.spectral_norm(X.T, SPECTRAL),
+        ValueError,
+        "state.u must have shape (4,)",
+        "got (6,)",
+    ),
+    bad(
+        "state of spectral norm in half precision",
+        lambda: jn.spectral_norm(X, jax.tree.map(lambda a: a.astype(jnp.bfloat16), SPECTRAL)),
+        TypeError,
+        "state.u must be float32 or better",
+        "bfloat16",
+    ),
+    bad("no steps", lambda: jn.spectral_norm(X, SPECTRAL, steps=0), ValueError, "steps", "got 0"),
+    bad(
+        "steps traced",
+        lambda: jax.jit(lambda n: jn.spectral_norm(X, SPECTRAL, steps=n))(2),
+        TypeError,
+        "steps must be an integer",
+        "static",
     ),
 ]
 

@@ -1,14 +1,15 @@
-"""The length of vectors: the 2-norm, whose squares neither overflow nor underflow."""
+"""The length of vectors and their direction, by squares that neither overflow nor underflow."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnorm.core.arithmetic import magnitude, promote, real_product, square
+from jaxnorm.core.arithmetic import magnitude, promote, real_product, reciprocal_std, square
 from jaxnorm.core.axes import Axes
-from jaxnorm.core.layout import moments_layout
+from jaxnorm.core.layout import Layout, moments_layout
 
 
 def two_norm(x: jax.Array, axes: Axes, where: jax.Array | None = None) -> jax.Array:
@@ -22,7 +23,7 @@ def two_norm(x: jax.Array, axes: Axes, where: jax.Array | None = None) -> jax.Ar
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _two_norm(x, where, layout):
-    scaled, scale = _scaled(x, where, layout)
+    scaled, scale = scaled_to_one(x, layout, where)
     return jnp.sqrt(layout.sum(square(scaled))) * scale
 
 
@@ -35,7 +36,7 @@ def _two_norm_jvp(layout, primals, tangents):
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def tangent(kept, tx):
         x, norm = lax.optimization_barrier(kept)
-        scaled, scale = _scaled(x, where, layout)
+        scaled, scale = scaled_to_one(x, layout, where)
         length = jnp.where(norm > 0, norm / scale, 1)
         # Of zeros, `scaled` is a constant, so that all higher derivatives are zero too.
         direction = jnp.where(norm > 0, scaled, 0) / length.astype(scaled.dtype)
@@ -44,12 +45,35 @@ def _two_norm_jvp(layout, primals, tangents):
     return norm, tangent((x, norm), tangents[0])
 
 
-def _scaled(x, where, layout):
-    """x divided by a power of two near its largest element, in float32 or better; and that."""
+def unit(x: jax.Array, axes: Axes, epsilon: float = 0.0) -> jax.Array:
+    """x / sqrt(|x|**2 + epsilon), with the 2-norm over the axes; in float32 or better.
+
+    Zero stays zero. Its derivative is zero where epsilon is.
+    """
+    return _unit(x, moments_layout(x.shape, axes), epsilon)
+
+
+# The backward pass, which keeps x in its own dtype, computes again what this computes.
+@functools.partial(jax.checkpoint, static_argnums=(1, 2))
+def _unit(x, layout, epsilon):
+    root = math.sqrt(epsilon)
+    scaled, scale = scaled_to_one(x, layout, least=root)
+    power = layout.sum(square(scaled)) + square(root / scale)
+    return scaled * reciprocal_std(power, 0.0).astype(scaled.dtype)
+
+
+def scaled_to_one(
+    x: jax.Array, layout: Layout, where: jax.Array | None = None, least: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """x divided by a constant near its largest element, or near `least`; and this constant.
+
+    It is a power of two, so that it changes no digit, and its reciprocal is finite. x is in float32
+    or better, and zero where it does not count.
+    """
     x = x.astype(promote(x.dtype, jnp.float32))
     if where is not None:
         x = jnp.where(where, x, 0)
     size = jnp.abs(lax.stop_gradient(x))
-    largest = jnp.max(size, layout.reduction_axes, keepdims=True, initial=0)
+    largest = jnp.max(size, layout.reduction_axes, keepdims=True, initial=least)
     scale = magnitude(largest)
     return x * (1 / scale).astype(x.dtype), scale

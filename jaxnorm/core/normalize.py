@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
@@ -167,15 +168,25 @@ def make_spec(
     return NormSpec(name, layout, compute_dtype, dtype, check_epsilon(epsilon))
 
 
-def check_input(x: Any) -> jax.Array:
+def check_input(x: Any, name: str = "x") -> jax.Array:
     """x as an array of a dtype that can be normalized."""
     x = as_array(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
-            f"x must be floating-point or complex, got dtype {x.dtype}; convert it first, for "
-            "example x.astype(jnp.float32)."
+            f"{name} must be floating-point or complex, got dtype {x.dtype}; convert it first, for "
+            f"example {name}.astype(jnp.float32)."
         )
     return x
+
+
+def check_train(train: bool) -> bool:
+    """Whether to train as a Python bool; it decides what is computed."""
+    if not isinstance(train, bool | np.bool_):
+        raise TypeError(
+            f"train must be a Python bool, got {type(train).__name__}; mark it as static in "
+            "jax.jit, or bind it with functools.partial."
+        )
+    return bool(train)
 
 
 def check_residual(residual: Any, x: jax.Array) -> jax.Array:

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm.core.axes import Axes
@@ -11,6 +10,7 @@ from jaxnorm.core.devices import AxisGroups, AxisName, bound_devices
 from jaxnorm.core.layout import batch_layout
 from jaxnorm.core.normalize import (
     check_input,
+    check_train,
     checked,
     normalize_with,
     program,
@@ -124,11 +124,7 @@ def batch_norm(
       Models", 2017, arXiv:1702.03275. It averages standard deviations; our state has the variance.
     """
     x = check_input(x)
-    if not isinstance(train, bool | np.bool_):
-        raise TypeError(
-            f"train must be a Python bool, got {type(train).__name__}; mark it as static in "
-            "jax.jit, or bind it with functools.partial."
-        )
+    train = check_train(train)
     layout = batch_layout(x.shape, feature_axis, virtual_batch_size if train else None)
     state = check_state(state, layout, x.dtype)
     renorm = check_renorm(renorm, layout)

@@ -8,6 +8,9 @@ in Flax; their arguments are in its manner.
 `use_fast_variance` and `force_float32_reductions` are accepted but ignored: statistics are always
 accurate, and in float32 or better. The latter still decides the dtype of running statistics. A
 `mask` is the `where` of the functions.
+
+WeightNorm and SpectralNorm never write into the layer that they wrap. StandardizedDense and
+StandardizedConv are Flax's Dense and Conv with standardized kernels.
 """
 
 from jaxnorm.linen.family import (
@@ -25,6 +28,12 @@ from jaxnorm.linen.norms import (
     LayerNorm,
     RMSNorm,
 )
+from jaxnorm.linen.weights import (
+    SpectralNorm,
+    StandardizedConv,
+    StandardizedDense,
+    WeightNorm,
+)
 
 __all__ = [
     "AddLayerNorm",
@@ -38,4 +47,8 @@ __all__ = [
     "InstanceNorm",
     "LayerNorm",
     "RMSNorm",
+    "SpectralNorm",
+    "StandardizedConv",
+    "StandardizedDense",
+    "WeightNorm",
 ]

@@ -8,6 +8,9 @@ in Flax; their arguments are in its manner.
 `use_fast_variance` is accepted but ignored: statistics are always accurate, and in float32 or
 better. `promote_dtype` is called as in Flax, but only the result is rounded to its dtype, not x or
 the running statistics. A `mask` is the `where` of the functions.
+
+WeightNorm and SpectralNorm never write into the layer that they wrap. StandardizedLinear and
+StandardizedConv are Flax's Linear and Conv with standardized kernels.
 """
 
 from jaxnorm.nnx.family import (
@@ -25,6 +28,12 @@ from jaxnorm.nnx.norms import (
     LayerNorm,
     RMSNorm,
 )
+from jaxnorm.nnx.weights import (
+    SpectralNorm,
+    StandardizedConv,
+    StandardizedLinear,
+    WeightNorm,
+)
 
 __all__ = [
     "AddLayerNorm",
@@ -38,4 +47,8 @@ __all__ = [
     "InstanceNorm",
     "LayerNorm",
     "RMSNorm",
+    "SpectralNorm",
+    "StandardizedConv",
+    "StandardizedLinear",
+    "WeightNorm",
 ]

@@ -26,7 +26,7 @@ from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.renorm import Renorm, check_renorm, normalize_batch, without_kernel
 
 
-def _after(inherited: Callable) -> Callable[[Callable], Callable]:
+def after(inherited: Callable) -> Callable[[Callable], Callable]:
     """Give a function the signature of `inherited`, and its own keywords after it."""
 
     def decorate(f: Any) -> Any:
@@ -55,7 +55,7 @@ class BatchNorm(nnx.BatchNorm):
       Array([1., 1., 1.], dtype=float32)
     """
 
-    @_after(nnx.BatchNorm.__init__)
+    @after(nnx.BatchNorm.__init__)
     def __init__(
         self,
         *arguments: Any,
@@ -139,7 +139,7 @@ class LayerNorm(nnx.LayerNorm):
       (8, 3)
     """
 
-    @_after(nnx.LayerNorm.__init__)
+    @after(nnx.LayerNorm.__init__)
     def __init__(self, *arguments: Any, scale_offset: float = 0.0, **named: Any):
         """Flax's arguments, and what is added to the scale."""
         super().__init__(*arguments, **_initialized(named, scale_offset))
@@ -168,7 +168,7 @@ class RMSNorm(nnx.RMSNorm):
       (8, 3)
     """
 
-    @_after(nnx.RMSNorm.__init__)
+    @after(nnx.RMSNorm.__init__)
     def __init__(self, *arguments: Any, scale_offset: float = 0.0, **named: Any):
         """Flax's arguments, and what is added to the scale."""
         super().__init__(*arguments, **_initialized(named, scale_offset))
@@ -261,7 +261,7 @@ class GroupNorm(nnx.GroupNorm):
       (8, 5, 5, 6)
     """
 
-    @_after(nnx.GroupNorm.__init__)
+    @after(nnx.GroupNorm.__init__)
     def __init__(self, *arguments: Any, scale_offset: float = 0.0, **named: Any):
         """Flax's arguments, and what is added to the scale."""
         super().__init__(*arguments, **_initialized(named, scale_offset))
@@ -298,7 +298,7 @@ class InstanceNorm(nnx.InstanceNorm):
       (8, 5, 5, 6)
     """
 
-    @_after(nnx.InstanceNorm.__init__)
+    @after(nnx.InstanceNorm.__init__)
     def __init__(self, *arguments: Any, scale_offset: float = 0.0, **named: Any):
         """Flax's arguments, and what is added to the scale."""
         super().__init__(*arguments, **_initialized(named, scale_offset))
