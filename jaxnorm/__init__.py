@@ -9,10 +9,10 @@ from jaxnorm.core.standardize import NormParams, init_params
 from jaxnorm.functional.add_layer import add_layer_norm
 from jaxnorm.functional.add_rms import add_rms_norm
 from jaxnorm.functional.batch import batch_norm
-from jaxnorm.functional.given import denormalize, normalize
 from jaxnorm.functional.dynamic_erf import dynamic_erf
 from jaxnorm.functional.dynamic_tanh import dynamic_tanh
 from jaxnorm.functional.filter_response import filter_response_norm
+from jaxnorm.functional.given import denormalize, normalize
 from jaxnorm.functional.global_response import global_response_norm
 from jaxnorm.functional.group import group_norm
 from jaxnorm.functional.instance import instance_norm

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def leaves(norm, kind, shape=X):
     return LEAVES[kind]
 
 
-def draw(shapes, dtype=np.float32):
+def draw(shapes, dtype: Any = np.float32):
     rng = np.random.default_rng(0)
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
 
