@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from jax import export, lax
 from maps import ALL, EVEN, mapped
-from renorming import LIMITS, MEAN, VAR, assert_equal, problem, some, state_of, truth
+from renorming import LIMITS, MEAN, VAR, assert_equal, problem, renormed, some, state_of, truth
 
 import jaxnorm as jn
 import jaxnorm.linen
@@ -220,16 +220,31 @@ def test_says_what_is_wrong(renorm, error, words):
             module(x, renorm)
 
 
-def test_says_what_does_not_go_together():
+def test_the_kernel_is_refused():
     x, renorm = jnp.ones((6, 4)), jn.Renorm(*LIMITS)
-    options: list[tuple[Any, str]] = [
-        ({"virtual_batch_size": 3}, "renorm must be given without virtual_batch_size.*; .*noise"),
-        ({"implementation": "kernel"}, "implementation='kernel' .* no kernel does batch renorm"),
-    ]
-    for option, words in options:
-        with pytest.raises(ValueError, match=words):
-            jn.batch_norm(x, state_of(), renorm=renorm, **option)
-    jn.batch_norm(x, state_of(), renorm=jn.Renorm(1, 0), virtual_batch_size=3)
+    with pytest.raises(ValueError, match=r"implementation='kernel' .* no kernel does batch renorm"):
+        jn.batch_norm(x, state_of(), renorm=renorm, implementation="kernel")
+
+
+def test_sub_batches_have_corrections_of_their_own(rng):
+    x, scale, bias, _ = problem(rng, shape=(6, 3, 4))
+    together = renormed(x, scale, bias, virtual_batch_size=2)
+    apart = [renormed(part, scale, bias) for part in np.split(x, 3)]
+    np.testing.assert_allclose(together, np.concatenate(apart), rtol=0, atol=2e-6)
+
+
+def test_with_an_offset_and_a_scale_for_each_example(rng):
+    x, scale, bias, _ = problem(rng)
+    y = renormed(x, scale, bias)
+    offset = renormed(x, scale - 0.5, bias, scale_offset=0.5)
+    np.testing.assert_allclose(offset, y, rtol=0, atol=2e-6 * np.abs(y).max())
+    # The same for all examples, and twice that for the last.
+    own = np.tile(scale, (len(x), 1, 1))
+    own[-1] *= 2
+    of_examples = renormed(x, own, np.zeros(own.shape, np.float32))
+    plain = renormed(x, scale, np.zeros_like(bias))
+    np.testing.assert_allclose(of_examples[:-1], plain[:-1], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(of_examples[-1], 2 * plain[-1], rtol=0, atol=4e-6)
 
 
 @pytest.mark.parametrize("module", [linen, nnx_module], ids=["linen", "nnx"])

@@ -86,7 +86,7 @@ def standardize(
     spread, prepare = spec.layout.spread, spec.prepare
     factor, offset = spread(prepare(rstd)), None
     if params.scale is not None:
-        factor = factor * _scale(spec, params.scale)
+        factor = factor * whole_scale(spec, params.scale)
     if params.bias is not None:
         offset = prepare(spec.layout.broadcast(params.bias))
     if mean_low is not None and x.dtype.itemsize == 2:
@@ -99,7 +99,7 @@ def standardize(
     return (y if offset is None else y + offset).astype(spec.dtype)
 
 
-def _scale(spec: NormSpec, scale: jax.Array) -> jax.Array:
+def whole_scale(spec: NormSpec, scale: jax.Array) -> jax.Array:
     """The factor of h. The offset is added here because in bfloat16 1 + 0.00390625 is 1."""
     scale = spec.prepare(spec.layout.broadcast(scale))
     return scale + spec.scale_offset if spec.scale_offset else scale
@@ -114,7 +114,7 @@ def undo_standardize(
     if params.bias is not None:
         x = x - spec.prepare(spec.layout.broadcast(params.bias))
     if params.scale is not None:
-        x = x / _scale(spec, params.scale)
+        x = x / whole_scale(spec, params.scale)
     return (x * spec.prepare(reciprocal_or_zero(rstd)) + mean).astype(spec.dtype)
 
 
@@ -208,7 +208,7 @@ def _tangents(spec, kept, tangents):
     param = lambda a: prepare(spec.layout.broadcast(a))
     factor = spread(prepare(stats.rstd))
     if params.scale is not None:
-        factor = factor * _scale(spec, params.scale)
+        factor = factor * whole_scale(spec, params.scale)
     # As one sum each, sum(g) and sum(g h) would not be fused with what computes g on a GPU.
     of_h = factor * spread(prepare(q))
     if params.scale is not None:

@@ -101,8 +101,8 @@ def batch_norm(
         is not a BatchNormState, renorm is not a Renorm, or `train` is traced.
       ValueError: an axis is out of range or given twice, a shape does not fit, x is a scalar,
         epsilon is negative, there is an offset and no scale, momentum is outside [0, 1], nothing
-        binds `axis_name`, the virtual batch size does not divide the batch or comes with renorm,
-        r_max is below 1, d_max is below 0, or the kernel is asked for and can't run.
+        binds `axis_name`, the virtual batch size does not divide the batch, r_max is below 1,
+        d_max is below 0, or the kernel is asked for and can't run.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm as jn
@@ -127,7 +127,7 @@ def batch_norm(
     train = check_train(train)
     layout = batch_layout(x.shape, feature_axis, virtual_batch_size if train else None)
     state = check_state(state, layout, x.dtype)
-    renorm = check_renorm(renorm, layout)
+    renorm = check_renorm(renorm)
     if not train:
         check_implementation(implementation)
         y = normalize_with(

@@ -10,7 +10,6 @@ from jax import export, lax
 from jax.core import Tracer
 
 from jaxnorm.core.arithmetic import as_array, promote, real_dtype
-from jaxnorm.core.layout import Layout
 from jaxnorm.core.moments import Moments, Statistics, statistics
 from jaxnorm.core.normalize import (
     Arrays,
@@ -19,7 +18,7 @@ from jaxnorm.core.normalize import (
     program,
 )
 from jaxnorm.core.spec import NormSpec
-from jaxnorm.core.standardize import NormParams, standardize_measured
+from jaxnorm.core.standardize import NormParams, standardize_measured, whole_scale
 from jaxnorm.kernels import check_implementation, refuse
 
 
@@ -50,7 +49,7 @@ class Renorm(NamedTuple):
     d_max: float | jax.Array
 
 
-def check_renorm(renorm: Renorm | None, layout: Layout) -> Renorm | None:
+def check_renorm(renorm: Renorm | None) -> Renorm | None:
     """The limits, checked; None if they are the numbers 1 and 0, which correct nothing."""
     if renorm is None:
         return None
@@ -63,11 +62,6 @@ def check_renorm(renorm: Renorm | None, layout: Layout) -> Renorm | None:
     _check_limit("d_max", renorm.d_max, 0)
     if isinstance(renorm.r_max, Real) and isinstance(renorm.d_max, Real) and renorm == (1, 0):
         return None
-    if layout.sub_batches:
-        raise ValueError(
-            "renorm must be given without virtual_batch_size, got both; sub-batches are for the "
-            "noise of their own statistics, which renorm takes away, so leave one of them out."
-        )
     return renorm
 
 
@@ -121,16 +115,17 @@ def _renormalize(spec, arrays, mean, var, renorm):
     with jax.named_scope(spec.name):
         stats = statistics(spec, lax.stop_gradient(x), where)
         r, d = _corrections(spec, *lax.stop_gradient((stats, mean, var)), renorm)
-        y, stats = standardize_measured(spec, x, stats, _corrected(spec, params, r, d), where)
+        params, whole = _corrected(spec, params, r, d), spec._replace(scale_offset=0.0)
+        y, stats = standardize_measured(whole, x, stats, params, where)
     return y, stats.moments(spec.layout, spec.devices)
 
 
 def _corrections(
     spec: NormSpec, stats: Statistics, mean: jax.Array, var: jax.Array, renorm: Renorm
 ) -> tuple[jax.Array, jax.Array]:
-    """r and d of each feature, in the arithmetic's dtype; 1 and 0 where nothing counts."""
-    flat = (a.reshape(spec.layout.feature_shape) for a in jax.tree.leaves(stats))
-    high, low, own_var, count, _ = flat
+    """r and d, in the arithmetic's dtype; 1 and 0 where nothing counts. They broadcast to x."""
+    mean, var = map(spec.layout.broadcast, (mean, var))
+    high, low, own_var, count, _ = map(spec.layout.spread, jax.tree.leaves(stats))
     # A state in float64 keeps its precision, though x may be in float32.
     dtype = promote(own_var.dtype, var.dtype, real_dtype(mean.dtype))
     r_max, d_max = (lax.stop_gradient(as_array(limit).astype(dtype)) for limit in renorm)
@@ -150,8 +145,10 @@ def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _corrected(spec: NormSpec, params: NormParams, r: jax.Array, d: jax.Array) -> NormParams:
-    """The parameters of h that are those of h r + d: (h r + d) scale + bias."""
+    """The parameters of h that are those of h r + d: (h r + d) scale + bias; without an offset."""
     if params.scale is not None:
-        scale = spec.prepare(params.scale)
+        scale = whole_scale(spec, params.scale)
         r, d = scale * r, scale * d
-    return NormParams(r, d if params.bias is None else spec.prepare(params.bias) + d)
+    if params.bias is not None:
+        d = spec.prepare(spec.layout.broadcast(params.bias)) + d
+    return NormParams(r, d)

@@ -61,7 +61,7 @@ class BatchNorm(nn.BatchNorm):
         )
         size = None if use_running_average else self.virtual_batch_size
         layout = batch_layout(jnp.shape(x), self.axis, size, "axis")
-        renorm = check_renorm(self.renorm if renorm is None else renorm, layout)
+        renorm = check_renorm(self.renorm if renorm is None else renorm)
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, layout.feature_shape, stats_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, layout.feature_shape, stats_dtype)

@@ -89,7 +89,7 @@ class BatchNorm(nnx.BatchNorm):
         )
         size = None if use_running_average else self.virtual_batch_size
         layout = batch_layout(jnp.shape(x), self.axis, size, "axis")
-        renorm = check_renorm(self.renorm if renorm is None else renorm, layout)
+        renorm = check_renorm(self.renorm if renorm is None else renorm)
         mean, var = (_fold(stat[...], layout) for stat in (self.mean, self.var))
         if use_running_average:
             x, params, dtype = _prepare(self, x, layout, NormParams(scale, bias), mean, var)
