@@ -10,7 +10,8 @@ from jax.typing import DTypeLike
 from jaxnorm.core.arithmetic import promote, real_dtype
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.devices import LOCAL, bound_devices
-from jaxnorm.core.layout import Layout, batch_layout
+from jaxnorm.core.layout import Layout
+from jaxnorm.core.layouts import batch_layout
 from jaxnorm.core.moments import Moments
 from jaxnorm.core.normalize import Arrays, checked
 from jaxnorm.core.spec import NormSpec

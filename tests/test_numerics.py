@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numerics import KINDS, PEERS, measure
 
-from jaxnorm.core.layout import moments_layout
+from jaxnorm.core.layouts import moments_layout
 
 PAGE = (Path(__file__).parent.parent / "docs" / "numerics.md").read_text()
 OURS = ["jaxnorm", "jaxnorm (XLA)"]

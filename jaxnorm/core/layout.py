@@ -1,4 +1,4 @@
-"""Which elements share statistics: static, hashable, checked once for each shape and axes.
+"""Which elements share statistics: static and hashable.
 
 The norms differ only in their `Layout`. Statistics keep the reduction axes with size one, so that
 they broadcast. Group norm divides its feature axis into groups, and ghost batch norm its batch axis
@@ -9,8 +9,6 @@ divided. A part that does not fill a tile of a TPU's memory would make XLA copy 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +16,6 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxnorm.core.arithmetic import as_array
-from jaxnorm.core.axes import Axes, canonical_axes, check_divisor, other_axes
-
-F = TypeVar("F", bound=Callable)
 
 SAMPLE = 8  # one of so many elements is in the sample
 LEAST = 128  # of fewer elements there is no sample
@@ -199,136 +194,6 @@ class Layout:
                 f"{where.shape}; add axes of size one where x has axes that where lacks."
             )
         return where.reshape((1,) * (len(self.shape) - where.ndim) + where.shape)
-
-
-def once_per_kind(function: F) -> F:
-    """Remember the results of a function of static arguments, which need not be checked again.
-
-    Arguments that can't be compared are not remembered: lists, and the symbolic sizes of
-    jax.export.
-    """
-    remembered = functools.lru_cache(maxsize=4096, typed=True)(function)
-
-    @functools.wraps(function)
-    def call(shape, *args, **kwargs):
-        if all(type(size) is int for size in shape):
-            try:
-                return remembered(shape, *args, **kwargs)
-            except TypeError:  # an argument is a list, or wrong: then this raises again
-                pass
-        return function(shape, *args, **kwargs)
-
-    return cast(F, call)
-
-
-def make_layout(
-    shape: tuple[int, ...],
-    *,
-    reduction_axes: Axes,
-    feature_axes: Axes,
-    split: int | None = None,
-    parts: int = 1,
-) -> Layout:
-    """A layout for x of that shape, by the axes of x.
-
-    If `split` is given, that axis is divided into so many equal `parts`, and statistics are shared
-    only within each part.
-    """
-    reduction_axes = canonical_axes(reduction_axes, len(shape))
-    feature_axes = canonical_axes(feature_axes, len(shape))
-    return Layout(shape, reduction_axes, feature_axes, split, parts)
-
-
-@once_per_kind
-def moments_layout(shape: tuple[int, ...], axis: Axes) -> Layout:
-    """Statistics over the given axes, and no parameters."""
-    return make_layout(shape, reduction_axes=axis, feature_axes=())
-
-
-@once_per_kind
-def layer_layout(shape: tuple[int, ...], axes: Axes, feature_axes: Axes | None = None) -> Layout:
-    """Statistics over the axes, and parameters along those or along `feature_axes`."""
-    if feature_axes is None:
-        return make_layout(shape, reduction_axes=axes, feature_axes=axes)
-    reduced = canonical_axes(axes, len(shape), "reduction_axes")
-    features = canonical_axes(feature_axes, len(shape), "feature_axes")
-    return make_layout(shape, reduction_axes=reduced, feature_axes=features)
-
-
-@once_per_kind
-def batch_layout(
-    shape: tuple[int, ...],
-    feature_axes: Axes,
-    virtual_batch_size: int | None = None,
-    name: str = "feature_axis",
-) -> Layout:
-    """Statistics of each feature, over all other axes or within sub-batches of that size.
-
-    Raises:
-      ValueError: the size does not divide the batch, which is the first axis without features.
-    """
-    features = canonical_axes(feature_axes, len(shape), name)
-    others = other_axes(features, len(shape))
-    if virtual_batch_size is None:
-        return make_layout(shape, reduction_axes=others, feature_axes=features)
-    if not others:
-        raise ValueError(
-            f"x must have a batch axis that virtual_batch_size divides, got shape {shape} of "
-            "features alone; put a batch axis in front of x."
-        )
-    batch = others[0]
-    size = check_divisor(virtual_batch_size, shape[batch], "virtual_batch_size", "examples")
-    return make_layout(
-        shape,
-        reduction_axes=others,
-        feature_axes=features,
-        split=batch,
-        parts=shape[batch] // size,
-    )
-
-
-@once_per_kind
-def instance_layout(
-    shape: tuple[int, ...], feature_axes: Axes, name: str = "feature_axis"
-) -> Layout:
-    """Statistics of each example, along the first axis, and each feature."""
-    features = canonical_axes(feature_axes, len(shape), name)
-    if 0 in features:
-        raise ValueError(
-            f"{name} must leave out the first axis, which holds the examples, got {feature_axes!r} "
-            f"for x of shape {shape}; put a batch axis in front of x."
-        )
-    positions = other_axes(features, len(shape), start=1)
-    return make_layout(shape, reduction_axes=positions, feature_axes=features)
-
-
-@once_per_kind
-def group_layout(
-    shape: tuple[int, ...],
-    num_groups: int,
-    feature_axis: int = -1,
-    reduction_axes: Axes | None = None,
-) -> Layout:
-    """Statistics of each group of features, by default of each example by itself.
-
-    An array that has only a feature axis is one example.
-
-    Raises:
-      ValueError: the groups do not divide the features, or the axes are not those of one example.
-    """
-    (axis,) = canonical_axes((feature_axis,), len(shape), "feature_axis")
-    if reduction_axes is None:
-        positions = instance_layout(shape, axis).reduction_axes if len(shape) > 1 else ()
-        reduction_axes = (*positions, axis)
-    elif axis not in canonical_axes(reduction_axes, len(shape), "reduction_axes"):
-        raise ValueError(
-            f"reduction_axes must hold the feature axis, {axis}, got {reduction_axes!r} for x of "
-            f"shape {shape}; add it."
-        )
-    num_groups = check_divisor(num_groups, shape[axis], "num_groups")
-    return make_layout(
-        shape, reduction_axes=reduction_axes, feature_axes=axis, split=axis, parts=num_groups
-    )
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

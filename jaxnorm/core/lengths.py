@@ -9,7 +9,8 @@ from jax import lax
 
 from jaxnorm.core.arithmetic import magnitude, promote, real_product, reciprocal_std, square
 from jaxnorm.core.axes import Axes
-from jaxnorm.core.layout import Layout, moments_layout
+from jaxnorm.core.layout import Layout
+from jaxnorm.core.layouts import moments_layout
 
 
 def two_norm(x: jax.Array, axes: Axes, where: jax.Array | None = None) -> jax.Array:

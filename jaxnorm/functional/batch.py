@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.devices import AxisGroups, AxisName, bound_devices
-from jaxnorm.core.layout import batch_layout
+from jaxnorm.core.layouts import batch_layout
 from jaxnorm.core.normalize import (
     check_input,
     check_train,

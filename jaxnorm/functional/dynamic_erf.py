@@ -5,7 +5,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxnorm.core.bounded import bound
-from jaxnorm.core.layout import batch_layout
+from jaxnorm.core.layouts import batch_layout
 from jaxnorm.core.normalize import check_input
 from jaxnorm.core.standardize import NormParams
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm.core.layout import instance_layout
+from jaxnorm.core.layouts import instance_layout
 from jaxnorm.core.moments import statistics
 from jaxnorm.core.normalize import (
     check_input,

@@ -4,7 +4,7 @@ import jax
 from jax.typing import ArrayLike
 
 from jaxnorm.core.axes import Axes
-from jaxnorm.core.layout import batch_layout
+from jaxnorm.core.layouts import batch_layout
 from jaxnorm.core.moments import Moments
 from jaxnorm.core.normalize import check_input, normalize_with
 from jaxnorm.core.standardize import NormParams

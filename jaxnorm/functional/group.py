@@ -3,7 +3,7 @@
 import jax
 from jax.typing import ArrayLike
 
-from jaxnorm.core.layout import group_layout
+from jaxnorm.core.layouts import group_layout
 from jaxnorm.core.normalize import check_input, checked, normalize
 from jaxnorm.core.standardize import NormParams
 

@@ -3,7 +3,8 @@
 import jax
 from jax.typing import ArrayLike
 
-from jaxnorm.core.layout import Axes, layer_layout
+from jaxnorm.core.axes import Axes
+from jaxnorm.core.layouts import layer_layout
 from jaxnorm.core.normalize import check_input, checked, normalize
 from jaxnorm.core.standardize import NormParams
 

@@ -18,7 +18,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxnorm.core.arithmetic import magnitude, square
-from jaxnorm.core.layout import batch_layout
+from jaxnorm.core.layouts import batch_layout
 from jaxnorm.core.normalize import check_input, check_number, make_spec, program
 from jaxnorm.core.spec import NormSpec
 

@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 from jaxnorm.core.arithmetic import as_array, promote
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.devices import AxisGroups, AxisName, bound_devices, over_rows
-from jaxnorm.core.layout import moments_layout
+from jaxnorm.core.layouts import moments_layout
 from jaxnorm.core.moments import Moments, merge, statistics
 from jaxnorm.core.normalize import check_input, program
 from jaxnorm.core.spec import NormSpec

@@ -11,7 +11,8 @@ from jax.typing import ArrayLike
 
 from jaxnorm.core.arithmetic import promote, real_product
 from jaxnorm.core.axes import Axes
-from jaxnorm.core.layout import Layout, batch_layout, make_layout, moments_layout
+from jaxnorm.core.layout import Layout
+from jaxnorm.core.layouts import batch_layout, make_layout, moments_layout
 from jaxnorm.core.lengths import scaled_to_one, unit
 from jaxnorm.core.normalize import check_epsilon, check_feature_array, check_input, check_train
 

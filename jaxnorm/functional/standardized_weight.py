@@ -6,7 +6,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm.core.arithmetic import reciprocal_std
 from jaxnorm.core.axes import Axes
-from jaxnorm.core.layout import batch_layout
+from jaxnorm.core.layouts import batch_layout
 from jaxnorm.core.moments import statistics
 from jaxnorm.core.normalize import check_feature_array, check_input, checked, normalize, program
 from jaxnorm.core.standardize import NormParams, standardize_by

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm.core.arithmetic import absolute, quotient
-from jaxnorm.core.layout import Axes, moments_layout
+from jaxnorm.core.axes import Axes
+from jaxnorm.core.layouts import moments_layout
 from jaxnorm.core.lengths import two_norm
 from jaxnorm.core.normalize import check_input, check_number, make_spec, program
 from jaxnorm.core.spec import NormSpec

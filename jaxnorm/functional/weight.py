@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm.core.arithmetic import promote
 from jaxnorm.core.axes import Axes
-from jaxnorm.core.layout import batch_layout
+from jaxnorm.core.layouts import batch_layout
 from jaxnorm.core.lengths import two_norm, unit
 from jaxnorm.core.normalize import check_epsilon, check_feature_array, check_input
 

@@ -10,7 +10,8 @@ from flax.typing import Dtype
 
 from jaxnorm._modules import checked_call, initial_scale, update_running_statistics
 from jaxnorm.core.axes import count_groups
-from jaxnorm.core.layout import Layout, batch_layout, group_layout, instance_layout, layer_layout
+from jaxnorm.core.layout import Layout
+from jaxnorm.core.layouts import batch_layout, group_layout, instance_layout, layer_layout
 from jaxnorm.core.normalize import (
     add_and_normalize,
     add_params,

@@ -14,7 +14,7 @@ from jaxnorm._modules import (
     spectrally_normalized,
     weight_normalized,
 )
-from jaxnorm.core.layout import batch_layout
+from jaxnorm.core.layouts import batch_layout
 from jaxnorm.functional.standardized_weight import standardize_weight
 from jaxnorm.nnx.norms import after
 
