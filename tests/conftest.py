@@ -15,7 +15,7 @@ import pytest
 from jaxnorm.core import network
 from jaxnorm.kernels import cpu
 
-pytest_plugins = ["skips"]
+pytest_plugins = ["skips", "pairs"]
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
