@@ -115,7 +115,13 @@ def test_the_kernel_takes_a_scale_for_each_example(norm, dtype):
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("kind", ["mixed", "elements"])
 def test_what_the_kernel_does_not_take_is_said(kind):
+    """In float32 it standardizes, and scale and bias are applied to that."""
     x, scale, bias = draw((X, *LEAVES[kind]))
+    apart = lambda *args: jn.instance_norm(
+        args[0], jn.NormParams(*args[1:]), implementation="kernel"
+    )
+    assert program(apart, x, scale, bias).count("custom-call(") == 1
+    x, scale, bias = draw((X, *LEAVES[kind]), jnp.bfloat16)
     with pytest.raises(ValueError, match=r"scale and bias must be those of features, or .* run of"):
         jn.instance_norm(x, jn.NormParams(scale, bias), implementation="kernel")
 
