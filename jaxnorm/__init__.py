@@ -12,6 +12,7 @@ from jaxnorm.functional.batch import batch_norm
 from jaxnorm.functional.dynamic_erf import dynamic_erf
 from jaxnorm.functional.dynamic_tanh import dynamic_tanh
 from jaxnorm.functional.filter_response import filter_response_norm
+from jaxnorm.functional.fold import fold_batch_norm
 from jaxnorm.functional.given import denormalize, normalize
 from jaxnorm.functional.global_response import global_response_norm
 from jaxnorm.functional.group import group_norm
@@ -48,6 +49,7 @@ __all__ = [
     "dynamic_erf",
     "dynamic_tanh",
     "filter_response_norm",
+    "fold_batch_norm",
     "global_response_norm",
     "group_norm",
     "implementations",

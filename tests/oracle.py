@@ -91,6 +91,15 @@ def batch_renorm(
     return affine(h * r + d, scale, bias, features)
 
 
+def fold_batch_norm(
+    kernel, bias, mean, var, scale, norm_bias, *, output_axis=-1, epsilon=1e-5, scale_offset=0.0
+):
+    """Jacob et al., 2018, equation 14, and its bias."""
+    factor = (scale_offset + wide(scale)) / np.sqrt(wide(var) + epsilon)
+    folded = affine(wide(kernel), factor, None, (output_axis % np.ndim(kernel),))
+    return folded, (wide(bias) - mean) * factor + norm_bias
+
+
 def layer_norm(x, scale=None, bias=None, *, axis=-1, epsilon=1e-6, where=None):
     """Ba, Kiros and Hinton, 2016."""
     axes = tuple(a % np.ndim(x) for a in np.atleast_1d(axis))

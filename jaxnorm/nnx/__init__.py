@@ -10,7 +10,8 @@ better. `promote_dtype` is called as in Flax, but only the result is rounded to 
 the running statistics. A `mask` is the `where` of the functions.
 
 WeightNorm and SpectralNorm never write into the layer that they wrap. StandardizedLinear and
-StandardizedConv are Flax's Linear and Conv with standardized kernels.
+StandardizedConv are Flax's Linear and Conv with standardized kernels. `fold` makes a model whose
+batch norms are part of the layers before them.
 """
 
 from jaxnorm.nnx.family import (
@@ -19,6 +20,7 @@ from jaxnorm.nnx.family import (
     FilterResponseNorm,
     GlobalResponseNorm,
 )
+from jaxnorm.nnx.fold import fold
 from jaxnorm.nnx.norms import (
     AddLayerNorm,
     AddRMSNorm,
@@ -51,4 +53,5 @@ __all__ = [
     "StandardizedConv",
     "StandardizedLinear",
     "WeightNorm",
+    "fold",
 ]
