@@ -308,16 +308,17 @@ class Model(nnx.Module):
 
     def __init__(self, rngs=None):
         rngs = rngs or nnx.Rngs(0)
-        self.conv = nnx.Conv(2, 4, (2, 3), feature_group_count=2, padding="VALID", rngs=rngs)
+        options: Any = {"kernel_init": nnx.initializers.zeros, "rngs": rngs}
+        self.conv = nnx.Conv(2, 4, (2, 3), feature_group_count=2, padding="VALID", **options)
         self.norm = nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
         self.ups = nnx.List(
             nnx.ConvTranspose(
-                4, 4, (2, 3), (2, 2), padding="VALID", transpose_kernel=turned, rngs=rngs
+                4, 4, (2, 3), (2, 2), padding="VALID", transpose_kernel=turned, **options
             )
             for turned in (False, True)
         )
         self.drop = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
-        self.head = nnx.Linear(4, 4, rngs=rngs)
+        self.head = nnx.Linear(4, 4, **options)
 
     def __call__(self, x):
         x = self.norm(self.conv(x))
@@ -366,14 +367,15 @@ def test_a_whole_model_is_pytorchs(rng, torch, unoptimized):
     np.testing.assert_array_equal(filled.ups[0].kernel[...], loaded.ups[0].kernel[...])
 
 
-def test_variables_of_linen_are_pytorchs(rng, torch):
+def test_variables_of_linen_are_pytorchs(rng, torch, unoptimized):
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
-            boxed = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+            boxed = nn.with_partitioning(nn.initializers.zeros, (None, "model"))
             x = nn.Dense(4, kernel_init=boxed, name="fc", param_dtype=jnp.bfloat16)(x)
             x = nn.BatchNorm(use_running_average=True, name="bn")(x)
-            return nn.ConvTranspose(4, (3,), padding="VALID", name="up")(x)
+            zeros = nn.initializers.zeros
+            return nn.ConvTranspose(4, (3,), padding="VALID", kernel_init=zeros, name="up")(x)
 
     fc, bn = torch.nn.Linear(3, 4), randomized(torch.nn.BatchNorm1d(4))
     up = torch.nn.ConvTranspose1d(4, 4, 3)

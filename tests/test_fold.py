@@ -1,6 +1,7 @@
 """Batch norms folded into the layers before them, by hand and in whole nnx models."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +151,12 @@ def test_pytorch_folds_to_the_same(layer):
     assert oracle.units(bias, array(fused.bias)) < 4
 
 
+def drawn(key, shape, dtype):
+    """An initializer that compiles nothing."""
+    rng = np.random.default_rng(int(np.prod(shape)))
+    return jnp.asarray(rng.standard_normal(shape) / 3, dtype)
+
+
 def trained(norm, rng):
     """A norm whose arrays are those of no new norm."""
     for variable in (norm.mean, norm.var, norm.scale, norm.bias):
@@ -162,18 +169,19 @@ def trained(norm, rng):
 class Model(nnx.Module):
     """Layers of all kinds, in a Sequential and beside it."""
 
-    def __init__(self, rng, **options):
+    def __init__(self, rng):
         rngs = nnx.Rngs(0)
-        self.up = nnx.ConvTranspose(3, 4, (2, 3), strides=(2, 2), rngs=rngs)
+        options: Any = {"kernel_init": drawn, "rngs": rngs}
+        self.up = nnx.ConvTranspose(3, 4, (2, 3), strides=(2, 2), **options)
         self.norms = nnx.List([trained(nnx.BatchNorm(4, epsilon=1e-3, rngs=rngs), rng)])
         self.rest = nnx.Sequential(
-            nnx.Conv(4, 8, (3, 3), feature_group_count=4, use_bias=False, rngs=rngs, **options),
+            nnx.Conv(4, 8, (3, 3), feature_group_count=4, use_bias=False, **options),
             trained(jnnx.BatchNorm(8, scale_offset=1.0, rngs=rngs), rng),
             nnx.relu,
-            nnx.ConvTranspose(8, 6, (3, 2), transpose_kernel=True, use_bias=False, rngs=rngs),
+            nnx.ConvTranspose(8, 6, (3, 2), transpose_kernel=True, use_bias=False, **options),
             trained(nnx.BatchNorm(6, axis=3, rngs=rngs), rng),
             nnx.Dropout(0.5, rngs=rngs),
-            nnx.Linear(6, 5, rngs=rngs),
+            nnx.Linear(6, 5, **options),
             trained(nnx.BatchNorm(5, use_scale=False, rngs=rngs), rng),
         )
 
