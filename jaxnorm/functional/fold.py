@@ -64,7 +64,7 @@ def fold_batch_norm(
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm as jn
-      >>> x, kernel = jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 0.5, 2.0], [3.0, 1.0, 0.0]])
+      >>> x, kernel = jnp.array([1.0, 2.0]), jnp.array([[1.0, 0.5, 2.0], [3.0, 1.0, 0.0]])
       >>> mean, var = jnp.array([1.0, 2.0, 3.0]), jnp.array([4.0, 1.0, 0.25])
       >>> state = jn.BatchNormState(mean, var, jnp.int32(10))
       >>> y, _ = jn.batch_norm(x @ kernel, state, train=False)
