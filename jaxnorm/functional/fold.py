@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm.core.axes import Axes, canonical_axes
-from jaxnorm.core.layout import Layout, batch_layout
+from jaxnorm.core.layout import Layout
+from jaxnorm.core.layouts import batch_layout
 from jaxnorm.core.normalize import (
     check_feature_array,
     check_input,
