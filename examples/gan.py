@@ -27,19 +27,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from figures import LOOKS, save_figure
-from image_datasets import Labelled, draw_batch, load_dataset
-from matplotlib.figure import Figure
-from sklearn.svm import SVC
+from figures import LOOKS
+from generated_digits import CLASSES, PIXELS, Examiner, describe, draw_sheets
+from image_datasets import draw_batch
 
 import jaxnorm as jn
 
 NORMS = ("batch-layer", "batch-none", "none-layer", "none-none")  # generator, discriminator
-NOISE, CLASSES, PIXELS = 32, 10, 64
+NOISE = 32
 GENERATOR = (NOISE, 128, 128, PIXELS)
 DISCRIMINATOR = (PIXELS, 128, 128)
 PENALTY = 1.0
-ROWS = 8  # in a sheet of digits
 
 
 class Layer(NamedTuple):
@@ -92,15 +90,11 @@ def conditional_norm(norm: str, x, labels, layer: Layer, state, *, train: bool):
     Dumoulin, Shlens and Kudlur, "A Learned Representation for Artistic Style", 2017,
     arXiv:1610.07629; they use instance norm.
     """
-
-    def of_one(x, label):  # vmap names the batch axis, over which statistics are shared
-        scale, bias = layer.scale[label], layer.bias[label]
-        if norm == "none":
-            return x * scale + bias, state
-        params = jn.NormParams(scale, bias)
-        return jn.batch_norm(x, state, "batch", params=params, train=train, momentum=0.99)
-
-    return jax.vmap(of_one, axis_name="batch", out_axes=(0, None))(x, labels)
+    scale, bias = layer.scale[labels], layer.bias[labels]  # (batch, features), of the rank of x
+    if norm == "none":
+        return x * scale + bias, state
+    params = jn.NormParams(scale, bias)
+    return jn.batch_norm(x, state, params=params, train=train, momentum=0.99)
 
 
 def generate(norm: str, layers: list[Layer], running: list, noise, labels, *, train: bool):
@@ -177,60 +171,31 @@ def sample(norms: str, state: State, count: int) -> tuple[np.ndarray, np.ndarray
 
 def study(args: argparse.Namespace) -> None:
     """Train all combinations, score them with classifiers, and draw their digits."""
-    train, test = (Labelled(x.reshape(-1, PIXELS), y) for x, y in load_dataset("digits"))
-    expert = SVC().fit(*train)
-    print(f"accuracy of the classifier trained on real digits: {expert.score(*test):.3f}")
+    examiner = Examiner()
     optimizer = optax.adam(args.learning_rate, b1=0.5, b2=0.99)
-    by_class = [test.images[test.labels == label][:ROWS] for label in range(CLASSES)]
-    sheets, rows = {"real": np.stack(by_class, 1).reshape(-1, PIXELS)}, []
+    generated, rows = {}, []
     for norms, seed in product(args.norms, range(args.seeds)):
 
         def batch(number, seed=seed):
             key = jax.random.fold_in(jax.random.key(seed), number)
-            return *draw_batch(train, args.batch_size, seed, number), key
+            return *draw_batch(examiner.train, args.batch_size, seed, number), key
 
         step = partial(train_step, norms=norms, optimizer=optimizer)
         name = f"{norms}-{seed}"
         state, _ = common.train(args, name, initialize(seed, optimizer), step, batch)
         fakes, classes = sample(norms, state, 1000)
-        sheets.setdefault(norms, fakes)
-        learner = SVC().fit(fakes, classes)
-        rows.append(
-            {
-                "generator": norms.split("-")[0],
-                "discriminator": norms.split("-")[1],
-                "seed": seed,
-                "generated_recognized": float(expert.score(fakes, classes)),
-                "real_recognized": float(learner.score(*test)),
-            }
-        )
+        generated.setdefault(norms, fakes)
+        generator, discriminator = norms.split("-")
+        row = {"generator": generator, "discriminator": discriminator, "seed": seed}
+        rows.append(row | examiner.scores(fakes, classes))
     common.report(args.out, rows)
-    draw(args, sheets, rows)
-
-
-def draw(args: argparse.Namespace, sheets: dict[str, np.ndarray], rows: list[dict]) -> None:
-    """Draw sheets of digits, a column for each class: real ones, then those of each combination."""
-    figure = Figure((2.6 * len(sheets), 3.4), layout="constrained")
-    for axes, (norms, images) in zip(figure.subplots(1, len(sheets)), sheets.items(), strict=True):
-        grid = np.zeros((ROWS * 9 + 1, CLASSES * 9 + 1))  # with dark lines between the digits
-        for index, image in enumerate(images[: ROWS * CLASSES]):
-            row, column = divmod(index, CLASSES)
-            grid[row * 9 + 1 : row * 9 + 9, column * 9 + 1 : column * 9 + 9] = image.reshape(8, 8)
-        axes.imshow(grid, cmap="gray", vmin=0, vmax=1)
-        axes.set_axis_off()
-        title = "real digits"
-        if norms != "real":
-            generator, discriminator = norms.split("-")
-            mine = [r for r in rows if f"{r['generator']}-{r['discriminator']}" == norms]
-            first, second = (
-                100 * np.mean([row[key] for row in mine])
-                for key in ("generated_recognized", "real_recognized")
-            )
-            title = f"generator: {LOOKS[generator].name}\n"
-            title += f"discriminator: {LOOKS[discriminator].name}\n"
-            title += f"{first:.1f} % recognized; real digits by\na learner of these: {second:.1f} %"
-        axes.set_title(title, fontsize=10)
-    save_figure(figure, args.out / "figure.png")
+    sheets = {"real digits": examiner.real_sheet()}
+    for norms, fakes in generated.items():
+        first, second = (LOOKS[norm].name for norm in norms.split("-"))
+        of_norms = [row for row in rows if f"{row['generator']}-{row['discriminator']}" == norms]
+        title = f"generator: {first}\ndiscriminator: {second}\n{describe(of_norms)}"
+        sheets[title] = fakes
+    draw_sheets(args.out / "figure.png", sheets)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

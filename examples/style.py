@@ -91,16 +91,13 @@ def statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def restyle(norm: str, x: jax.Array, style: tuple, running: jn.BatchNormState, *, train: bool):
     """Apply scale and bias of a style to features x, for each image its own."""
-
-    def of_one(x, scale, bias):
-        if norm == "none":
-            return x * scale + bias, running
-        params = jn.NormParams(scale, bias)
-        if norm == "instance":
-            return jn.instance_norm(x[None], params)[0], running
-        return jn.batch_norm(x, running, "batch", params=params, train=train, momentum=0.9)
-
-    return jax.vmap(of_one, axis_name="batch", out_axes=(0, None))(x, *style)
+    scale, bias = (array[:, None, None] for array in style)  # (batch, 1, 1, features)
+    if norm == "none":
+        return x * scale + bias, running
+    params = jn.NormParams(scale, bias)
+    if norm == "instance":
+        return jn.instance_norm(x, params), running
+    return jn.batch_norm(x, running, params=params, train=train, momentum=0.9)
 
 
 @partial(jax.jit, static_argnames="optimizer")
