@@ -30,7 +30,7 @@ pytestmark = [
     # Where a checkpoint is damaged, orbax leaves coroutines whose errors come up when collected.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-EXAMPLES = ("mlp", "resnet", "lstm", "transformer", "gan", "style")
+EXAMPLES = ("mlp", "resnet", "lstm", "transformer", "gan", "style", "diffusion")
 # A run as short as it may be to learn something: arguments, the score's column and its least
 # value; or its largest, where it is a loss.
 BRIEF = {
@@ -48,11 +48,18 @@ BRIEF = {
     ),
     "gan": (300, ["--norms=batch-layer"], ("generated_recognized", 0.8, 1.0)),
     "style": (60, ["--norms=instance"], ("china_colour_left", 0.0, 0.6)),
+    # The mean of all digits would have a loss of 0.3.
+    "diffusion": (
+        90,
+        ["--norms=adaptive-layer", "--sampling-steps=4", "--learning-rate=0.01"],
+        ("loss", 0.0, 0.22),
+    ),
 }
 # Constants of theirs, where it would take long.
 SMALLER = {
     "transformer": {"LAYERS": 1},
     "style": {"PIECE": 32},
+    "diffusion": {"LAYERS": 1, "FEATURES": 32, "DRAWN": 200},
 }
 
 
@@ -293,6 +300,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
         ("transformer", ["--learning-rate=nan"], "must be a number above 0, got 'nan'"),
         ("gan", ["--batch-size=1"], "must be an integer of at least 2, got 1"),
         ("style", ["--seeds=-1"], "must be an integer of at least 1, got -1"),
+        ("diffusion", ["--sampling-steps=0"], "must be an integer of at least 1, got 0"),
     ],
 )
 def test_a_bad_flag_is_an_error_of_one_sentence(name, arguments, message, capsys):
@@ -388,3 +396,50 @@ def test_restyled_features_have_the_statistics_of_the_style(rng):
             for a, b in zip(style.statistics(y), wanted, strict=True)
         ]
         assert near == [agrees, agrees]
+
+
+def test_an_adaptive_block_is_the_identity_at_first_and_adapts_to_each_image(rng):
+    diffusion, nnx = importlib.import_module("diffusion"), importlib.import_module("flax.nnx")
+    x = rng.normal(size=(3, diffusion.TOKENS, diffusion.FEATURES)).astype(np.float32)
+    condition = rng.normal(size=(3, diffusion.FEATURES)).astype(np.float32)
+    apply = jax.jit(lambda block, *arguments: block(*arguments))
+    for norm, is_identity in (("adaptive-layer", True), ("layer", False)):
+        block = diffusion.Block(norm, nnx.Rngs(0))
+        assert np.array_equal(apply(block, x, condition), x) == is_identity
+    block = diffusion.Block("adaptive-layer", nnx.Rngs(0))
+    for modulation in block.modulations:
+        kernel = modulation.linear.kernel
+        kernel[...] = 0.1 * rng.normal(size=kernel.shape).astype(np.float32)
+    together = np.asarray(apply(block, x, condition))
+    alone = [apply(block, x[i : i + 1], condition[i : i + 1])[0] for i in range(3)]
+    # Matrix products of a batch and of one image add up in another order.
+    np.testing.assert_allclose(together, alone, atol=1e-5 * np.abs(together).max())
+    assert not np.allclose(together, apply(block, x, condition[::-1]), atol=0.1)
+
+
+def test_patches_are_squares():
+    diffusion = importlib.import_module("diffusion")
+    images = np.arange(128.0).reshape(2, 64)
+    patches = diffusion.to_patches(images)
+    assert patches.shape == (2, 16, 4)
+    np.testing.assert_array_equal(patches[1, 5], 64 + np.array([18, 19, 26, 27]))
+    np.testing.assert_array_equal(diffusion.from_patches(patches), images)
+
+
+def test_sampling_with_the_best_denoiser_has_the_spread_of_the_images():
+    """Of images whose pixels are normal, the best guess is linear in the noisy image."""
+    diffusion, nnx = importlib.import_module("diffusion"), importlib.import_module("flax.nnx")
+    deviation = 0.2
+
+    class Best(nnx.Module):
+        def __call__(self, noisy, labels, times):
+            signal, spread = diffusion.levels(times[:, None])
+            variance = deviation**2
+            return signal * variance / (signal**2 * variance + spread**2) * noisy
+
+    graph, state = nnx.split((Best(), None))
+    labels, key = np.zeros(50, np.int32), jax.random.key(0)
+    images = diffusion.sample(state, labels, key, graph=graph, count=400)
+    noise = jax.random.normal(key, images.shape)
+    # An image is the noise times a factor; 400 steps approximate it to 0.8 %.
+    np.testing.assert_allclose(images, deviation * noise, rtol=0.01, atol=1e-6)
