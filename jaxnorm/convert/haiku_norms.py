@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnorm.convert.reading import as_numpy, as_scale_or_bias, as_statistic, listed
-from jaxnorm.core.normalize import check_number
+from jaxnorm.core.arguments import check_number
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.state import BatchNormState
 

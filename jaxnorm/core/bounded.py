@@ -9,14 +9,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxnorm.core.arguments import check_params, check_real, check_scalar_or_features
 from jaxnorm.core.layout import Layout
-from jaxnorm.core.normalize import (
-    check_params,
-    check_real,
-    check_scalar_or_features,
-    make_spec,
-    program,
-)
+from jaxnorm.core.normalize import make_spec, program
 from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.standardize import NormParams, standardize
 

@@ -5,20 +5,17 @@ checks and one such program.
 """
 
 import functools
-import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import kernels
 from jaxnorm.core import operations, primitives
-from jaxnorm.core.arithmetic import as_array, promote, real_dtype, reciprocal_std
+from jaxnorm.core.arguments import check_epsilon, check_param, check_params, check_scale_offset
+from jaxnorm.core.arithmetic import promote, real_dtype, reciprocal_std
 from jaxnorm.core.devices import LOCAL, Devices
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.moments import Moments, Statistics
@@ -173,169 +170,3 @@ def make_spec(
     dtype = jnp.dtype(dtype or x.dtype)
     compute_dtype = promote(x.dtype, dtype, jnp.float32)
     return NormSpec(name, layout, compute_dtype, dtype, check_epsilon(epsilon))
-
-
-def check_input(x: Any, name: str = "x") -> jax.Array:
-    """x as an array of a dtype that can be normalized."""
-    x = as_array(x)
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        raise TypeError(
-            f"{name} must be floating-point or complex, got dtype {x.dtype}; convert it first, for "
-            f"example {name}.astype(jnp.float32)."
-        )
-    return x
-
-
-def check_train(train: bool) -> bool:
-    """Whether to train as a Python bool; it decides what is computed."""
-    if not isinstance(train, bool | np.bool_):
-        raise TypeError(
-            f"train must be a Python bool, got {type(train).__name__}; mark it as static in "
-            "jax.jit, or bind it with functools.partial."
-        )
-    return bool(train)
-
-
-def check_residual(residual: Any, x: jax.Array) -> jax.Array:
-    """The residual as an array like x."""
-    if residual is None:
-        raise TypeError(
-            "residual must be an array like x, got None; without one, call layer_norm or rms_norm."
-        )
-    residual = as_array(residual)
-    if residual.shape != x.shape:
-        raise ValueError(
-            f"residual must have the shape of x, {x.shape}, got {residual.shape}; broadcast it "
-            "first, for example with jnp.broadcast_to."
-        )
-    if residual.dtype != x.dtype:
-        raise TypeError(
-            f"residual must have the dtype of x, {x.dtype}, got {residual.dtype}; convert one of "
-            "the two first, for example residual.astype(x.dtype)."
-        )
-    return residual
-
-
-def check_params(params: NormParams | None, layout: Layout, dtype: jnp.dtype) -> NormParams:
-    """Parameters whose arrays fit the layout; None is no parameters."""
-    if params is None:
-        return NormParams()
-    if not isinstance(params, NormParams):
-        raise TypeError(
-            "params must be a NormParams or None, got "
-            f"{type(params).__name__}; write jaxnorm.NormParams(scale=..., bias=...)."
-        )
-    return NormParams(
-        *(
-            None if value is None else check_param(value, name, layout, dtype)
-            for name, value in zip(params._fields, params, strict=True)
-        )
-    )
-
-
-def add_params(
-    learned: NormParams, given: NormParams, layout: Layout, dtype: jnp.dtype
-) -> NormParams:
-    """The sum of two scales and of two biases, in float32 or better; None is no summand."""
-
-    def add(name, a, b):
-        if b is None:
-            return a
-        b = check_param(b, name, layout, dtype)
-        if a is None:
-            return b
-        wide = promote(a.dtype, b.dtype, jnp.float32)
-        return layout.broadcast(a).astype(wide) + layout.broadcast(b).astype(wide)
-
-    return NormParams(*map(add, NormParams._fields, learned, given))
-
-
-def check_feature_array(value, name: str, layout: Layout, dtype: jnp.dtype) -> jax.Array:
-    """An array with one element for each feature of the layout, real if x is."""
-    value = as_array(value)
-    if value.shape != layout.feature_shape:
-        raise ValueError(
-            f"{name} must have shape {layout.feature_shape} to fit x of shape {layout.shape}, got "
-            f"{value.shape}; make it with that many features, or give x another feature axis."
-        )
-    return _real_if(value, name, dtype)
-
-
-def check_param(value, name: str, layout: Layout, dtype: jnp.dtype) -> jax.Array:
-    """An array of the shape of the features or that broadcasts to x by its rank, real if x is."""
-    value = as_array(value)
-    fits = value.ndim == len(layout.shape) and all(
-        size in (1, full) for size, full in zip(value.shape, layout.shape, strict=True)
-    )
-    if value.shape != layout.feature_shape and not fits:
-        raise ValueError(
-            f"{name} must have shape {layout.feature_shape}, or {len(layout.shape)} axes of size 1 "
-            f"or as in x, to fit x of shape {layout.shape}, got {value.shape}; make it with that "
-            "many features, or insert axes of size 1."
-        )
-    return _real_if(value, name, dtype)
-
-
-def _real_if(value: jax.Array, name: str, dtype: jnp.dtype) -> jax.Array:
-    if jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(
-            f"{name} must be real where the result is, got {value.dtype} for a result of {dtype}; "
-            "make x complex or take the real part."
-        )
-    return value
-
-
-def check_scalar_or_features(value, name: str, layout: Layout, dtype: jnp.dtype) -> jax.Array:
-    """A number, which may be traced, or an array with one element for each feature."""
-    value = as_array(value)
-    if value.ndim:
-        return check_feature_array(value, name, layout, dtype)
-    if jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(
-            f"{name} must be real where the result is, got {value.dtype} for a result of {dtype}; "
-            "take the real part."
-        )
-    return value
-
-
-def check_real(x: jax.Array, name: str) -> None:
-    """Check that x is not complex."""
-    if jnp.iscomplexobj(x):
-        raise TypeError(
-            f"x must be real for {name}, got dtype {x.dtype}; pass the real and the imaginary part "
-            "as features of their own."
-        )
-
-
-def check_epsilon(epsilon: float) -> float:
-    """Epsilon as a Python float; it is compiled in."""
-    epsilon = check_number(epsilon, "epsilon")
-    if not epsilon >= 0:
-        raise ValueError(
-            f"epsilon must be at least 0, got {epsilon}; it keeps a divisor from zero."
-        )
-    return epsilon
-
-
-def check_scale_offset(offset: float, params: NormParams | None) -> float:
-    """The offset as a Python float; there must be a scale to add it to."""
-    offset = check_number(offset, "scale_offset")
-    if not math.isfinite(offset):
-        raise ValueError(f"scale_offset must be finite, got {offset}; it is added to the scale.")
-    if offset and getattr(params, "scale", None) is None:
-        raise ValueError(
-            f"scale_offset must be added to a scale, got {offset} and no scale; give params a "
-            "scale, or leave scale_offset out."
-        )
-    return offset
-
-
-def check_number(value: float, name: str) -> float:
-    """A number as a Python float; it is compiled in."""
-    number = isinstance(value, Real) or (isinstance(value, jax.Array) and value.ndim == 0)
-    if isinstance(value, Tracer) or not number:
-        raise TypeError(
-            f"{name} must be a number that is known while tracing, got {type(value).__name__}; "
-            "it is compiled into the program, so bind it with functools.partial."
-        )
-    return float(value)

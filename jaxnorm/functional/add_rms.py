@@ -3,9 +3,10 @@
 import jax
 from jax.typing import ArrayLike
 
+from jaxnorm.core.arguments import check_input, check_residual
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.layouts import layer_layout
-from jaxnorm.core.normalize import add_and_normalize, check_input, check_residual, checked
+from jaxnorm.core.normalize import add_and_normalize, checked
 from jaxnorm.core.standardize import NormParams
 
 

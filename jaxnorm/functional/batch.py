@@ -5,16 +5,11 @@ import functools
 import jax
 from jax.typing import ArrayLike
 
+from jaxnorm.core.arguments import check_input, check_train
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.devices import AxisGroups, AxisName, bound_devices
 from jaxnorm.core.layouts import batch_layout
-from jaxnorm.core.normalize import (
-    check_input,
-    check_train,
-    checked,
-    normalize_with,
-    program,
-)
+from jaxnorm.core.normalize import checked, normalize_with, program
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.renorm import Renorm, check_renorm, normalize_batch, without_kernel
 from jaxnorm.functional.state import (

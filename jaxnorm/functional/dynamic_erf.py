@@ -4,9 +4,9 @@ import jax
 from jax import lax
 from jax.typing import ArrayLike
 
+from jaxnorm.core.arguments import check_input
 from jaxnorm.core.bounded import bound
 from jaxnorm.core.layouts import batch_layout
-from jaxnorm.core.normalize import check_input
 from jaxnorm.core.standardize import NormParams
 
 

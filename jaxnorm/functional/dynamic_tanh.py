@@ -3,10 +3,10 @@
 import jax
 from jax.typing import ArrayLike
 
+from jaxnorm.core.arguments import check_input
 from jaxnorm.core.arithmetic import tanh
 from jaxnorm.core.bounded import bound
 from jaxnorm.core.layouts import batch_layout
-from jaxnorm.core.normalize import check_input
 from jaxnorm.core.standardize import NormParams
 
 

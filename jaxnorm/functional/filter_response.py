@@ -6,16 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxnorm.core.arguments import check_input, check_real, check_scalar_or_features
 from jaxnorm.core.layouts import instance_layout
 from jaxnorm.core.moments import statistics
-from jaxnorm.core.normalize import (
-    check_input,
-    check_real,
-    check_scalar_or_features,
-    checked,
-    normalize,
-    program,
-)
+from jaxnorm.core.normalize import checked, normalize, program
 from jaxnorm.core.standardize import NormParams, standardize
 
 

@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm.core.axes import Axes, canonical_axes
-from jaxnorm.core.layout import Layout
-from jaxnorm.core.layouts import batch_layout
-from jaxnorm.core.normalize import (
+from jaxnorm.core.arguments import (
     check_feature_array,
     check_input,
     check_params,
     check_scale_offset,
-    normalize_with,
 )
+from jaxnorm.core.axes import Axes, canonical_axes
+from jaxnorm.core.layout import Layout
+from jaxnorm.core.layouts import batch_layout
+from jaxnorm.core.normalize import normalize_with
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.state import BatchNormState, check_state
 

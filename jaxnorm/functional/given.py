@@ -3,10 +3,11 @@
 import jax
 from jax.typing import ArrayLike
 
+from jaxnorm.core.arguments import check_input
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.layouts import batch_layout
 from jaxnorm.core.moments import Moments
-from jaxnorm.core.normalize import check_input, normalize_with
+from jaxnorm.core.normalize import normalize_with
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.moments import check_moments
 

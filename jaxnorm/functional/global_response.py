@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxnorm.core.arguments import check_input, check_params
 from jaxnorm.core.arithmetic import quotient
 from jaxnorm.core.layouts import instance_layout
 from jaxnorm.core.lengths import two_norm
-from jaxnorm.core.normalize import check_input, check_params, make_spec, program
+from jaxnorm.core.normalize import make_spec, program
 from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.standardize import NormParams, standardize
 

@@ -3,8 +3,9 @@
 import jax
 from jax.typing import ArrayLike
 
+from jaxnorm.core.arguments import check_input
 from jaxnorm.core.layouts import group_layout
-from jaxnorm.core.normalize import check_input, checked, normalize
+from jaxnorm.core.normalize import checked, normalize
 from jaxnorm.core.standardize import NormParams
 
 

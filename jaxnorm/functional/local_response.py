@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from jaxnorm.core.arguments import check_input, check_number
 from jaxnorm.core.arithmetic import magnitude, square
 from jaxnorm.core.layouts import batch_layout
-from jaxnorm.core.normalize import check_input, check_number, make_spec, program
+from jaxnorm.core.normalize import make_spec, program
 from jaxnorm.core.spec import NormSpec
 
 

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxnorm.core.arguments import check_input
 from jaxnorm.core.arithmetic import as_array, promote
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.devices import AxisGroups, AxisName, bound_devices, over_rows
 from jaxnorm.core.layouts import moments_layout
 from jaxnorm.core.moments import Moments, merge, statistics
-from jaxnorm.core.normalize import check_input, program
+from jaxnorm.core.normalize import program
 from jaxnorm.core.spec import NormSpec
 
 

@@ -9,14 +9,10 @@ import jax.numpy as jnp
 from jax import export, lax
 from jax.core import Tracer
 
+from jaxnorm.core.arguments import check_feature_array
 from jaxnorm.core.arithmetic import as_array, promote, real_dtype
 from jaxnorm.core.moments import Moments, Statistics, statistics
-from jaxnorm.core.normalize import (
-    Arrays,
-    check_feature_array,
-    normalize_and_measure,
-    program,
-)
+from jaxnorm.core.normalize import Arrays, normalize_and_measure, program
 from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.standardize import NormParams, standardize_measured, whole_scale
 from jaxnorm.kernels import check_implementation, refuse

@@ -3,9 +3,10 @@
 import jax
 from jax.typing import ArrayLike
 
+from jaxnorm.core.arguments import check_input
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.layouts import layer_layout
-from jaxnorm.core.normalize import check_input, checked, normalize
+from jaxnorm.core.normalize import checked, normalize
 from jaxnorm.core.standardize import NormParams
 
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jax import export, lax
 from jax.typing import ArrayLike
 
+from jaxnorm.core.arguments import check_epsilon, check_feature_array, check_input, check_train
 from jaxnorm.core.arithmetic import promote, real_product
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.layouts import batch_layout, make_layout, moments_layout
 from jaxnorm.core.lengths import scaled_to_one, unit
-from jaxnorm.core.normalize import check_epsilon, check_feature_array, check_input, check_train
 
 UNROLLED = 4  # power iterations; more are a loop
 

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxnorm.core.arguments import check_feature_array, check_input
 from jaxnorm.core.arithmetic import reciprocal_std
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.layouts import batch_layout
 from jaxnorm.core.moments import statistics
-from jaxnorm.core.normalize import check_feature_array, check_input, checked, normalize, program
+from jaxnorm.core.normalize import checked, normalize, program
 from jaxnorm.core.standardize import NormParams, standardize_by
 
 

@@ -11,10 +11,10 @@ from jax import export
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
+from jaxnorm.core.arguments import check_feature_array
 from jaxnorm.core.arithmetic import as_array, promote
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.moments import Moments
-from jaxnorm.core.normalize import check_feature_array
 from jaxnorm.functional.moments import check_moments
 
 

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxnorm.core.arguments import check_input, check_number
 from jaxnorm.core.arithmetic import absolute, quotient
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.layouts import moments_layout
 from jaxnorm.core.lengths import two_norm
-from jaxnorm.core.normalize import check_input, check_number, make_spec, program
+from jaxnorm.core.normalize import make_spec, program
 from jaxnorm.core.spec import NormSpec
 
 

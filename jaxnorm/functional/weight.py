@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxnorm.core.arguments import check_epsilon, check_feature_array, check_input
 from jaxnorm.core.arithmetic import promote
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.layouts import batch_layout
 from jaxnorm.core.lengths import two_norm, unit
-from jaxnorm.core.normalize import check_epsilon, check_feature_array, check_input
 
 
 def weight_norm(

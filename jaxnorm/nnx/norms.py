@@ -13,16 +13,11 @@ from flax.nnx.nn.dtypes import canonicalize_dtype
 from flax.typing import Dtype
 
 from jaxnorm._modules import checked_call, initial_scale, update_running_statistics
+from jaxnorm.core.arguments import add_params, check_residual
 from jaxnorm.core.arithmetic import promote
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.layouts import batch_layout, group_layout, instance_layout, layer_layout
-from jaxnorm.core.normalize import (
-    add_and_normalize,
-    add_params,
-    check_residual,
-    normalize,
-    normalize_with,
-)
+from jaxnorm.core.normalize import add_and_normalize, normalize, normalize_with
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.renorm import Renorm, check_renorm, normalize_batch, without_kernel
 
