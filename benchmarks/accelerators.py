@@ -115,19 +115,22 @@ def norm_rows(
             yield measure(program, x, n, **row, program="context")
 
 
-def kernel_rows(chip: Chip, problem: Problem) -> Iterator[dict[str, Any]]:
+def kernel_rows(
+    chip: Chip, problem: Problem, programs: Sequence[str] = PROGRAMS
+) -> Iterator[dict[str, Any]]:
     """The chip's kernel, with and without a residual; and what Flax moves in context."""
-    yield from norm_rows(chip, problem, [page.KERNEL])
-    yield from norm_rows(chip, problem, ["Flax"], ["context"])
+    yield from norm_rows(chip, problem, [page.KERNEL], programs)
+    if "context" in programs:
+        yield from norm_rows(chip, problem, ["Flax"], ["context"])
     x, params, _ = arguments(problem)
     forward, backward = with_residual(KERNELS[chip.platform], problem)
     kept = jax.eval_shape(forward, x, x, params)[1:]
     row = {"chip": chip.name, "case": name_of(problem), "library": page.KERNEL}
-    programs = {
+    of_sums = {
         "forward, residual": (forward, (x, x, params), 4),
         "backward, residual": (backward, (kept, params, x, x), 4),
     }
-    for name, (f, args, arrays) in programs.items():
+    for name, (f, args, arrays) in of_sums.items():
         yield measure(compiled(chip, f, args), x, arrays * size_of(x), **row, program=name)
 
 
@@ -147,11 +150,13 @@ def step_rows(chip: Chip, step: Any) -> Iterator[dict[str, Any]]:
         yield measure(program, step.inputs, size_of(args[0]), **row)
 
 
-def device_rows(chip: Chip) -> Iterator[dict[str, Any]]:
+def device_rows(
+    chip: Chip, libraries: Sequence[str] = tuple(LIBRARIES)
+) -> Iterator[dict[str, Any]]:
     """Batch norm over eight chips, in plain `jit` and in `shard_map`."""
     problem = FOR_DEVICES
     x, params, _ = arguments(problem)
-    for library in LIBRARIES:
+    for library in libraries:
         for axis_name in (None, "data"):
             norm = batch_norm_over(problem, library, axis_name)
 

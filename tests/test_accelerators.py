@@ -14,13 +14,11 @@ from benchmarks.chips import CHIPS, Chip, compiled
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 
 CHIP = CHIPS["v5e"]
-# Too large for VMEM.
+# Too large for VMEM. Rms norm is layer norm with less, instance norm is batch norm of an example.
 PROBLEMS = {
     "batch": (256, 28, 28, 256),
     "layer": (32768, 4096),
-    "rms": (32768, 4096),
     "group": (64, 64, 64, 320),
-    "instance": (64, 64, 64, 256),
 }
 
 
@@ -54,7 +52,7 @@ def test_a_norm_passes_over_x_once_and_keeps_nothing_but_x(norm, tpu):
 
 def test_the_kernel_moves_the_least(tpu):
     problem = Problem("layer", "any", (256, 197, 768), "bfloat16")
-    rows = [row for row in accelerators.kernel_rows(tpu, problem) if row["program"] != "context"]
+    rows = list(accelerators.kernel_rows(tpu, problem, ["forward", "backward"]))
     assert len(rows) == 4  # forward and backward, with and without a residual
     for row in rows:
         assert row["bytes"] <= 1.05 * row["least"]
@@ -65,7 +63,7 @@ def test_the_kernel_moves_the_least(tpu):
 
 def test_collectives_of_batch_norm(tpu):
     found = {}
-    for row in accelerators.device_rows(tpu):
+    for row in accelerators.device_rows(tpu, ["jaxnorm"]):
         how = row["case"].rpartition(", ")[2]
         kinds = [each["kind"] for each in row["collectives"]]
         found[row["library"], how, row["program"]] = kinds
