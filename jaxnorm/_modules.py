@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxnorm.core.arguments import check_number
 from jaxnorm.core.arithmetic import promote, real_dtype
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.devices import LOCAL, bound_devices
@@ -61,7 +62,7 @@ def checked_call(
 
 def initial_scale(offset: float) -> float:
     """The scale that, with its offset, changes nothing."""
-    return 1.0 - offset
+    return 1.0 - check_number(offset, "scale_offset")
 
 
 def update_running_statistics(

@@ -220,6 +220,17 @@ def test_says_what_is_wrong(renorm, error, words):
             module(x, renorm)
 
 
+@pytest.mark.parametrize("limit", [np.float32, np.asarray, jnp.float32], ids=["np", "0-d", "jax"])
+def test_limits_that_are_arrays_may_be_closed_over(limit, rng):
+    x, *_ = problem(rng)
+    renorm = jn.Renorm(*map(limit, LIMITS))
+    y = jax.jit(lambda x: jn.batch_norm(x, state_of(), renorm=renorm)[0])(x)
+    expected, _ = jn.batch_norm(x, state_of(), renorm=jn.Renorm(*LIMITS))
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-6)
+    module = jaxnorm.nnx.BatchNorm(4, renorm=renorm, rngs=nnx.Rngs(0))
+    assert module.renorm == pytest.approx(LIMITS)
+
+
 def test_the_kernel_is_refused():
     x, renorm = jnp.ones((6, 4)), jn.Renorm(*LIMITS)
     with pytest.raises(ValueError, match=r"implementation='kernel' .* no kernel does batch renorm"):

@@ -126,6 +126,11 @@ def _real_if(value: jax.Array, name: str, dtype: jnp.dtype) -> jax.Array:
 
 def check_scalar_or_features(value, name: str, layout: Layout, dtype: jnp.dtype) -> jax.Array:
     """A number, which may be traced, or an array with one element for each feature."""
+    if value is None or isinstance(value, NormParams):
+        raise TypeError(
+            f"{name} must be a number or an array, got {type(value).__name__}; pass for example "
+            f"{name}=0.5."
+        )
     value = as_array(value)
     if value.ndim:
         return check_feature_array(value, name, layout, dtype)
@@ -163,8 +168,8 @@ def check_scale_offset(offset: float, params: NormParams | None) -> float:
         raise ValueError(f"scale_offset must be finite, got {offset}; it is added to the scale.")
     if offset and getattr(params, "scale", None) is None:
         raise ValueError(
-            f"scale_offset must be added to a scale, got {offset} and no scale; give params a "
-            "scale, or leave scale_offset out."
+            f"scale_offset must be added to a scale, got {offset} and no scale; give one, in "
+            "params or to the call of a module, or leave scale_offset out."
         )
     return offset
 

@@ -144,6 +144,8 @@ def normalize_with(
         check_param(value, f"the {what}", layout, spec.dtype)
         for value, what in zip(moments, ("mean", "variance"), strict=True)
     )
+    if jnp.iscomplexobj(var):
+        raise TypeError(f"the variance must be real, got {var.dtype}; take its real part.")
     params = check_params(params, layout, spec.dtype)
     return _normalize_with(spec, inverse, x, mean, var, params)
 

@@ -29,7 +29,8 @@ def filter_response_norm(
     image, over its height and width. The threshold takes the place of an activation function.
 
     Args:
-      x: array of shape (batch, ..., features), or with the features at `feature_axis`;
+      x: array of shape (batch, ..., features), or with the features at `feature_axis`, whose
+        squares fit into the arithmetic's dtype (in float32, up to about 1e19);
         floating-point, or complex if there is no threshold.
       params: scale and bias of shape (features,), or None.
       threshold: the smallest result, learned; an array of shape (features,), a number, or None for

@@ -1,6 +1,7 @@
 """Normalization by statistics that are given, and its inverse."""
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxnorm.core.arguments import check_input
@@ -26,11 +27,13 @@ def normalize(
         y = (x - mean) / sqrt(var + epsilon) * (scale_offset + scale) + bias
 
     `denormalize` undoes it. Gradients flow to the moments too; `jax.lax.stop_gradient` stops them.
+    The mean is one number in its dtype: to standardize x by its own moments, a norm is more exact
+    where the mean is much larger than the deviations.
 
     Args:
       x: array of any shape with at least one axis; floating-point or complex.
       moments: mean and variance, each of shape (features,), or of the rank of x with each axis of
-        size 1 or as in x. The count is not used.
+        size 1 or as in x. The count is not used, and may be None.
       params: scale and bias of such shapes, or None.
       feature_axis: the axis of the features, or several; shape (features,) is then that of x along
         them, in the order of x.
@@ -127,4 +130,6 @@ def denormalize(
 def _by_moments(name, x, moments, params, feature_axis, **options) -> jax.Array:
     x = check_input(x)
     layout = batch_layout(x.shape, feature_axis)
+    if isinstance(moments, Moments):
+        moments = moments._replace(count=jnp.zeros(()))
     return normalize_with(name, x, layout, check_moments(moments)[:2], params, **options)

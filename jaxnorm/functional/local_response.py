@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm.core.arguments import check_input, check_number
 from jaxnorm.core.arithmetic import magnitude, square
+from jaxnorm.core.axes import canonical_axes
 from jaxnorm.core.layouts import batch_layout
 from jaxnorm.core.normalize import make_spec, program
 from jaxnorm.core.spec import NormSpec
@@ -78,6 +79,7 @@ def local_response_norm(
       Networks", NeurIPS 2012.
     """
     x = check_input(x)
+    (feature_axis,) = canonical_axes((feature_axis,), x.ndim, "feature_axis")
     spec = make_spec("local_response_norm", x, batch_layout(x.shape, feature_axis))
     constants = Response(
         _check_size(size),

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export, lax
 from jax.core import Tracer
 
@@ -22,7 +23,8 @@ from jaxnorm.kernels import check_implementation, refuse
 class Renorm(NamedTuple):
     """How far batch renormalization may correct a batch towards the running statistics.
 
-    Both limits are scalars. They may be traced, so that a schedule needs one program. Renorm(1, 0)
+    Both limits are scalars. They may be traced, so that a schedule needs one program; then nothing
+    checks that they are at least 1 and 0. Renorm(1, 0)
     corrects nothing; Renorm(inf, inf) standardizes by the running statistics, but with the gradient
     of batch norm. The paper starts with (1, 0) and ends with (3, 5).
 
@@ -46,7 +48,10 @@ class Renorm(NamedTuple):
 
 
 def check_renorm(renorm: Renorm | None) -> Renorm | None:
-    """The limits, checked; None if they are the numbers 1 and 0, which correct nothing."""
+    """The limits, checked; None if they are the numbers 1 and 0, which correct nothing.
+
+    Limits that are not traced become Python numbers.
+    """
     if renorm is None:
         return None
     if not isinstance(renorm, Renorm):
@@ -54,15 +59,14 @@ def check_renorm(renorm: Renorm | None) -> Renorm | None:
             f"renorm must be a Renorm or None, got {type(renorm).__name__}; write "
             "jaxnorm.Renorm(r_max=3.0, d_max=5.0)."
         )
-    _check_limit("r_max", renorm.r_max, 1)
-    _check_limit("d_max", renorm.d_max, 0)
-    if isinstance(renorm.r_max, Real) and isinstance(renorm.d_max, Real) and renorm == (1, 0):
-        return None
-    return renorm
+    limits = Renorm(_check_limit("r_max", renorm.r_max, 1), _check_limit("d_max", renorm.d_max, 0))
+    return (
+        None if all(isinstance(limit, float) for limit in limits) and limits == (1, 0) else limits
+    )
 
 
-def _check_limit(name: str, limit: float | jax.Array, least: int) -> None:
-    if not isinstance(limit, Real | jax.Array) or jnp.iscomplexobj(limit):
+def _check_limit(name: str, limit: float | jax.Array, least: int) -> float | jax.Array:
+    if not isinstance(limit, Real | np.ndarray | jax.Array) or jnp.iscomplexobj(limit):
         raise TypeError(
             f"{name} must be a real number, got {type(limit).__name__}; write for example "
             "jaxnorm.Renorm(r_max=3.0, d_max=5.0)."
@@ -71,11 +75,15 @@ def _check_limit(name: str, limit: float | jax.Array, least: int) -> None:
         raise ValueError(
             f"{name} must be a scalar, got shape {jnp.shape(limit)}; one limit serves all features."
         )
-    if not isinstance(limit, Tracer) and not limit >= least:
+    if isinstance(limit, Tracer):
+        return limit
+    limit = float(limit)
+    if not limit >= least:
         raise ValueError(
             f"{name} must be at least {least}, got {limit}; Renorm(1, 0) corrects nothing, and "
             "greater limits correct more."
         )
+    return limit
 
 
 def without_kernel(renorm: Renorm | None, implementation: str | None = None) -> str | None:

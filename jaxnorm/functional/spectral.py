@@ -87,8 +87,7 @@ def spectral_norm(
       steps: the number of power iterations in training; a Python integer. One is enough if the
         weights change little between calls.
       train: whether to iterate; a Python bool. Otherwise u and v are those of the state.
-      epsilon: the least sigma by which w is divided; in units of w. Where it is 0, a sigma of
-        zero leaves w as it is.
+      epsilon: w is divided by sigma only if that is larger, else by 1; in units of w.
       feature_axis: the axis of the features, or several.
 
     Returns:
@@ -155,9 +154,8 @@ def divide(
         moved = SpectralNormState(u.astype(state.u.dtype), v.astype(state.v.dtype))
         of_u = matrix * layout.broadcast(u)
         sigma = whole.sum(real_product(of_u, jnp.broadcast_to(transposed.broadcast(v), w.shape)))
-        least = epsilon / scale
-        least = jnp.where(least > 0, least, 1)
-        divisor = jnp.where(jnp.abs(sigma) > epsilon / scale, sigma, least)
+        # One in units of w, so that zeros have a gradient of usual size.
+        divisor = jnp.where(jnp.abs(sigma) > epsilon / scale, sigma, 1 / scale)
         y = matrix / divisor.astype(matrix.dtype)
         return y.astype(w.dtype), moved, jnp.squeeze(sigma * scale)
 

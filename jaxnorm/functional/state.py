@@ -144,7 +144,7 @@ def check_weights(momentum: float | jax.Array | None) -> Weights:
             f"momentum must be a number or None, got {type(momentum).__name__}; pass for example "
             "momentum=0.99."
         )
-    if not isinstance(momentum, Tracer) and not 0 <= momentum <= 1:
+    if not isinstance(momentum, Tracer) and not 0 <= float(momentum) <= 1:
         raise ValueError(
             f"momentum must lie in [0, 1] or be None, got {momentum}; it is the weight of the old "
             "statistics, so PyTorch's momentum m is 1 - m here."

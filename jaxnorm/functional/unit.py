@@ -107,10 +107,11 @@ _NORMS: dict[float, Callable] = {1: _one_norm, 2: _two_norm, math.inf: _infinity
 
 
 def _check_order(order: float) -> float:
-    order = check_number(order, "ord")
+    if not isinstance(order, str):
+        order = check_number(order, "ord")
     if order not in _NORMS:
         raise ValueError(
-            f"ord must be 1, 2 or inf, got {order:g}; divide by another norm yourself, for example "
+            f"ord must be 1, 2 or inf, got {order!r}; divide by another norm yourself, for example "
             "one of jnp.linalg.vector_norm."
         )
     return order

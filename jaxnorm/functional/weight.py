@@ -1,6 +1,7 @@
 """Weight normalization: the length of each feature's weights is a parameter of its own."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,11 @@ from jaxnorm.core.axes import Axes
 from jaxnorm.core.layouts import batch_layout
 from jaxnorm.core.lengths import two_norm, unit
 
+EPSILON = 1e-12
+
 
 def weight_norm(
-    v: ArrayLike, g: ArrayLike, *, feature_axis: Axes = -1, epsilon: float = 1e-12
+    v: ArrayLike, g: ArrayLike, *, feature_axis: Axes = -1, epsilon: float = EPSILON
 ) -> jax.Array:
     """Weight normalization: the direction of v, of length g, for each feature.
 
@@ -65,7 +68,7 @@ def _weight_norm(layout, epsilon, v, g):
 def init_weight_norm(w: ArrayLike, *, feature_axis: Axes = -1) -> tuple[jax.Array, jax.Array]:
     """The v and g of weights, with which `weight_norm` gives these weights again.
 
-        v = w,    g = |w|
+        v = w,    g = sqrt(|w|**2 + 1e-12)
 
     Args:
       w: weights such as a kernel of shape (inputs, features); floating-point or complex.
@@ -86,4 +89,6 @@ def init_weight_norm(w: ArrayLike, *, feature_axis: Axes = -1) -> tuple[jax.Arra
     """
     w = check_input(w, "w")
     layout = batch_layout(w.shape, feature_axis)
-    return w, jnp.squeeze(two_norm(w, layout.reduction_axes), layout.reduction_axes)
+    # The default epsilon of `weight_norm` is in g too, or small weights would shrink.
+    length = jnp.hypot(two_norm(w, layout.reduction_axes), math.sqrt(EPSILON))
+    return w, jnp.squeeze(length, layout.reduction_axes)

@@ -7,7 +7,8 @@ in Flax; their arguments are in its manner.
 
 `use_fast_variance` and `force_float32_reductions` are accepted but ignored: statistics are always
 accurate, and in float32 or better. The latter still decides the dtype of running statistics. A
-`mask` is the `where` of the functions.
+`mask` is the `where` of the functions. With a `scale_offset`, the initial scale is 1 - scale_offset
+where `scale_init` is Flax's default, `initializers.ones`.
 
 WeightNorm and SpectralNorm never write into the layer that they wrap. StandardizedDense and
 StandardizedConv are Flax's Dense and Conv with standardized kernels.

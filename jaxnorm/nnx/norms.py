@@ -64,7 +64,7 @@ class BatchNorm(nnx.BatchNorm):
         super().__init__(*arguments, **_initialized(named, scale_offset))
         self.virtual_batch_size = virtual_batch_size
         self.scale_offset = scale_offset
-        self.renorm = renorm
+        self.renorm = check_renorm(renorm)  # numbers: an array would have to be a variable
 
     def __call__(
         self,
