@@ -60,9 +60,8 @@ def check_renorm(renorm: Renorm | None) -> Renorm | None:
             "jaxnorm.Renorm(r_max=3.0, d_max=5.0)."
         )
     limits = Renorm(_check_limit("r_max", renorm.r_max, 1), _check_limit("d_max", renorm.d_max, 0))
-    return (
-        None if all(isinstance(limit, float) for limit in limits) and limits == (1, 0) else limits
-    )
+    known = not any(isinstance(limit, Tracer) for limit in limits)
+    return None if known and limits == (1, 0) else limits
 
 
 def _check_limit(name: str, limit: float | jax.Array, least: int) -> float | jax.Array:

@@ -46,7 +46,7 @@ def unit_norm(
       An array of the shape and dtype of x. The norm is computed in float32 or better.
 
     Raises:
-      TypeError: x is of an integer type, `where` is not boolean, or `ord` or epsilon is not a
+      TypeError: x is of an integer type, `where` is not boolean, or epsilon is not a
         number.
       ValueError: an axis is out of range or given twice, `where` does not broadcast, x is a
         scalar, `ord` is another number, or epsilon is negative.
