@@ -96,9 +96,11 @@ def test_signatures_are_those_of_flax(flavour, name, method):
     own = [p for p in ours if p not in theirs]
     first = [p for p in theirs if p not in after]
     assert ours == first + own + after
-    extra = {"__init__": ["virtual_batch_size", "renorm"], "__call__": ["renorm"]}
-    assert [p[0] for p in own] == (extra[method] if name == "BatchNorm" else [])
-    assert all(p[2] is None for p in own)  # changes nothing when left alone
+    every = {"__init__": ["scale_offset"], "__call__": ["scale", "bias"]}[method]
+    before = ["virtual_batch_size"] if method == "__init__" else []
+    extra = [*before, *every, "renorm"] if name == "BatchNorm" else every
+    assert [p[0] for p in own] == extra
+    assert all(p[2] in (None, 0.0) for p in own)  # changes nothing when left alone
 
 
 @pytest.mark.parametrize(
