@@ -84,16 +84,16 @@ def kill(process, number, when):
 
 def test_two_processes_are_one_and_may_be_killed_at_any_moment(tmp_path):
     one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
-    # Slow enough not to be chaotic: at 0.02 one machine's rounding grew to 1e-4 in 50 steps.
-    rate = ("--learning-rate", 0.005)
+    # Slow enough not to be chaotic: on one machine rounding grew to 1e-4 at 0.02, on another at
+    # 0.005. Adam still moves a weight by up to 1e-2.
+    rate = ("--learning-rate", 0.0003)
     finish(one, *rate)
     whole = finish(two, *rate, "--processes", 2)
     (_, right), (_, ours) = last_state(one), last_state(two)
     leaves = [ocp.tree.to_flat_dict(state["params"]) for state in (right, ours)]
     furthest = max(float(np.abs(leaves[1][path] - a).max()) for path, a in leaves[0].items())
     print(f"largest difference in weights of one process and two: {furthest:.1e}")
-    # Rounding grows in training: to some 1e-7 on one machine, to 8e-5 on another.
-    assert furthest < 3e-4
+    assert furthest < 1e-5  # some 1e-7 of rounding, and room for another machine's
 
     again = (*rate, "--processes", 2, "--checkpoint-every", 1)
     saving = lambda: any(killed.glob("*tmp*")) and (killed / "3").exists()
