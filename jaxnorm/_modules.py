@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxnorm.core.arguments import check_number
+from jaxnorm.core.arguments import check_number, check_param
 from jaxnorm.core.arithmetic import promote, real_dtype
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.devices import LOCAL, bound_devices
@@ -58,6 +58,23 @@ def checked_call(
         dtype=dtype,
         implementation=implementation,
     )
+
+
+def add_params(
+    learned: NormParams, given: NormParams, layout: Layout, dtype: jnp.dtype
+) -> NormParams:
+    """The sum of two scales and of two biases, in float32 or better; None is no summand."""
+
+    def add(name, a, b):
+        if b is None:
+            return a
+        b = check_param(b, name, layout, dtype)
+        if a is None:
+            return b
+        wide = promote(a.dtype, b.dtype, jnp.float32)
+        return layout.broadcast(a).astype(wide) + layout.broadcast(b).astype(wide)
+
+    return NormParams(*map(add, NormParams._fields, learned, given))
 
 
 def initial_scale(offset: float) -> float:

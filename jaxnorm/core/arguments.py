@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxnorm.core.arithmetic import as_array, promote
+from jaxnorm.core.arithmetic import as_array
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.standardize import NormParams
 
@@ -72,23 +72,6 @@ def check_params(params: NormParams | None, layout: Layout, dtype: jnp.dtype) ->
     )
 
 
-def add_params(
-    learned: NormParams, given: NormParams, layout: Layout, dtype: jnp.dtype
-) -> NormParams:
-    """The sum of two scales and of two biases, in float32 or better; None is no summand."""
-
-    def add(name, a, b):
-        if b is None:
-            return a
-        b = check_param(b, name, layout, dtype)
-        if a is None:
-            return b
-        wide = promote(a.dtype, b.dtype, jnp.float32)
-        return layout.broadcast(a).astype(wide) + layout.broadcast(b).astype(wide)
-
-    return NormParams(*map(add, NormParams._fields, learned, given))
-
-
 def check_feature_array(value, name: str, layout: Layout, dtype: jnp.dtype) -> jax.Array:
     """An array with one element for each feature of the layout, real if x is."""
     value = as_array(value)
@@ -134,12 +117,7 @@ def check_scalar_or_features(value, name: str, layout: Layout, dtype: jnp.dtype)
     value = as_array(value)
     if value.ndim:
         return check_feature_array(value, name, layout, dtype)
-    if jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(
-            f"{name} must be real where the result is, got {value.dtype} for a result of {dtype}; "
-            "take the real part."
-        )
-    return value
+    return _real_if(value, name, dtype)
 
 
 def check_real(x: jax.Array, name: str) -> None:

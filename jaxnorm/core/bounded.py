@@ -7,13 +7,12 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from jaxnorm.core.arguments import check_params, check_real, check_scalar_or_features
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.normalize import make_spec, program
 from jaxnorm.core.spec import NormSpec
-from jaxnorm.core.standardize import NormParams, standardize
+from jaxnorm.core.standardize import NormParams, affine
 
 
 def bound(
@@ -56,7 +55,7 @@ def _bounded(
     argument = spec.prepare(x) * _per_feature(spec, alpha)
     if shift is not None:
         argument = argument + _per_feature(spec, shift)
-    return standardize(spec, function(argument), None, None, jnp.ones((), jnp.float32), params)
+    return affine(spec, function(argument), params)
 
 
 def _per_feature(spec: NormSpec, a: jax.Array) -> jax.Array:

@@ -105,6 +105,15 @@ def whole_scale(spec: NormSpec, scale: jax.Array) -> jax.Array:
     return scale + spec.scale_offset if spec.scale_offset else scale
 
 
+def affine(spec: NormSpec, h: jax.Array, params: NormParams) -> jax.Array:
+    """Scale and bias of what is standardized, or stands in its place."""
+    if params.scale is not None:
+        h = h * whole_scale(spec, params.scale)
+    if params.bias is not None:
+        h = h + spec.prepare(spec.layout.broadcast(params.bias))
+    return h.astype(spec.dtype)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def apply_params(
     spec: NormSpec, h: jax.Array, x: jax.Array, stats: Statistics, params: NormParams
@@ -113,11 +122,7 @@ def apply_params(
 
     The tangent computes h again from x, so that the backward pass keeps no array but x.
     """
-    if params.scale is not None:
-        h = h * whole_scale(spec, params.scale)
-    if params.bias is not None:
-        h = h + spec.prepare(spec.layout.broadcast(params.bias))
-    return h.astype(spec.dtype)
+    return affine(spec, h, params)
 
 
 @apply_params.defjvp

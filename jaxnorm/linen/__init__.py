@@ -14,21 +14,14 @@ WeightNorm and SpectralNorm never write into the layer that they wrap. Standardi
 StandardizedConv are Flax's Dense and Conv with standardized kernels.
 """
 
+from jaxnorm.linen.add import AddLayerNorm, AddRMSNorm
 from jaxnorm.linen.family import (
     DynamicErf,
     DynamicTanh,
     FilterResponseNorm,
     GlobalResponseNorm,
 )
-from jaxnorm.linen.norms import (
-    AddLayerNorm,
-    AddRMSNorm,
-    BatchNorm,
-    GroupNorm,
-    InstanceNorm,
-    LayerNorm,
-    RMSNorm,
-)
+from jaxnorm.linen.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from jaxnorm.linen.weights import (
     SpectralNorm,
     StandardizedConv,

@@ -1,4 +1,4 @@
-"""The five norms, and those of a residual sum: Flax's classes with another `__call__`."""
+"""The five norms: Flax's classes with another `__call__`."""
 
 from typing import Any
 
@@ -8,12 +8,11 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype
 
-from jaxnorm._modules import checked_call, initial_scale, update_running_statistics
-from jaxnorm.core.arguments import add_params, check_residual
+from jaxnorm._modules import add_params, checked_call, initial_scale, update_running_statistics
 from jaxnorm.core.axes import count_groups
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.layouts import batch_layout, group_layout, instance_layout, layer_layout
-from jaxnorm.core.normalize import add_and_normalize, normalize, normalize_with
+from jaxnorm.core.normalize import normalize, normalize_with
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.renorm import Renorm, check_renorm, normalize_batch, without_kernel
 
@@ -62,7 +61,7 @@ class BatchNorm(nn.BatchNorm):
         mean = self.variable("batch_stats", "mean", jnp.zeros, layout.feature_shape, stats_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, layout.feature_shape, stats_dtype)
         if use_running_average:
-            x, params, dtype = _prepare(self, x, layout, NormParams(scale, bias))
+            x, params, dtype = prepare(self, x, layout, NormParams(scale, bias))
             return normalize_with(
                 "batch_norm",
                 x,
@@ -73,7 +72,7 @@ class BatchNorm(nn.BatchNorm):
                 scale_offset=self.scale_offset,
                 dtype=dtype,
             )
-        call = _checked(
+        call = arguments_of(
             "batch_norm",
             self,
             x,
@@ -117,7 +116,9 @@ class LayerNorm(nn.LayerNorm):
     ) -> jax.Array:
         """Normalize x."""
         layout = layer_layout(jnp.shape(x), self.reduction_axes, self.feature_axes)
-        return normalize(*_checked("layer_norm", self, x, layout, mask, NormParams(scale, bias)))
+        return normalize(
+            *arguments_of("layer_norm", self, x, layout, mask, NormParams(scale, bias))
+        )
 
 
 class RMSNorm(nn.RMSNorm):
@@ -144,66 +145,9 @@ class RMSNorm(nn.RMSNorm):
         """Normalize x."""
         layout = layer_layout(jnp.shape(x), self.reduction_axes, self.feature_axes)
         return normalize(
-            *_checked(
+            *arguments_of(
                 "rms_norm", self, x, layout, mask, NormParams(scale, bias), subtract_mean=False
             )
-        )
-
-
-class AddLayerNorm(LayerNorm):
-    """`jaxnorm.add_layer_norm` with learned scale and bias: `LayerNorm` of x + residual.
-
-    Arguments and variables are those of LayerNorm. A call takes x and the residual, and returns y
-    and the total, which has the dtype of x.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp, jaxnorm.linen as jn
-      >>> x, stream = jnp.ones((8, 3)), jnp.zeros((8, 3))
-      >>> (y, stream), _ = jn.AddLayerNorm().init_with_output(jax.random.key(0), x, stream)
-      >>> stream.sum()
-      Array(24., dtype=float32)
-    """
-
-    @nn.compact
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (it takes and returns two)
-        self,
-        x: jax.Array,
-        residual: jax.Array,
-        *,
-        mask: jax.Array | None = None,
-        scale: jax.Array | None = None,
-        bias: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Normalize the sum; the second result is this total."""
-        return _add("add_layer_norm", self, x, residual, mask, NormParams(scale, bias))
-
-
-class AddRMSNorm(RMSNorm):
-    """`jaxnorm.add_rms_norm` with a learned scale: `RMSNorm` of x + residual.
-
-    Arguments and variables are those of RMSNorm; a call is that of AddLayerNorm.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp, jaxnorm.linen as jn
-      >>> x, stream = jnp.ones((8, 3)), jnp.zeros((8, 3))
-      >>> (y, stream), _ = jn.AddRMSNorm().init_with_output(jax.random.key(0), x, stream)
-      >>> stream.sum()
-      Array(24., dtype=float32)
-    """
-
-    @nn.compact
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (it takes and returns two)
-        self,
-        x: jax.Array,
-        residual: jax.Array,
-        *,
-        mask: jax.Array | None = None,
-        scale: jax.Array | None = None,
-        bias: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Normalize the sum; the second result is this total."""
-        return _add(
-            "add_rms_norm", self, x, residual, mask, NormParams(scale, bias), subtract_mean=False
         )
 
 
@@ -235,7 +179,9 @@ class GroupNorm(nn.GroupNorm):
         shape = jnp.shape(x)
         num_groups = count_groups(shape[-1], self.num_groups, self.group_size)
         layout = group_layout(shape, num_groups, reduction_axes=self.reduction_axes)
-        return normalize(*_checked("group_norm", self, x, layout, mask, NormParams(scale, bias)))
+        return normalize(
+            *arguments_of("group_norm", self, x, layout, mask, NormParams(scale, bias))
+        )
 
 
 class InstanceNorm(nn.InstanceNorm):
@@ -263,23 +209,20 @@ class InstanceNorm(nn.InstanceNorm):
     ) -> jax.Array:
         """Normalize x."""
         layout = instance_layout(jnp.shape(x), self.feature_axes, "feature_axes")
-        return normalize(*_checked("instance_norm", self, x, layout, mask, NormParams(scale, bias)))
+        return normalize(
+            *arguments_of("instance_norm", self, x, layout, mask, NormParams(scale, bias))
+        )
 
 
-def _checked(name: str, module: Any, x, layout: Layout, mask, given: NormParams, **options: Any):
-    prepared = _prepare(module, x, layout, given)
+def arguments_of(
+    name: str, module: Any, x, layout: Layout, mask, given: NormParams, **options: Any
+):
+    prepared = prepare(module, x, layout, given)
     bind_names = not module.is_initializing()
     return checked_call(name, module, layout, prepared, mask, bind_names=bind_names, **options)
 
 
-def _add(name: str, module: Any, x, residual, mask, given: NormParams, **options: Any):
-    layout = layer_layout(jnp.shape(x), module.reduction_axes, module.feature_axes)
-    residual = check_residual(residual, jnp.asarray(x))
-    options["residual"] = residual
-    return add_and_normalize(*_checked(name, module, x, layout, mask, given, **options))
-
-
-def _prepare(
+def prepare(
     module: Any, x, layout: Layout, given: NormParams
 ) -> tuple[jax.Array, NormParams, Dtype]:
     """x as floating-point or complex, the parameters, and the dtype of the result.

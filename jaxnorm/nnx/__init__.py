@@ -14,6 +14,7 @@ StandardizedConv are Flax's Linear and Conv with standardized kernels. `fold` ma
 batch norms are part of the layers before them.
 """
 
+from jaxnorm.nnx.add import AddLayerNorm, AddRMSNorm
 from jaxnorm.nnx.family import (
     DynamicErf,
     DynamicTanh,
@@ -21,15 +22,7 @@ from jaxnorm.nnx.family import (
     GlobalResponseNorm,
 )
 from jaxnorm.nnx.fold import fold
-from jaxnorm.nnx.norms import (
-    AddLayerNorm,
-    AddRMSNorm,
-    BatchNorm,
-    GroupNorm,
-    InstanceNorm,
-    LayerNorm,
-    RMSNorm,
-)
+from jaxnorm.nnx.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from jaxnorm.nnx.weights import (
     SpectralNorm,
     StandardizedConv,

@@ -1,4 +1,4 @@
-"""The five norms, and those of a residual sum: Flax's classes with another `__call__`."""
+"""The five norms: Flax's classes with another `__call__`."""
 
 import inspect
 import math
@@ -12,12 +12,11 @@ from flax.nnx.module import first_from
 from flax.nnx.nn.dtypes import canonicalize_dtype
 from flax.typing import Dtype
 
-from jaxnorm._modules import checked_call, initial_scale, update_running_statistics
-from jaxnorm.core.arguments import add_params, check_residual
+from jaxnorm._modules import add_params, checked_call, initial_scale, update_running_statistics
 from jaxnorm.core.arithmetic import promote
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.layouts import batch_layout, group_layout, instance_layout, layer_layout
-from jaxnorm.core.normalize import add_and_normalize, normalize, normalize_with
+from jaxnorm.core.normalize import normalize, normalize_with
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.renorm import Renorm, check_renorm, normalize_batch, without_kernel
 
@@ -32,6 +31,18 @@ def after(inherited: Callable) -> Callable[[Callable], Callable]:
         return f
 
     return decorate
+
+
+def _with_offset(inherited: Callable) -> Any:
+    """The constructor of a norm of Flax, with an offset of the scale."""
+
+    @after(inherited)
+    def __init__(self, *arguments: Any, scale_offset: float = 0.0, **named: Any):  # noqa: N807
+        """Flax's arguments, and what is added to the scale."""
+        inherited(self, *arguments, **_initialized(named, scale_offset))
+        self.scale_offset = scale_offset
+
+    return __init__
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -88,7 +99,7 @@ class BatchNorm(nnx.BatchNorm):
         renorm = check_renorm(self.renorm if renorm is None else renorm)
         mean, var = (_fold(stat[...], layout) for stat in (self.mean, self.var))
         if use_running_average:
-            x, params, dtype = _prepare(self, x, layout, NormParams(scale, bias), mean, var)
+            x, params, dtype = prepare(self, x, layout, NormParams(scale, bias), mean, var)
             return normalize_with(
                 "batch_norm",
                 x,
@@ -135,11 +146,7 @@ class LayerNorm(nnx.LayerNorm):
       (8, 3)
     """
 
-    @after(nnx.LayerNorm.__init__)
-    def __init__(self, *arguments: Any, scale_offset: float = 0.0, **named: Any):
-        """Flax's arguments, and what is added to the scale."""
-        super().__init__(*arguments, **_initialized(named, scale_offset))
-        self.scale_offset = scale_offset
+    __init__ = _with_offset(nnx.LayerNorm.__init__)
 
     def __call__(
         self,
@@ -164,11 +171,7 @@ class RMSNorm(nnx.RMSNorm):
       (8, 3)
     """
 
-    @after(nnx.RMSNorm.__init__)
-    def __init__(self, *arguments: Any, scale_offset: float = 0.0, **named: Any):
-        """Flax's arguments, and what is added to the scale."""
-        super().__init__(*arguments, **_initialized(named, scale_offset))
-        self.scale_offset = scale_offset
+    __init__ = _with_offset(nnx.RMSNorm.__init__)
 
     def __call__(
         self,
@@ -187,63 +190,6 @@ class RMSNorm(nnx.RMSNorm):
         )
 
 
-class AddLayerNorm(LayerNorm):
-    """`jaxnorm.add_layer_norm` with learned scale and bias: `LayerNorm` of x + residual.
-
-    Arguments and variables are those of LayerNorm. A call takes x and the residual, and returns y
-    and the total, which has the dtype of x.
-
-    Examples:
-      >>> import jax.numpy as jnp, jaxnorm.nnx as jn
-      >>> from flax import nnx
-      >>> x, stream = jnp.ones((8, 3)), jnp.zeros((8, 3))
-      >>> y, stream = jn.AddLayerNorm(3, rngs=nnx.Rngs(0))(x, stream)
-      >>> stream.sum()
-      Array(24., dtype=float32)
-    """
-
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (it takes and returns two)
-        self,
-        x: jax.Array,
-        residual: jax.Array,
-        *,
-        mask: jax.Array | None = None,
-        scale: jax.Array | None = None,
-        bias: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Normalize the sum; the second result is this total."""
-        return _add("add_layer_norm", self, x, residual, mask, NormParams(scale, bias))
-
-
-class AddRMSNorm(RMSNorm):
-    """`jaxnorm.add_rms_norm` with a learned scale: `RMSNorm` of x + residual.
-
-    Arguments and variables are those of RMSNorm; a call is that of AddLayerNorm.
-
-    Examples:
-      >>> import jax.numpy as jnp, jaxnorm.nnx as jn
-      >>> from flax import nnx
-      >>> x, stream = jnp.ones((8, 3)), jnp.zeros((8, 3))
-      >>> y, stream = jn.AddRMSNorm(3, rngs=nnx.Rngs(0))(x, stream)
-      >>> stream.sum()
-      Array(24., dtype=float32)
-    """
-
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (it takes and returns two)
-        self,
-        x: jax.Array,
-        residual: jax.Array,
-        *,
-        mask: jax.Array | None = None,
-        scale: jax.Array | None = None,
-        bias: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Normalize the sum; the second result is this total."""
-        return _add(
-            "add_rms_norm", self, x, residual, mask, NormParams(scale, bias), subtract_mean=False
-        )
-
-
 class GroupNorm(nnx.GroupNorm):
     """`jaxnorm.group_norm` with learned scale and bias.
 
@@ -257,11 +203,7 @@ class GroupNorm(nnx.GroupNorm):
       (8, 5, 5, 6)
     """
 
-    @after(nnx.GroupNorm.__init__)
-    def __init__(self, *arguments: Any, scale_offset: float = 0.0, **named: Any):
-        """Flax's arguments, and what is added to the scale."""
-        super().__init__(*arguments, **_initialized(named, scale_offset))
-        self.scale_offset = scale_offset
+    __init__ = _with_offset(nnx.GroupNorm.__init__)
 
     def __call__(
         self,
@@ -294,11 +236,7 @@ class InstanceNorm(nnx.InstanceNorm):
       (8, 5, 5, 6)
     """
 
-    @after(nnx.InstanceNorm.__init__)
-    def __init__(self, *arguments: Any, scale_offset: float = 0.0, **named: Any):
-        """Flax's arguments, and what is added to the scale."""
-        super().__init__(*arguments, **_initialized(named, scale_offset))
-        self.scale_offset = scale_offset
+    __init__ = _with_offset(nnx.InstanceNorm.__init__)
 
     def __call__(
         self,
@@ -316,23 +254,11 @@ class InstanceNorm(nnx.InstanceNorm):
 def _checked(
     name: str, module: Any, x, layout: Layout, mask, given: NormParams, *running, **options: Any
 ):
-    prepared = _prepare(module, x, layout, given, *running)
+    prepared = prepare(module, x, layout, given, *running)
     return checked_call(name, module, layout, prepared, mask, **options)
 
 
-def _add(name: str, module: Any, x, residual, mask, given: NormParams, **options: Any):
-    layout = layer_layout(jnp.shape(x), module.reduction_axes, module.feature_axes)
-    residual = check_residual(residual, jnp.asarray(x))
-    cast, params, dtype = _prepare(module, x, layout, given)
-    # The total has the dtype of x, though the parameters' may be better.
-    x = jnp.asarray(x) if jnp.issubdtype(residual.dtype, jnp.inexact) else cast
-    prepared = x, params, dtype
-    return add_and_normalize(
-        *checked_call(name, module, layout, prepared, mask, residual=residual, **options)
-    )
-
-
-def _prepare(
+def prepare(
     module: Any, x, layout: Layout, given: NormParams, *running: jax.Array
 ) -> tuple[jax.Array, NormParams, Dtype]:
     """Return x and the parameters as `promote_dtype` makes them, and the result's dtype.

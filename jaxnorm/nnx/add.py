@@ -1,0 +1,82 @@
+"""Layer and rms norm of a residual sum, which is returned too."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxnorm._modules import checked_call
+from jaxnorm.core.arguments import check_residual
+from jaxnorm.core.layouts import layer_layout
+from jaxnorm.core.normalize import add_and_normalize
+from jaxnorm.core.standardize import NormParams
+from jaxnorm.nnx.norms import LayerNorm, RMSNorm, prepare
+
+
+class AddLayerNorm(LayerNorm):
+    """`jaxnorm.add_layer_norm` with learned scale and bias: `LayerNorm` of x + residual.
+
+    Arguments and variables are those of LayerNorm. A call takes x and the residual, and returns y
+    and the total, which has the dtype of x.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm.nnx as jn
+      >>> from flax import nnx
+      >>> x, stream = jnp.ones((8, 3)), jnp.zeros((8, 3))
+      >>> y, stream = jn.AddLayerNorm(3, rngs=nnx.Rngs(0))(x, stream)
+      >>> stream.sum()
+      Array(24., dtype=float32)
+    """
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (it takes and returns two)
+        self,
+        x: jax.Array,
+        residual: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Normalize the sum; the second result is this total."""
+        return _add("add_layer_norm", self, x, residual, mask, NormParams(scale, bias))
+
+
+class AddRMSNorm(RMSNorm):
+    """`jaxnorm.add_rms_norm` with a learned scale: `RMSNorm` of x + residual.
+
+    Arguments and variables are those of RMSNorm; a call is that of AddLayerNorm.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm.nnx as jn
+      >>> from flax import nnx
+      >>> x, stream = jnp.ones((8, 3)), jnp.zeros((8, 3))
+      >>> y, stream = jn.AddRMSNorm(3, rngs=nnx.Rngs(0))(x, stream)
+      >>> stream.sum()
+      Array(24., dtype=float32)
+    """
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (it takes and returns two)
+        self,
+        x: jax.Array,
+        residual: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Normalize the sum; the second result is this total."""
+        return _add(
+            "add_rms_norm", self, x, residual, mask, NormParams(scale, bias), subtract_mean=False
+        )
+
+
+def _add(name: str, module: Any, x, residual, mask, given: NormParams, **options: Any):
+    layout = layer_layout(jnp.shape(x), module.reduction_axes, module.feature_axes)
+    residual = check_residual(residual, jnp.asarray(x))
+    cast, params, dtype = prepare(module, x, layout, given)
+    # The total has the dtype of x, though the parameters' may be better.
+    x = jnp.asarray(x) if jnp.issubdtype(residual.dtype, jnp.inexact) else cast
+    prepared = x, params, dtype
+    return add_and_normalize(
+        *checked_call(name, module, layout, prepared, mask, residual=residual, **options)
+    )
