@@ -10,9 +10,6 @@ from benchmarks import accelerators, training_steps
 from benchmarks.cases import Problem
 from benchmarks.chips import CHIPS, Chip, compiled
 
-# conftest.py keeps compiled programs; those of a chip that is not there can't be loaded again.
-pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
-
 CHIP = CHIPS["v5e"]
 # Too large for VMEM. Rms norm is layer norm with less, instance norm is batch norm of an example.
 PROBLEMS = {
