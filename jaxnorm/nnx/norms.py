@@ -146,7 +146,7 @@ class LayerNorm(nnx.LayerNorm):
       (8, 3)
     """
 
-    __init__ = _with_offset(nnx.LayerNorm.__init__)
+    __init__: Callable[..., None] = _with_offset(nnx.LayerNorm.__init__)
 
     def __call__(
         self,
@@ -171,7 +171,7 @@ class RMSNorm(nnx.RMSNorm):
       (8, 3)
     """
 
-    __init__ = _with_offset(nnx.RMSNorm.__init__)
+    __init__: Callable[..., None] = _with_offset(nnx.RMSNorm.__init__)
 
     def __call__(
         self,
@@ -203,7 +203,7 @@ class GroupNorm(nnx.GroupNorm):
       (8, 5, 5, 6)
     """
 
-    __init__ = _with_offset(nnx.GroupNorm.__init__)
+    __init__: Callable[..., None] = _with_offset(nnx.GroupNorm.__init__)
 
     def __call__(
         self,
@@ -236,7 +236,7 @@ class InstanceNorm(nnx.InstanceNorm):
       (8, 5, 5, 6)
     """
 
-    __init__ = _with_offset(nnx.InstanceNorm.__init__)
+    __init__: Callable[..., None] = _with_offset(nnx.InstanceNorm.__init__)
 
     def __call__(
         self,
