@@ -13,8 +13,6 @@ for package in ("sklearn", "optax", "orbax.checkpoint", "matplotlib", "tqdm"):
 import compare_norms  # noqa: E402 (needs what was just asked for)
 import image_datasets  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("study")  # whose fixture trains it once
-
 
 @pytest.fixture(scope="module")
 def datasets():

@@ -88,14 +88,15 @@ def test_two_processes_are_one_and_may_be_killed_at_any_moment(tmp_path):
     # 0.005. Adam still moves a weight by up to 1e-2.
     rate = ("--learning-rate", 0.0003)
     finish(one, *rate)
-    whole = finish(two, *rate, "--processes", 2)
+    both = (*rate, "--processes", 2)
+    whole = finish(two, *both)
     (_, right), (_, ours) = last_state(one), last_state(two)
     leaves = [ocp.tree.to_flat_dict(state["params"]) for state in (right, ours)]
     furthest = max(float(np.abs(leaves[1][path] - a).max()) for path, a in leaves[0].items())
     print(f"largest difference in weights of one process and two: {furthest:.1e}")
     assert furthest < 1e-5  # some 1e-7 of rounding, and room for another machine's
 
-    again = (*rate, "--processes", 2, "--checkpoint-every", 1)
+    again = (*both, "--checkpoint-every", 1)
     saving = lambda: any(killed.glob("*tmp*")) and (killed / "3").exists()
     errors = kill(start(killed, *again), 0, saving)
     assert re.search(
@@ -107,7 +108,7 @@ def test_two_processes_are_one_and_may_be_killed_at_any_moment(tmp_path):
     errors = kill(start(killed, *again), 1, later)
     assert re.search(r"process 0: lost another process \(.*\); start all of them again", errors)
     assert "process 1 of 2 ended by signal 9 (SIGKILL), and the others with it" in errors
-    assert finish(killed, *again) == whole
+    assert finish(killed, *both) == whole
 
 
 def run(capsys, out, *arguments):
