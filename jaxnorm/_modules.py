@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jaxnorm.core.arguments import check_number, check_param
@@ -103,6 +105,14 @@ def update_running_statistics(
         state.mean.astype(promote(mean.dtype, dtype)),
         state.var.astype(promote(var.dtype, real_dtype(dtype))),
     )
+
+
+def like(old: Any, value: np.ndarray | jax.Array) -> jax.Array:
+    """The value in the dtype of an array, and where that is."""
+    new = jnp.asarray(value.astype(old.dtype))
+    if isinstance(old, jax.Array) and not isinstance(old, Tracer) and old.committed:
+        return jax.device_put(new, old.sharding)
+    return new
 
 
 def called(function: Callable, x: Any, dtype: DTypeLike, *args: Any, **options: Any) -> jax.Array:

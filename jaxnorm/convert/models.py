@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnorm._modules import like
 from jaxnorm.convert.reading import as_numpy, listed
 
 Model = TypeVar("Model")
@@ -96,7 +97,7 @@ def load(
             f"arrays must have the shapes of their places in the model, got {'; '.join(wrong)}; "
             "correct the table, or give a path and a function."
         )
-    return rebuild({path: _like(targets[path].old, value) for path, value in new.items()})
+    return rebuild({path: like(targets[path].old, value) for path, value in new.items()})
 
 
 def _check_names(arrays, places: dict[str, str | None], targets: dict[str, _Target], kept) -> None:
@@ -157,14 +158,6 @@ def _holds(dtype: Any, given: Any) -> bool:
     kinds = [np.bool_, np.integer, np.floating, np.complexfloating]
     rank = lambda d: next(i for i, kind in enumerate(kinds) if jnp.issubdtype(d, kind))
     return rank(given) <= rank(dtype)
-
-
-def _like(old: Any, value: np.ndarray) -> jax.Array:
-    """The value in the dtype of an array, and where that is."""
-    new = jnp.asarray(value.astype(old.dtype))
-    if isinstance(old, jax.Array) and old.committed:
-        return jax.device_put(new, old.sharding)
-    return new
 
 
 def _is_nnx(model: Any) -> bool:

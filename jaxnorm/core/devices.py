@@ -142,21 +142,19 @@ def bound_devices(axis_name: AxisName, axis_index_groups: AxisGroups = None) -> 
                 " pass both or neither."
             )
         return LOCAL
-    names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+    names = _names(axis_name)
     for name in names:
         if isinstance(name, int | jax.Array) or not isinstance(name, Hashable):
             raise TypeError(
                 f"axis_name must be a name or a tuple of names, got a {type(name).__name__}; pass"
                 ' for example axis_name="data", and what else comes after state by its keyword.'
             )
-        try:
-            lax.axis_size(name)
-        except NameError:
+        if not is_bound(name):
             raise ValueError(
                 "axis_name must be bound by jax.shard_map, jax.pmap or jax.vmap around this call, "
                 f"got {name!r}, which nothing binds; map over that name, or pass axis_name=None: "
                 "under plain jax.jit statistics are those of the whole array however it is sharded."
-            ) from None
+            )
     if len(set(names)) < len(names):
         raise ValueError(f"axis_name must hold each name once, got {names!r}; leave one out.")
     size = lax.axis_size(names)
@@ -176,6 +174,19 @@ def bound_devices(axis_name: AxisName, axis_index_groups: AxisGroups = None) -> 
             f"once, got {axis_index_groups!r}; list every index in exactly one group."
         )
     return Devices(names, size, tuple(tuple(group) for group in groups if group), manual)
+
+
+def is_bound(axis_name: AxisName) -> bool:
+    """Whether a map around this call binds the name, or all of several names."""
+    try:
+        lax.axis_size(_names(axis_name))
+    except NameError:
+        return False
+    return True
+
+
+def _names(axis_name: AxisName) -> tuple:
+    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
 
 
 def over_rows(equation: Equation, rows: Any) -> Any:

@@ -22,6 +22,8 @@ from jaxnorm.linen.family import (
     GlobalResponseNorm,
 )
 from jaxnorm.linen.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from jaxnorm.linen.recalibrate import recalibrate
+from jaxnorm.linen.replaced import replaced
 from jaxnorm.linen.weights import (
     SpectralNorm,
     StandardizedConv,
@@ -45,4 +47,6 @@ __all__ = [
     "StandardizedConv",
     "StandardizedDense",
     "WeightNorm",
+    "recalibrate",
+    "replaced",
 ]

@@ -23,7 +23,8 @@ class BatchNorm(nn.BatchNorm):
     `use_running_average` is `not train`, `axis` is `feature_axis`; other arguments are those of the
     function. `renorm` is given as numbers to the constructor, or to a call, which wins and may
     trace it. While the module is initialized, nothing has to bind `axis_name`, and the running
-    statistics do not change.
+    statistics do not change. With `frozen=True` they never change and are always used, whatever
+    `use_running_average` is.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxnorm.linen as jn
@@ -38,6 +39,7 @@ class BatchNorm(nn.BatchNorm):
     virtual_batch_size: int | None = None
     scale_offset: float = 0.0
     renorm: Renorm | None = None
+    frozen: bool = False
 
     @nn.compact
     def __call__(
@@ -51,7 +53,7 @@ class BatchNorm(nn.BatchNorm):
         renorm: Renorm | None = None,
     ) -> jax.Array:
         """Normalize x, and in training update the running statistics."""
-        use_running_average = nn.merge_param(
+        use_running_average = self.frozen or nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
         size = None if use_running_average else self.virtual_batch_size

@@ -22,7 +22,10 @@ from jaxnorm.nnx.family import (
     GlobalResponseNorm,
 )
 from jaxnorm.nnx.fold import fold
+from jaxnorm.nnx.freeze import freeze, unfreeze
 from jaxnorm.nnx.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from jaxnorm.nnx.recalibrate import recalibrate
+from jaxnorm.nnx.replace import replace
 from jaxnorm.nnx.weights import (
     SpectralNorm,
     StandardizedConv,
@@ -47,4 +50,8 @@ __all__ = [
     "StandardizedLinear",
     "WeightNorm",
     "fold",
+    "freeze",
+    "recalibrate",
+    "replace",
+    "unfreeze",
 ]

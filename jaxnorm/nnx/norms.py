@@ -51,7 +51,8 @@ class BatchNorm(nnx.BatchNorm):
     `use_running_average` is `not train`, `axis` is `feature_axis`; other arguments are those of the
     function. `renorm` is given as numbers to the constructor, or to a call, which wins and may
     trace it. `train()`, `eval()` and `nnx.view` set `use_running_average`; a call may override it.
-    Under `nnx.vmap`, give `axis_name` if one module serves all examples.
+    Under `nnx.vmap`, give `axis_name` if one module serves all examples. While `frozen` is set
+    (`jaxnorm.nnx.freeze`), nothing makes the norm use the batch or move its running statistics.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm.nnx as jn
@@ -61,6 +62,8 @@ class BatchNorm(nnx.BatchNorm):
       >>> norm.mean[...]
       Array([1., 1., 1.], dtype=float32)
     """
+
+    frozen: bool = False
 
     @after(nnx.BatchNorm.__init__)
     def __init__(
@@ -88,7 +91,7 @@ class BatchNorm(nnx.BatchNorm):
         renorm: Renorm | None = None,
     ) -> jax.Array:
         """Normalize x, and in training update the running statistics."""
-        use_running_average = first_from(
+        use_running_average = self.frozen or first_from(
             use_running_average,
             self.use_running_average,
             error_msg="use_running_average must be given, got None; pass it to the constructor or "

@@ -1,0 +1,91 @@
+"""Running statistics measured anew."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxnorm._modules import like
+from jaxnorm._seen import add_seen, check_how, nothing_seen
+from jaxnorm.linen.watched import watched_call
+
+
+def recalibrate(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    batches: Iterable[Any],
+    *,
+    how: str = "pooled",
+    **call: Any,
+) -> dict[str, Any]:
+    """Variables whose batch norms have the running statistics of these batches.
+
+    For parameters that the running statistics don't belong to: an average of weights, weights that
+    were rounded or converted, or another set of data. The model is called on each batch in training
+    mode. What a batch norm then sees is measured as the norm measures it, masks included, and
+    replaces its running mean and variance. All other variables stay, and so do the statistics of a
+    norm that is frozen or is not called.
+
+    Args:
+      model: a linen module, whose batch norms are Flax's or jaxnorm's.
+      variables: those of the model, with "params" and "batch_stats".
+      batches: arrays, or tuples of the model's arguments. For a progress bar, pass `tqdm(batches)`.
+        Sharded arrays count as a whole; an axis name that nothing binds is then left out.
+      how: "pooled" for the moments of all elements of all batches, or "mean" for the average of the
+        batches' means and (biased) variances, as PyTorch's `update_bn` has it but for its factor
+        n / (n - 1) of the variances.
+      **call: other arguments of `model.apply`, such as `train=True` if the model needs it to train,
+        or `rngs`, from which each batch gets its own.
+
+    Returns:
+      New variables of the same structure, dtypes and shardings.
+
+    Raises:
+      ValueError: there are no batches, no batch norm is called in training mode, or `how` is
+        neither.
+
+    Examples:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxnorm.linen as jn
+      >>> model = nn.BatchNorm(use_running_average=False)
+      >>> batches = [jnp.array([[1.0], [3.0]]), jnp.array([[5.0], [7.0]])]
+      >>> variables = model.init(jax.random.key(0), batches[0])
+      >>> jn.recalibrate(model, variables, batches)["batch_stats"]
+      {'mean': Array([4.], dtype=float32), 'var': Array([5.], dtype=float32)}
+
+    References:
+      Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018,
+      arXiv:1803.05407; Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, arXiv:2105.07576
+      (pooled statistics).
+    """
+    check_how(how)
+    rngs = call.pop("rngs", {})
+
+    @jax.jit
+    def measure(variables, totals, number, *arguments):
+        own = {name: jax.random.fold_in(key, number) for name, key in rngs.items()}
+        seen, _ = watched_call(model, variables, arguments, call | ({"rngs": own} if own else {}))
+        new = {path: part.elements for path, part in seen.items()}
+        start = {path: nothing_seen(part.mean).elements for path, part in new.items()}
+        return {path: add_seen((totals or start)[path], part, how) for path, part in new.items()}
+
+    totals, number = {}, -1
+    for number, batch in enumerate(batches):
+        arguments = batch if isinstance(batch, tuple) else (batch,)
+        totals = measure(variables, totals, jnp.int32(number), *arguments)
+    if number < 0:
+        raise ValueError("batches must hold at least one batch, got none; pass some of the data.")
+    if not totals:
+        raise ValueError(
+            "the model must have a batch norm that is called in training mode, got none; pass what "
+            "makes it train, such as train=True."
+        )
+    stats: dict[Any, Any] = flatten_dict(variables["batch_stats"])
+    for path, moments in totals.items():
+        for name in ("mean", "var"):
+            old = stats[(*path, name)]
+            new = getattr(moments, name)
+            stats[(*path, name)] = like(old, jnp.where(moments.count > 0, new, old))
+    return {**variables, "batch_stats": unflatten_dict(stats)}

@@ -1,0 +1,64 @@
+"""What each batch norm of a linen model sees in training mode."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.core import DenyList
+from flax.traverse_util import flatten_dict
+
+from jaxnorm._seen import Seen, look, merge_seen, names_here
+from jaxnorm.linen.norms import BatchNorm
+from jaxnorm.linen.replaced import made, replaced
+
+_NAME = "seen by jaxnorm"
+Path = tuple[str, ...]
+
+
+def watched_call(
+    model: nn.Module, variables: Any, arguments: tuple, call: dict[str, Any]
+) -> tuple[dict[Path, Seen], dict[Path, nn.Module]]:
+    """Call a model, and return what was seen by the path of each batch norm; and these modules.
+
+    Flax's batch norms compute as ours. Nothing that the call changes is kept.
+    """
+    modules: dict[Path, nn.Module] = {}
+    with replaced(), nn.intercept_methods(_watch(modules)):
+        _, updates = model.apply(variables, *arguments, **call, mutable=DenyList("params"))
+    stats: dict[Path, Any] = flatten_dict(updates.get("batch_stats", {}))
+    # A transformation of modules, such as nn.scan, stacks what is seen as it does the statistics.
+    return {path[:-1]: seen for path, seen in stats.items() if path[-1] == _NAME}, modules
+
+
+def _watch(modules: dict[Path, nn.Module]) -> Callable:
+    """An interceptor that puts what is seen among the running statistics."""
+
+    def watch(next_call, args, kwargs, context):
+        module = context.module
+        if context.method_name != "__call__" or not isinstance(module, nn.BatchNorm):
+            return next_call(*args, **kwargs)
+        name = names_here(module.axis_name, module.axis_index_groups)
+        if name != module.axis_name and type(module) is BatchNorm:
+            return made(BatchNorm, module, axis_name=name)(*args, **kwargs)
+        before = module.get_variable("batch_stats", "mean")
+        y = next_call(*args, **kwargs)
+        if before is not None and _trains(module, *args, **kwargs):
+            x = args[0] if args else kwargs["x"]
+            mean = jax.lax.stop_gradient(before)
+            seen = look(x, mean, module.axis, kwargs.get("mask"), name)
+            last = module.get_variable("batch_stats", _NAME)
+            module.put_variable("batch_stats", _NAME, merge_seen(last, seen) if last else seen)
+            modules[module.path] = module.clone(parent=None)
+        return y
+
+    return watch
+
+
+def _trains(module: Any, x: Any = None, use_running_average: bool | None = None, **_: Any) -> bool:
+    """Whether a call with these arguments uses the statistics of the batch."""
+    if getattr(module, "frozen", False):
+        return False
+    return not nn.merge_param(
+        "use_running_average", module.use_running_average, use_running_average
+    )

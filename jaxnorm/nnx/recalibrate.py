@@ -1,0 +1,80 @@
+"""Running statistics measured anew."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.core import Tracer
+
+from jaxnorm._modules import like
+from jaxnorm._seen import add_seen, check_how, nothing_seen
+from jaxnorm.nnx.replace import modules_of
+from jaxnorm.nnx.watched import norms_of, watched
+
+
+def recalibrate(model: nnx.Module, batches: Iterable[Any], *, how: str = "pooled") -> None:
+    """Give the batch norms of a model the running statistics of these batches, in place.
+
+    For parameters that the running statistics don't belong to: an average of weights, weights that
+    were rounded or converted, or another set of data. A copy of the model is called on each batch
+    in training mode. What a batch norm then sees is measured as the norm measures it, masks
+    included, and replaces its running mean and variance. Parameters, modes and all other state
+    stay, and so do the statistics of a norm that is frozen or is not called. If a batch fails, the
+    model is as it was.
+
+    Args:
+      model: any nnx module, whose batch norms are Flax's or jaxnorm's.
+      batches: arrays, or tuples of the model's arguments. For a progress bar, pass `tqdm(batches)`.
+        Sharded arrays count as a whole; an axis name that nothing binds is then left out.
+      how: "pooled" for the moments of all elements of all batches, or "mean" for the average of the
+        batches' means and (biased) variances, as PyTorch's `update_bn` has it but for its factor
+        n / (n - 1) of the variances.
+
+    Raises:
+      TypeError: the model is not an nnx module.
+      ValueError: there are no batches, no batch norm is called in training mode, or `how` is
+        neither.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm.nnx as jn
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(jn.BatchNorm(1, rngs=nnx.Rngs(0)), nnx.relu)
+      >>> jn.recalibrate(model, [jnp.array([[1.0], [3.0]]), jnp.array([[5.0], [7.0]])])
+      >>> model.layers[0].mean[...], model.layers[0].var[...]
+      (Array([4.], dtype=float32), Array([5.], dtype=float32))
+
+    References:
+      Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018,
+      arXiv:1803.05407; Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, arXiv:2105.07576
+      (pooled statistics).
+    """
+    check_how(how)
+    originals: dict[str, Any] = modules_of(model)
+    copy = watched(model)
+    totals = {path: nothing_seen(norm.mean[...]).elements for path, norm in norms_of(copy).items()}
+
+    @nnx.jit
+    def measure(copy, totals, *arguments):
+        norms = norms_of(copy)
+        for norm in norms.values():
+            norm.seen.set_value(nothing_seen(norm.mean[...]))
+        copy(*arguments)
+        new = {path: norm.seen.get_value().elements for path, norm in norms.items()}
+        return {path: add_seen(totals[path], part, how) for path, part in new.items()}
+
+    number = 0
+    for batch in batches:
+        totals = measure(copy, totals, *(batch if isinstance(batch, tuple) else (batch,)))
+        number += 1
+    if not number:
+        raise ValueError("batches must hold at least one batch, got none; pass some of the data.")
+    counts = [total.count for total in totals.values()]
+    if not any(isinstance(count, Tracer) or count.any() for count in counts):
+        raise ValueError(
+            "the model must have a batch norm that is called in training mode, got none; unfreeze "
+            "some, or choose use_running_average by train() and eval()."
+        )
+    for path, (mean, var, count) in totals.items():
+        for stat, value in ((originals[path].mean, mean), (originals[path].var, var)):
+            stat.set_value(like(stat[...], jnp.where(count > 0, value, stat[...])))
