@@ -406,7 +406,9 @@ def test_variables_of_linen_are_pytorchs(rng, torch, unoptimized):
 
 
 def test_safetensors_files_are_read_by_their_library(tmp_path):
-    safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is in the extra 'peers'")
+    safetensors = pytest.importorskip(
+        "safetensors.numpy", reason="safetensors is in the extra 'peers'"
+    )
     safetensors.save_file(STATE, tmp_path / "bn.safetensors")
     params, state = convert.from_torch(safetensors.load_file(tmp_path / "bn.safetensors"), "bn")
     assert state is not None

@@ -1,0 +1,39 @@
+// Leaves those answers of "Which norm?" that fit what is chosen. Without a script all are shown.
+"use strict";
+(() => {
+  function start(choices) {
+    const questions = JSON.parse(choices.dataset.questions);
+    const controls = document.createElement("div");
+    controls.className = "controls";
+    const selects = Object.entries(questions).map(([name, question]) => {
+      const label = document.createElement("label");
+      const select = document.createElement("select");
+      select.name = name;
+      select.append(new Option("any", ""));
+      for (const [value, text] of Object.entries(question.options))
+        select.append(new Option(text, value));
+      label.append(question.label, select);
+      controls.append(label);
+      return select;
+    });
+    const none = document.createElement("p");
+    none.textContent = "No run covers this.";
+    const update = () => {
+      let shown = 0;
+      for (const answer of choices.querySelectorAll(".answer")) {
+        const fits = selects.every(({ name, value }) =>
+          !value || answer.getAttribute(`data-${name}`).split(" ").includes(value));
+        answer.hidden = !fits;
+        shown += fits;
+      }
+      none.hidden = shown > 0;
+    };
+    controls.addEventListener("change", update);
+    choices.prepend(controls);
+    choices.append(none);
+    update();
+  }
+
+  document.addEventListener("DOMContentLoaded", () =>
+    document.querySelectorAll(".choices").forEach(start));
+})();

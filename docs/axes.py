@@ -1,0 +1,78 @@
+"""Pictures of which elements share statistics, drawn from the layouts of the norms themselves.
+
+An element is a cell with the number of its group: cells of one number share one mean and
+variance. Each example is a panel, its rows are positions and its columns features.
+"""
+
+import html
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnorm.core.layout import Layout
+from jaxnorm.core.layouts import batch_layout, group_layout, instance_layout, layer_layout
+
+GROUPS = 2  # of features, in the pictures of group norm
+LAYOUTS: dict[str, Callable[[tuple[int, ...]], Layout]] = {
+    "batch_norm": lambda shape: batch_layout(shape, -1),
+    "layer_norm": lambda shape: layer_layout(shape, -1),
+    "rms_norm": lambda shape: layer_layout(shape, -1),
+    "group_norm": lambda shape: group_layout(shape, GROUPS),
+    "instance_norm": lambda shape: instance_layout(shape, -1),
+}
+SHAPES = dict.fromkeys(LAYOUTS, (2, 3, 4)) | {"group_norm": (2, 3, 6)}
+CELL, GAP, TOP, LEFT = 26, 30, 40, 14
+
+
+def groups(layout: Layout) -> np.ndarray:
+    """The number of the group of each element: an array of the shape of x."""
+    shape = layout.statistics_shape
+    numbers = jnp.arange(math.prod(shape)).reshape(shape)
+    return np.broadcast_to(np.asarray(layout.spread(numbers)), layout.shape)
+
+
+def shares(name: str) -> dict[str, bool]:
+    """Whether elements share statistics that differ in example, position or feature alone."""
+    numbers = groups(LAYOUTS[name](SHAPES[name]))
+    differ = {"examples": (1, 0, 0), "positions": (0, 1, 0), "features": (0, 0, 1)}
+    return {axis: bool(numbers[place] == numbers[0, 0, 0]) for axis, place in differ.items()}
+
+
+def picture(name: str, shape: tuple[int, ...] | None = None) -> str:
+    """An SVG; its colours are those of site.css. axes.js draws the same for another shape."""
+    shape = SHAPES[name] if shape is None else shape
+    numbers = groups(LAYOUTS[name](shape)).reshape(shape[0], -1, shape[-1])
+    examples, positions, features = numbers.shape
+    width, height = features * CELL, positions * CELL
+    parts = []
+    for example in range(examples):
+        left = LEFT + example * (width + GAP)
+        parts.append(f'<text x="{left}" y="{TOP - 10}">example {example}</text>')
+        for (row, column), number in np.ndenumerate(numbers[example]):
+            x, y = left + column * CELL, TOP + row * CELL
+            parts.append(
+                f'<rect class="c{number % 8}" x="{x}" y="{y}" width="{CELL - 2}" '
+                f'height="{CELL - 2}"/><text class="n" x="{x + CELL / 2 - 1:g}" '
+                f'y="{y + CELL / 2 + 3:g}">{number}</text>'
+            )
+    total = LEFT + examples * (width + GAP)
+    label = html.escape(f"{name}, x of shape {shape}: cells of one number share statistics")
+    return (
+        f'<svg class="axes" role="img" aria-label="{label}" viewBox="0 0 {total} '
+        f'{TOP + height + 24}" width="{total}">{"".join(parts)}'
+        f'<text x="{LEFT}" y="{TOP + height + 16}">rows: positions, columns: features</text></svg>'
+    )
+
+
+def widget(name: str) -> str:
+    """The picture, and a field in which another shape can be typed."""
+    axes = " ".join(axis for axis, shared in shares(name).items() if shared)
+    shape = ", ".join(map(str, SHAPES[name]))
+    groups = f' data-groups="{GROUPS}"' if name == "group_norm" else ""
+    return (
+        f'<div class="axes-widget" data-norm="{name}" data-shares="{axes}"{groups}>'
+        f'{picture(name)}<label>shape of x: <input value="{shape}" size="12" '
+        'spellcheck="false"></label> <output></output></div>'
+    )

@@ -1,0 +1,180 @@
+"""The site: it builds without a warning, its code runs, and its pictures are true."""
+
+import functools
+import http.server
+import importlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+OWN_TESTS = {"batch_norm_in_life", "devices", "left_out"}  # whose blocks others run
+BLOCKS = {
+    path.relative_to(DOCS).with_suffix("").as_posix(): blocks
+    for path in sorted(DOCS.rglob("*.md"))
+    if (blocks := re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
+}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder of the site, built with warnings as errors."""
+    pytest.importorskip("sphinx", reason="Sphinx is in the extra 'docs'")
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", DOCS, out]
+    command += ["-d", tmp_path_factory.mktemp("doctrees")]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run([str(word) for word in command], env=environment, check=True)
+    return out
+
+
+@pytest.mark.parametrize("page", sorted(BLOCKS.keys() - OWN_TESTS))
+def test_the_code_runs(page, capsys):
+    names = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec("\n".join(BLOCKS[page]), names)
+    capsys.readouterr()
+
+
+def test_every_public_name_has_its_place(site):
+    from sphinx.util.inventory import InventoryFile
+
+    found = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="")
+    names = {name for kind in found.data for name in found.data[kind]}
+    for module in ("jaxnorm", "jaxnorm.linen", "jaxnorm.nnx", "jaxnorm.convert"):
+        public = importlib.import_module(module).__all__
+        assert {f"{module}.{name}" for name in public} <= names
+
+
+def test_nothing_is_fetched_from_elsewhere(site):
+    for page in site.rglob("*.html"):
+        sources = re.findall(r'(?:src|rel="stylesheet"[^>]*href)="(https?:)', page.read_text())
+        assert not sources, page
+
+
+def test_pages_are_listed_for_language_models(site):
+    listed = re.findall(r"\]\(([^)]*)\)", (site / "llms.txt").read_text())
+    assert {"index.html", "which_norm.html", "norms/layer_norm.html"} <= set(listed)
+    assert all((site / page).exists() for page in listed)
+
+
+def same_group(name, shape):
+    """Which elements move the result of which, by a call: [moved, result]."""
+    import jaxnorm as jn
+
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    call = {
+        "batch_norm": lambda x: jn.batch_norm(x, jn.init_batch_norm_state(shape[-1]))[0],
+        "layer_norm": jn.layer_norm,
+        "rms_norm": jn.rms_norm,
+        "group_norm": lambda x: jn.group_norm(x, num_groups=2),
+        "instance_norm": jn.instance_norm,
+    }[name]
+    jacobian = jax.jacobian(call)(x).reshape(x.size, x.size)
+    return np.asarray(jacobian != 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm"]
+)
+def test_cells_of_one_number_share_statistics(name):
+    axes = importlib.import_module("axes")
+    shape = (2, 2, 4)
+    numbers = axes.groups(axes.LAYOUTS[name](shape)).ravel()
+    np.testing.assert_array_equal(numbers[:, None] == numbers, same_group(name, shape))
+    svg = axes.picture(name, shape)
+    assert re.findall(r">(\d+)</text>", svg) == [str(number) for number in numbers]
+
+
+def test_every_choice_has_an_answer_and_every_answer_a_script():
+    data = json.loads((DOCS / "which_norm.json").read_text())
+    options = [question["options"] for question in data["questions"].values()]
+    for chosen in itertools.product(*options):
+        pairs = list(zip(data["questions"], chosen, strict=True))
+        assert any(all(value in row[name] for name, value in pairs) for row in data["answers"])
+    for row in data["answers"]:
+        scripts = re.findall(r"examples/\w+\.py", row["run"])
+        assert scripts
+        assert all((DOCS.parent / script).exists() for script in scripts)
+
+
+@pytest.fixture
+def browser_page(site):
+    """A function that opens a page in Chromium, where nothing else may be asked for."""
+    chromium = os.environ.get("JAXNORM_CHROMIUM")
+    if not chromium:
+        pytest.skip("JAXNORM_CHROMIUM names no browser")
+    playwright = importlib.import_module("playwright.sync_api")
+    handler = functools.partial(Quiet, directory=site)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    here = f"http://127.0.0.1:{server.server_port}/"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with server, playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page, problems = browser.new_page(), []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda r: problems.append(r.url) if here not in r.url else None)
+
+        def open_page(name):
+            page.goto(here + name)
+            return page
+
+        yield open_page
+        browser.close()
+        server.shutdown()
+    assert [problem for problem in problems if not problem.startswith("data:")] == []
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """A server of files that prints nothing."""
+
+    def log_message(self, format, *args):
+        """Say nothing."""
+
+
+def test_a_picture_follows_the_shape_that_is_typed(browser_page):
+    axes = importlib.import_module("axes")
+    for name, shape in itertools.product(axes.LAYOUTS, [(2, 3, 4), (3, 2, 2, 6), (4, 6)]):
+        page = browser_page(f"norms/{name}.html")
+        page.fill(".axes-widget input", ", ".join(map(str, shape)))
+        shown = page.eval_on_selector_all("svg.axes text.n", "all => all.map(t => t.textContent)")
+        numbers = axes.groups(axes.LAYOUTS[name](shape))
+        assert shown == [str(number) for number in numbers.ravel()]
+        assert f"{numbers.max() + 1} mean" in page.inner_text(".axes-widget output")
+    wrong = {"2, x": "Type sizes", "7": "two axes", "2, 0": "1 or more", "99, 99": "600"}
+    page = browser_page("norms/batch_norm.html")
+    for text, said in wrong.items():
+        page.fill(".axes-widget input", text)
+        assert said in page.inner_text(".axes-widget output")
+
+
+def test_the_table_leads_to_one_answer(browser_page):
+    page = browser_page("which_norm.html")
+    shown = lambda: [
+        answer.inner_text() for answer in page.query_selector_all(".answer:not([hidden])")
+    ]
+    assert len(shown()) > 10
+    page.select_option("select[name=network]", "recurrent")
+    (answer,) = shown()
+    assert "Layer norm inside the cell" in answer
+    assert "examples/lstm.py" in answer
+    page.select_option("select[name=network]", "convolutional")
+    page.select_option("select[name=batch]", "many")
+    page.select_option("select[name=alone]", "yes")
+    (answer,) = shown()
+    assert answer.startswith("Batch norm")
+
+
+def test_the_search_finds(browser_page):
+    page = browser_page("search.html?q=recalibrate")
+    page.wait_for_selector("ul.search li a")
+    assert "Batch norm in life" in page.inner_text("ul.search")
