@@ -1,7 +1,7 @@
 """Normalization for JAX: batch, layer, rms, group and instance norm as pure functions.
 
-The modules for Flax are in `jaxnorm.linen` and `jaxnorm.nnx`; importing this package alone does
-not import Flax.
+The modules for Flax are in `jaxnorm.linen` and `jaxnorm.nnx`, those for Equinox in
+`jaxnorm.equinox`; importing this package alone imports neither Flax nor Equinox.
 """
 
 from jaxnorm.core.moments import Moments

@@ -1,6 +1,6 @@
 """Haiku's norms: parameters, and running statistics with Haiku's debiasing."""
 
-import math
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from jaxnorm.convert.reading import as_numpy, as_scale_or_bias, as_statistic, listed
 from jaxnorm.core.arguments import check_number
 from jaxnorm.core.standardize import NormParams
-from jaxnorm.functional.state import BatchNormState
+from jaxnorm.functional.state import BatchNormState, update_weight
 
 _AVERAGES = "mean_ema", "var_ema"
 
@@ -95,9 +95,8 @@ def haiku_momentum(decay_rate: float, count: jax.Array | int) -> jax.Array:
         )
     if decay_rate == 0:
         return jnp.zeros((), jnp.float32)
-    logarithm = np.float32(math.log(decay_rate))
-    count = jnp.asarray(count).astype(jnp.float32)
-    weight = lambda n: jnp.expm1(n * logarithm)  # 1 - decay_rate**n would cancel
+    weight = functools.partial(update_weight, decay_rate)
+    count = jnp.asarray(count)
     return np.float32(decay_rate) * weight(count) / weight(count + 1)
 
 

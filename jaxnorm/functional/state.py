@@ -1,6 +1,7 @@
 """The running statistics of batch norm, and how they move."""
 
 import functools
+import math
 from numbers import Real
 from typing import NamedTuple
 
@@ -133,6 +134,29 @@ def move(state: BatchNormState, moments: Moments, weights: Weights, ddof: int) -
 
 
 _moved = jax.jit(move, static_argnums=3)
+
+
+def update_weight(momentum: float, count: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """1 - momentum**count: what so many updates weigh in a running average, and its start does not.
+
+    Written so, it would cancel.
+    """
+    if momentum == 0:
+        return (count > 0).astype(dtype)
+    logarithm = np.asarray(math.log(momentum), dtype)
+    return -jnp.expm1(count.astype(dtype) * logarithm)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def debiased(state: BatchNormState, momentum: float) -> BatchNormState:
+    """The running statistics divided by the weight of their updates.
+
+    The average of what was measured, if it started at zero. Before any update it stays as it is.
+    """
+    check_weights(momentum)
+    weight = update_weight(momentum, state.count, state.var.dtype)
+    weight = jnp.where(weight > 0, weight, 1)
+    return state._replace(mean=state.mean / weight.astype(state.mean.dtype), var=state.var / weight)
 
 
 def check_weights(momentum: float | jax.Array | None) -> Weights:

@@ -1,0 +1,80 @@
+"""Batch normalization by the running statistics, in training too."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxnorm.core.arguments import check_input
+from jaxnorm.core.arithmetic import promote, reciprocal_std
+from jaxnorm.core.axes import Axes
+from jaxnorm.core.devices import AxisName, bound_devices
+from jaxnorm.core.layouts import batch_layout
+from jaxnorm.core.moments import statistics
+from jaxnorm.core.normalize import checked, program
+from jaxnorm.core.standardize import NormParams, standardize_by
+from jaxnorm.functional.state import (
+    BatchNormState,
+    check_running_dtypes,
+    check_state,
+    check_weights,
+    move,
+)
+
+
+def normalize_by_running(
+    x: ArrayLike,
+    state: BatchNormState,
+    axis_name: AxisName = None,
+    *,
+    params: NormParams | None = None,
+    momentum: float = 0.99,
+    epsilon: float = 1e-5,
+    feature_axis: Axes = -1,
+) -> tuple[jax.Array, BatchNormState]:
+    """Standardize x by the state after it has moved towards the statistics of x.
+
+        new = momentum * old + (1 - momentum) * measured; the first time, new = measured
+        y = (x - new.mean) / sqrt(new.var + epsilon) * scale + bias
+
+    Gradients flow through what is measured, and to the old state. Arguments and errors are those of
+    `batch_norm`.
+    """
+    x = check_input(x)
+    layout = batch_layout(x.shape, feature_axis)
+    state = check_state(state, layout, x.dtype)
+    check_running_dtypes(state)
+    spec, arrays = checked(
+        "batch_norm",
+        x,
+        layout,
+        params,
+        epsilon=epsilon,
+        devices=bound_devices(axis_name),
+        implementation="xla",
+    )
+    return _normalized(spec, arrays, state, check_weights(momentum))
+
+
+@program
+def _normalized(spec, arrays, state, weights):
+    with jax.named_scope(spec.name):
+        stats, first = statistics(spec, arrays.x), state.count == 0
+        measured = stats.moments(spec.layout)
+        moved = move(state, measured, weights, 0)
+        # Before the first update the state may hold any numbers.
+        mean, var = (
+            jnp.where(first, new.astype(old.dtype), old)
+            for new, old in zip(measured[:2], moved[:2], strict=True)
+        )
+        # The new mean is that of x and a part of the way to the old one: written so, it keeps the
+        # low part of the former, and the difference is taken before it is rounded.
+        high, low = stats.mean_high, stats.mean_low
+        assert high is not None
+        assert low is not None
+        old = spec.layout.broadcast(state.mean)
+        wide = promote(old.dtype, high.dtype)
+        way = spec.prepare((old.astype(wide) - high.astype(wide)) - low.astype(wide))
+        low = low + jnp.where(first, 0, weights[0] * way)
+        rstd = reciprocal_std(spec.layout.broadcast(var), spec.epsilon)
+        y = standardize_by(spec, arrays.x, high, low, rstd, arrays.params)
+    return y, BatchNormState(mean, var, moved.count)
