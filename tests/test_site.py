@@ -50,7 +50,7 @@ def test_every_public_name_has_its_place(site):
 
     found = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="")
     names = {name for kind in found.data for name in found.data[kind]}
-    for module in ("jaxnorm", "jaxnorm.linen", "jaxnorm.nnx", "jaxnorm.convert"):
+    for module in ("jaxnorm", "jaxnorm.linen", "jaxnorm.nnx", "jaxnorm.convert", "jaxnorm.equinox"):
         public = importlib.import_module(module).__all__
         assert {f"{module}.{name}" for name in public} <= names
 
