@@ -42,4 +42,5 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_js_files = ["axes.js", "which_norm.js"]
 html_show_sourcelink = False
+html_domain_indices = False
 templates_path = []

@@ -44,7 +44,7 @@ class Choices(Directive):
 
 
 def _answer(row: dict[str, Any], questions: dict[str, Any]) -> str:
-    fits = " ".join(f'data-{name}="{" ".join(row[name])}"' for name in questions)
+    fits = " ".join(f'data-{name}="{" ".join(row[name])}"' for name in questions if name in row)
     options = {name: question["options"] for name, question in questions.items()}
     network = ", ".join(options["network"][value] for value in row["network"])
     batch = [options["batch"][value] for value in row["batch"]]
@@ -55,6 +55,8 @@ def _answer(row: dict[str, Any], questions: dict[str, Any]) -> str:
         f'<div class="answer" {fits}><h4>{html.escape(row["norm"])}</h4>'
         f'<p class="use">{html.escape(use)}</p>'
         f"<p>{html.escape(row['why'])}</p><pre>{html.escape(row['code'])}</pre>"
+        f'<p class="several" data-devices="several">On several devices: '
+        f"{html.escape(row.get('several', 'nothing to do, each example is on one of them.'))}</p>"
         f'<p>Seen in <a href="examples.html">{html.escape(row["run"])}</a>.</p></div>'
     )
 
@@ -76,6 +78,11 @@ def _constructor(app, what, name, obj, options, signature, returned):
     parameters = list(inspect.signature(obj.__init__).parameters.values())[1:]
     plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
     return str(inspect.Signature(plain)), returned
+
+
+def _skips(app, what, name, obj, skip, options) -> bool | None:
+    """Leave out the fields of a NamedTuple, which its docstring describes."""
+    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field") else None
 
 
 def _as_restructured_text(app, what, name, obj, options, lines: list[str]) -> None:
@@ -127,6 +134,7 @@ def setup(app) -> dict[str, bool]:
     app.add_html_math_renderer("mathml", (_inline_math, None), (_block_math, None))
     # Before napoleon, which moves the sections of a docstring.
     app.connect("autodoc-process-docstring", _as_restructured_text, priority=100)
+    app.connect("autodoc-skip-member", _skips)
     app.connect("autodoc-process-signature", _constructor)
     app.connect("source-read", _read_from_outside)
     app.connect("build-finished", _write_llms)

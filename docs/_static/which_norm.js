@@ -20,11 +20,13 @@
     none.textContent = "No run covers this.";
     const update = () => {
       let shown = 0;
-      for (const answer of choices.querySelectorAll(".answer")) {
-        const fits = selects.every(({ name, value }) =>
-          !value || answer.getAttribute(`data-${name}`).split(" ").includes(value));
-        answer.hidden = !fits;
-        shown += fits;
+      for (const part of choices.querySelectorAll(".answer, .several")) {
+        const fits = selects.every(({ name, value }) => {
+          const values = part.getAttribute(`data-${name}`);
+          return !value || values === null || values.split(" ").includes(value);
+        });
+        part.hidden = !fits;
+        shown += fits && part.matches(".answer");
       }
       none.hidden = shown > 0;
     };
