@@ -1,5 +1,6 @@
 """What a batch norm saw in training mode: of all elements, and from example to example."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -14,42 +15,58 @@ from jaxnorm.functional.moments import merge_moments, moments
 
 
 class Seen(NamedTuple):
-    """Moments, each of the shape of the running statistics.
+    """Moments, and how far they may be from those of all data; of the running statistics' shape.
 
     The positions of an image resemble each other, so their number does not tell how far the mean of
-    a batch may be from that of all data. The spread of the examples does.
+    a batch may be from that of all data. Examples are independent, so the spread of their sums
+    does: sums, because examples may have different numbers of elements.
 
     Attributes:
-      elements: of all elements that counted.
-      means: over examples, of the mean of each.
-      squares: over examples, of the mean squared distance of each from the running mean.
+      elements: moments of all elements that counted.
+      examples: how many examples had such elements.
+      sums: the 2-norm over examples of each one's sum of x - mean.
+      squares: the 2-norm over examples of each one's sum of (x - mean)^2 - var.
     """
 
     elements: Moments
-    means: Moments
-    squares: Moments
+    examples: jax.Array
+    sums: jax.Array
+    squares: jax.Array
 
 
 def nothing_seen(running_mean: jax.Array) -> Seen:
-    """Moments of no elements, for running statistics like these."""
+    """What was seen before the first call, for running statistics like these."""
     mean = jnp.zeros(running_mean.shape, promote(running_mean.dtype, jnp.float32))
     real = jnp.zeros(mean.shape, real_dtype(mean.dtype))
-    return Seen(Moments(mean, real, real), Moments(mean, real, real), Moments(real, real, real))
+    return Seen(Moments(mean, real, real), real, real, real)
 
 
 def merge_seen(a: Seen, b: Seen) -> Seen:
-    """What was seen in two calls together."""
-    return Seen(*(merge_moments(one, other) for one, other in zip(a, b, strict=True)))
+    """What was seen in two calls together.
+
+    They may have seen the same examples: a layer of two branches, or a step of a recurrent network.
+    Then examples are as many as before, and the norm of the sums is at most the sum of the norms.
+    """
+    elements = merge_moments(a.elements, b.elements)
+
+    def squares(seen):  # about another mean, by the binomial formula
+        distance = jnp.abs(seen.elements.mean - elements.mean)
+        return seen.squares + 2 * distance * seen.sums
+
+    examples = jnp.maximum(a.examples, b.examples)
+    return Seen(elements, examples, a.sums + b.sums, squares(a) + squares(b))
 
 
 def look(
-    x: ArrayLike, running_mean: jax.Array, feature_axis: Axes, where: Any, axis_name: Any
+    x: ArrayLike, shape: tuple[int, ...], feature_axis: Axes, where: Any, axis_name: Any
 ) -> Seen:
     """What a batch norm sees of x, whose first axis holds the examples.
 
+    If the first axis is a feature axis, each element counts as an example.
+
     Args:
       x: its input.
-      running_mean: its running mean before this call, of shape (features,).
+      shape: the shape of its running statistics.
       feature_axis: its feature axis or axes.
       where: its mask, or None.
       axis_name: its axis name, or None.
@@ -61,29 +78,27 @@ def look(
         where = where.reshape((1,) * (x.ndim - where.ndim) + where.shape)
     features = canonical_axes(feature_axis, x.ndim)
     reduced = other_axes(features, x.ndim)
-    shape = running_mean.shape
-    flat = lambda seen: Moments(*(part.reshape(shape) for part in seen))
-    elements = flat(moments(x, reduced, where=where, axis_name=axis_name))
-    centre = running_mean.reshape([x.shape[i] if i in features else 1 for i in range(x.ndim)])
-    distance = jnp.abs(x - jnp.broadcast_to(centre.astype(x.dtype), x.shape))
-    return Seen(
-        elements,
-        *(
-            flat(_of_examples(values, reduced, where, axis_name))
-            for values in (x, distance * distance)
-        ),
-    )
-
-
-def _of_examples(x: jax.Array, reduced: tuple[int, ...], where, axis_name) -> Moments:
-    """Moments over the first axis of the means over the other reduced axes."""
-    if not reduced or reduced[0] != 0:  # no axis of examples
-        return moments(x, reduced, where=where, axis_name=axis_name)
-    counted = True if where is None else where
-    if reduced[1:]:
-        within = moments(x, reduced[1:], where=where)
-        x, counted = within.mean, within.count > 0
-    return moments(x, 0, where=counted, axis_name=axis_name)
+    across, within = (reduced[:1], reduced[1:]) if reduced[:1] == (0,) else (reduced, ())
+    mean, var, count = moments(x, reduced, where=where, axis_name=axis_name)
+    spread = lambda a: jnp.expand_dims(a, reduced)
+    centred = x - spread(mean)
+    deviation = jnp.sqrt(var)
+    unit = spread(jnp.where(var > 0, deviation, 1))
+    scaled = jnp.abs(centred) / unit  # squares of squares may underflow
+    everywhere = lambda a: a if axis_name is None else jax.lax.psum(a, axis_name)
+    total = lambda a: jnp.sum(a, within, where=where, keepdims=True)
+    norm = lambda a: jnp.sqrt(everywhere(jnp.sum(jnp.square(a), across)))
+    if where is None:
+        here = jnp.full_like(var, math.prod(x.shape[axis] for axis in across))
+    else:
+        counted = jnp.any(jnp.broadcast_to(where, x.shape), within, keepdims=True)
+        here = jnp.sum(counted.astype(var.dtype), across)
+    examples = everywhere(here)
+    flat = lambda a: a.reshape(shape)
+    sums = flat(norm(jnp.abs(total(centred)) / unit)) * flat(deviation)
+    squares = flat(norm(total(scaled * scaled - 1))) * flat(var)
+    elements = Moments(flat(mean), flat(var), flat(count))
+    return Seen(elements, flat(examples), sums, squares)
 
 
 def names_here(axis_name: Any, axis_index_groups: Any) -> Any:

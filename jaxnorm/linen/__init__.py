@@ -11,10 +11,13 @@ accurate, and in float32 or better. The latter still decides the dtype of runnin
 where `scale_init` is Flax's default, `initializers.ones`.
 
 WeightNorm and SpectralNorm never write into the layer that they wrap. StandardizedDense and
-StandardizedConv are Flax's Dense and Conv with standardized kernels.
+StandardizedConv are Flax's Dense and Conv with standardized kernels. `audit` finds what is wrong
+with batch norms.
 """
 
+from jaxnorm._findings import Finding, Findings
 from jaxnorm.linen.add import AddLayerNorm, AddRMSNorm
+from jaxnorm.linen.audit import audit
 from jaxnorm.linen.family import (
     DynamicErf,
     DynamicTanh,
@@ -38,6 +41,8 @@ __all__ = [
     "DynamicErf",
     "DynamicTanh",
     "FilterResponseNorm",
+    "Finding",
+    "Findings",
     "GlobalResponseNorm",
     "GroupNorm",
     "InstanceNorm",
@@ -47,6 +52,7 @@ __all__ = [
     "StandardizedConv",
     "StandardizedDense",
     "WeightNorm",
+    "audit",
     "recalibrate",
     "replaced",
 ]

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 from flax.core import DenyList
 from flax.traverse_util import flatten_dict
 
@@ -19,9 +18,10 @@ Path = tuple[str, ...]
 def watched_call(
     model: nn.Module, variables: Any, arguments: tuple, call: dict[str, Any]
 ) -> tuple[dict[Path, Seen], dict[Path, nn.Module]]:
-    """Call a model, and return what was seen by the path of each batch norm; and these modules.
+    """Call a model, and return what each batch norm in training mode saw, by its path.
 
-    Flax's batch norms compute as ours. Nothing that the call changes is kept.
+    And all batch norms by their paths, in the order of their first calls. Flax's batch norms
+    compute as ours. Nothing that the call changes is kept.
     """
     modules: dict[Path, nn.Module] = {}
     with replaced(), nn.intercept_methods(_watch(modules)):
@@ -42,14 +42,13 @@ def _watch(modules: dict[Path, nn.Module]) -> Callable:
         if name != module.axis_name and type(module) is BatchNorm:
             return made(BatchNorm, module, axis_name=name)(*args, **kwargs)
         before = module.get_variable("batch_stats", "mean")
+        modules.setdefault(module.path, module.clone(parent=None))
         y = next_call(*args, **kwargs)
         if before is not None and _trains(module, *args, **kwargs):
             x = args[0] if args else kwargs["x"]
-            mean = jax.lax.stop_gradient(before)
-            seen = look(x, mean, module.axis, kwargs.get("mask"), name)
+            seen = look(x, before.shape, module.axis, kwargs.get("mask"), name)
             last = module.get_variable("batch_stats", _NAME)
             module.put_variable("batch_stats", _NAME, merge_seen(last, seen) if last else seen)
-            modules[module.path] = module.clone(parent=None)
         return y
 
     return watch

@@ -11,10 +11,12 @@ the running statistics. A `mask` is the `where` of the functions.
 
 WeightNorm and SpectralNorm never write into the layer that they wrap. StandardizedLinear and
 StandardizedConv are Flax's Linear and Conv with standardized kernels. `fold` makes a model whose
-batch norms are part of the layers before them.
+batch norms are part of the layers before them, and `audit` finds what is wrong with batch norms.
 """
 
+from jaxnorm._findings import Finding, Findings
 from jaxnorm.nnx.add import AddLayerNorm, AddRMSNorm
+from jaxnorm.nnx.audit import audit
 from jaxnorm.nnx.family import (
     DynamicErf,
     DynamicTanh,
@@ -40,6 +42,8 @@ __all__ = [
     "DynamicErf",
     "DynamicTanh",
     "FilterResponseNorm",
+    "Finding",
+    "Findings",
     "GlobalResponseNorm",
     "GroupNorm",
     "InstanceNorm",
@@ -49,6 +53,7 @@ __all__ = [
     "StandardizedConv",
     "StandardizedLinear",
     "WeightNorm",
+    "audit",
     "fold",
     "freeze",
     "recalibrate",

@@ -51,7 +51,7 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any], *, how: str = "pooled
     """
     check_how(how)
     originals: dict[str, Any] = modules_of(model)
-    copy = watched(model)
+    copy, _ = watched(model)
     totals = {path: nothing_seen(norm.mean[...]).elements for path, norm in norms_of(copy).items()}
 
     @nnx.jit

@@ -13,19 +13,35 @@ class Seen(nnx.BatchStat):
     """A variable that transformations such as `nnx.vmap` treat as running statistics."""
 
 
-def watched(model: nnx.Module) -> Any:
+class Turn:
+    """The place of a batch norm in the order of calls. Transformations of modules keep it."""
+
+    def __init__(self, path: str, order: dict[str, None]):
+        """`order` is what all norms of a model have in common."""
+        self.path = path
+        self.order = order
+
+    def take(self) -> None:
+        """Get in line; a norm that is called again keeps its place."""
+        self.order.setdefault(self.path)
+
+
+def watched(model: nnx.Module) -> tuple[Any, dict[str, None]]:
     """A copy of a model in training mode, whose batch norms keep what they see as `seen`.
 
-    Flax's batch norms are ours in the copy.
+    Flax's batch norms are ours in the copy. Second are the paths of those that have been called, in
+    the order of their first calls.
     """
     copy = nnx.clone(model)
     copy.train()
-    for norm in norms_of(copy).values():
+    order: dict[str, None] = {}
+    for path, norm in norms_of(copy).items():
         norm.seen = Seen(nothing_seen(norm.mean[...]))
+        norm.turn = Turn(path, order)
         if type(norm) is nnx.BatchNorm:
             make_ours(norm)
         object.__setattr__(norm, "__class__", _watching(type(norm)))
-    return copy
+    return copy, order
 
 
 def norms_of(model: nnx.Module) -> dict[str, Any]:
@@ -40,11 +56,11 @@ def _watching(kind: type) -> type:
 
     def __call__(self, x, use_running_average=None, **options):  # noqa: N807
         self.axis_name = names_here(self.axis_name, self.axis_index_groups)
-        before = self.mean[...]
+        self.turn.take()
         y = kind.__call__(self, x, use_running_average, **options)
         chosen = self.use_running_average if use_running_average is None else use_running_average
         if not (chosen or getattr(self, "frozen", False)):
-            new = look(x, before, self.axis, options.get("mask"), self.axis_name)
+            new = look(x, self.mean.shape, self.axis, options.get("mask"), self.axis_name)
             self.seen.set_value(merge_seen(self.seen.get_value(), new))
         return y
 

@@ -1,0 +1,201 @@
+"""What is wrong with the batch norms of a model: on the host, without Flax."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnorm._audit_sampling import explained, quantile
+from jaxnorm._findings import Finding, Findings, Measured
+from jaxnorm._seen import Seen, nothing_seen
+
+ADVICE = {
+    "running statistics were never updated": "Call the norm in training mode, with a momentum "
+    'below 1, and keep the new statistics (in linen, those that mutable=["batch_stats"] returns).',
+    "batch and running statistics differ": "Evaluation is not what training was: give inputs as in "
+    "training, recalibrate if the weights have changed, or train on until the statistics settle.",
+    "features are constant in the batch": "Such a feature becomes its bias: look for dead units "
+    "before the norm, or for inputs that are all alike.",
+    "running statistics are not finite": "Recalibrate, and find the step that made them so: norms "
+    "are listed in the order in which they are called.",
+    "batch statistics are not finite": "Look before the first such norm of this list, which is in "
+    "the order of calls, for what overflows or is NaN.",
+    "running statistics are in half precision": "Keep them in float32, whatever the weights are "
+    "in: the small steps of a running average are rounded away.",
+    "momentum looks like PyTorch's": "It is the weight of the old statistics here, and of the new "
+    "ones in PyTorch: give 1 minus PyTorch's momentum.",
+    "epsilon is larger than the variance": "Such features leave the norm with a variance below "
+    "1/2: make what comes before the norm larger, or epsilon smaller.",
+    "devices disagree on running statistics": "Give the norm the axis_name of the devices, or "
+    "average its statistics over them, before they are used or saved.",
+}
+
+
+class Given(NamedTuple):
+    """A batch norm.
+
+    Attributes:
+      path: where it is in the model.
+      mean: its running mean, as the model has it.
+      var: its running variance.
+      seen: what it saw in training mode, or None.
+      epsilon: that of the norm.
+      momentum: that of the norm.
+    """
+
+    path: str
+    mean: Any
+    var: Any
+    seen: Seen | None
+    epsilon: float
+    momentum: float
+
+
+def check_level(level: float) -> None:
+    """Check the level of the test."""
+    if not 0 < level < 1:
+        raise ValueError(
+            f"level must lie between 0 and 1, got {level!r}; it is the chance that a sound model "
+            "has a finding, such as 0.001."
+        )
+
+
+def audit(norms: Iterable[Given], level: float) -> Findings:
+    """What is wrong with these batch norms."""
+    norms = list(norms)
+    measured = [_measured(norm) for norm in norms]
+    tested = [_testable(one) for one in measured]
+    tests = 2 * sum(int(features.sum()) for features in tested)
+    for place, (norm, one, features) in enumerate(zip(norms, measured, tested, strict=True)):
+        seen = _seen(norm)
+        t = np.where(features, quantile(seen.examples, level, tests), np.nan)
+        eps = max(float(jnp.finfo(stat.dtype).eps) for stat in (norm.mean, norm.var))
+        mean, var, momentum = one.running_mean, one.running_var, one.momentum
+        distance, lowest, highest = explained(seen, mean, var, momentum, eps, t)
+        measured[place] = one._replace(distance=distance, lowest=lowest, highest=highest)
+    pairs = list(zip(norms, measured, strict=True))
+    found = [
+        Finding(norm.path, problem, ADVICE[problem], figures)
+        for norm, one in pairs
+        for problem, figures in _problems(norm, one)
+    ]
+    return Findings(found, {norm.path: one for norm, one in pairs}, level)
+
+
+def _seen(norm: Given) -> Any:
+    """What a norm saw, as arrays of NumPy."""
+    return jax.tree.map(_as_numpy, nothing_seen(norm.mean) if norm.seen is None else norm.seen)
+
+
+def _as_numpy(array: Any) -> np.ndarray:
+    array = np.asarray(array)
+    return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
+
+
+def _measured(norm: Given) -> Measured:
+    """What was measured of a norm, before the test."""
+    seen = _seen(norm)
+    mean, var, count = seen.elements
+    unknown = np.full(count.shape, np.nan)
+    return Measured(
+        running_mean=_as_numpy(norm.mean),
+        running_var=_as_numpy(norm.var),
+        batch_mean=np.where(count == 0, np.nan, mean),
+        batch_var=np.where(count == 0, np.nan, var),
+        count=count,
+        examples=int(seen.examples.max(initial=0)),
+        distance=unknown,
+        lowest=unknown,
+        highest=unknown,
+        epsilon=float(norm.epsilon),
+        momentum=float("nan") if norm.momentum is None else float(norm.momentum),
+    )
+
+
+def _testable(one: Measured) -> np.ndarray:
+    """Which features of the batch can be compared with the running statistics."""
+    finite = _finite(one.running_mean, one.running_var) & _finite(one.batch_mean, one.batch_var)
+    return finite & ~_constant(one) & ~_untouched(one)
+
+
+def _finite(mean: np.ndarray, var: np.ndarray) -> np.ndarray:
+    return np.isfinite(mean) & np.isfinite(var) & (var >= 0)
+
+
+def _constant(one: Measured) -> np.ndarray:
+    """Which features are constant in the batch, up to rounding in float32."""
+    rounding = (np.finfo(np.float32).eps * np.abs(one.batch_mean)) ** 2
+    return (one.count > 1) & (one.batch_var <= rounding)
+
+
+def _untouched(one: Measured) -> bool:
+    return bool((one.running_mean == 0).all() and (one.running_var == 1).all())
+
+
+def _problems(norm: Given, one: Measured) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each problem of a norm, and its figures."""
+    constant, apart = _constant(one), one.means_apart | one.variances_apart
+    sound = _finite(one.running_mean, one.running_var) & ~constant
+    smallest = np.where(sound, np.fmin(one.running_var, one.batch_var), np.inf)
+    of = lambda features: {"features": float(features.sum()), "of": float(features.size)}
+    if _untouched(one):
+        yield "running statistics were never updated", _distances(one)
+    if apart.any():
+        yield "batch and running statistics differ", of(apart) | _distances(one)
+    if constant.any():
+        yield "features are constant in the batch", of(constant)
+    wrong = ~_finite(one.running_mean, one.running_var)
+    if wrong.any():
+        yield "running statistics are not finite", of(wrong)
+    wrong = ~_finite(one.batch_mean, one.batch_var) & (one.count > 0)
+    if wrong.any():
+        yield "batch statistics are not finite", of(wrong)
+    bits = min(8 * stat.dtype.itemsize // (1 + np.iscomplexobj(stat)) for stat in norm[1:3])
+    if bits < 32:
+        yield "running statistics are in half precision", {"bits": float(bits)}
+    if one.momentum < 0.5:
+        yield "momentum looks like PyTorch's", {"momentum": one.momentum}
+    if (small := one.epsilon > smallest).any():
+        figures = {"epsilon": one.epsilon, "smallest_variance": float(smallest.min())}
+        yield "epsilon is larger than the variance", of(small) | figures
+    if figures := _between_devices(norm, one):
+        yield "devices disagree on running statistics", figures
+
+
+def _distances(one: Measured) -> dict[str, float]:
+    """How far batch and running statistics are apart, where they are finite."""
+    difference, ratio = np.abs(one.mean_difference), one.variance_ratio
+    finite = np.isfinite(difference) & np.isfinite(ratio)
+    if not finite.any():
+        return {}
+    return {
+        "mean_difference": float(difference[finite].max()),
+        "smallest_variance_ratio": float(ratio[finite].min()),
+        "largest_variance_ratio": float(ratio[finite].max()),
+    }
+
+
+def _between_devices(norm: Given, one: Measured) -> dict[str, float]:
+    """How far copies of one array on several devices are apart; empty if they are equal."""
+    different, means, variances = set(), 0.0, 1.0
+    scale = np.sqrt(np.maximum(one.running_var, 0) + one.epsilon)
+    for array in (norm.mean, norm.var):
+        first = {}
+        for shard in getattr(array, "addressable_shards", ()):
+            copy = _as_numpy(shard.data)
+            original = first.setdefault(str(shard.index), copy)
+            if np.array_equal(copy, original, equal_nan=True):
+                continue
+            different.add(shard.device)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                if array is norm.mean:
+                    means = np.fmax(means, np.abs(copy - original) / scale[shard.index]).max()
+                else:
+                    ratio = (copy + one.epsilon) / (original + one.epsilon)
+                    variances = np.fmax(variances, np.fmax(ratio, 1 / ratio)).max()
+    if not different:
+        return {}
+    figures = {"difference_of_means": float(means), "ratio_of_variances": float(variances)}
+    return {"devices": float(len(different))} | figures

@@ -1,0 +1,63 @@
+"""How far a batch may be from the running statistics of the same data.
+
+Of n independent examples, one feature:
+
+    m, v    mean and variance of the batch;  M, V  running mean and variance
+    z_i     the sum over an example of x - m;  d_i  that of (x - m)^2 - v;  c  elements in all
+    a       1 + (1 - momentum) / (1 + momentum): the running statistics are an average of such
+            batches, whose variance adds to that of this batch
+
+    se(m)^2   = a n / (n - 1) sum(z_i^2) / c^2  max(1, V / v)
+    se(v)^2   = a n / (n - 1) sum(d_i^2) / c^2,  as a part of v^2 at least what it is of three
+                quarters of the norm's features
+    |m - M|                  is explained up to  t se(m)
+    |(v / V)^(1/3) - 1| 3    is explained up to  t se(v) / v
+
+t is the quantile of Student's distribution with n - 1 degrees of freedom at level / (4 tests):
+Bonferroni's correction for two sides and for two tests of each feature.
+
+Few examples of skewed data often lack the rare large values. They are then too near to each other,
+and so seem exact. Hence the two bounds from below. The cube root of a variance is nearly normal
+(Wilson and Hilferty, 1931).
+"""
+
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+LEAST = 8  # examples: of fewer, only gross differences would be seen
+
+
+def quantile(examples: np.ndarray, level: float, tests: int) -> np.ndarray:
+    """Of Student's distribution, for that many two-sided tests; NaN for too few examples."""
+    freedom = np.where(examples >= LEAST, examples - 1, np.nan)
+    return -special.stdtrit(freedom, level / (2 * max(tests, 1)))
+
+
+def explained(
+    seen: Any, mean: np.ndarray, var: np.ndarray, momentum: float, rounding: float, t: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What sampling explains: a distance of means, the lowest and the highest variance of a batch.
+
+    Args:
+      seen: a `Seen` of arrays of float64.
+      mean: the running mean.
+      var: the running variance.
+      momentum: the weight of the old statistics.
+      rounding: the epsilon of their dtype. A running average stops within half a unit of rounding
+        over 1 - momentum, which is explained too.
+      t: the quantile, NaN for features that are not tested.
+    """
+    batch, n = seen.elements, seen.examples
+    average = 1 + (1 - momentum) / (1 + momentum)
+    stop = rounding / 2 / (1 - momentum) if momentum < 1 else rounding
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = np.sqrt(average * n / (n - 1)) / batch.count
+        scaled_up = np.sqrt(np.maximum(1, var / batch.var))
+        distance = t * scale * seen.sums * scaled_up + stop * np.abs(mean)
+        part = np.where(np.isnan(t), np.nan, scale * seen.squares / batch.var)
+        if not np.isnan(part).all():
+            part = np.maximum(part, np.nanquantile(part, 0.75))
+        width = (t * part + stop) / 3
+    return distance, var * np.maximum(1 - width, 0) ** 3, var * (1 + width) ** 3

@@ -1,0 +1,196 @@
+"""What an audit of batch norms returns."""
+
+import textwrap
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxnorm._audit_sampling import LEAST
+
+WIDTH = 100  # columns of the table
+UNITS = (
+    "mean difference: the largest |batch mean - running mean| / running standard deviation",
+    "variance ratio: batch / running, with epsilon added to both",
+)
+
+
+class Finding(NamedTuple):
+    """Something that is wrong with a batch norm.
+
+    Attributes:
+      path: of the norm in the model; "" is the model itself.
+      problem: what is wrong, in the same words for all norms.
+      advice: what to do, in one sentence.
+      figures: numbers by name. "features" are those that have the problem, and "of" is how many
+        there are. "mean_difference" is the largest |batch mean - running mean| / running standard
+        deviation, and variance ratios are batch / running, with epsilon added to all variances.
+    """
+
+    path: str
+    problem: str
+    advice: str
+    figures: dict[str, float]
+
+
+class Measured(NamedTuple):
+    """What was measured of a batch norm. Arrays have the shape of its running statistics.
+
+    Attributes:
+      running_mean: its running mean, in float64 (or complex).
+      running_var: its running variance.
+      batch_mean: the mean of its inputs; NaN where nothing counted.
+      batch_var: their biased variance; NaN where nothing counted.
+      count: how many elements counted.
+      examples: how many examples it saw in training mode.
+      distance: how far apart sampling may put the two means; NaN where that was not tested.
+      lowest: how small sampling may make the batch variance; NaN where that was not tested.
+      highest: how large sampling may make it; NaN where that was not tested.
+      epsilon: that of the norm.
+      momentum: that of the norm.
+    """
+
+    running_mean: np.ndarray
+    running_var: np.ndarray
+    batch_mean: np.ndarray
+    batch_var: np.ndarray
+    count: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride] (tuple.count)
+    examples: int
+    distance: np.ndarray
+    lowest: np.ndarray
+    highest: np.ndarray
+    epsilon: float
+    momentum: float
+
+    @property
+    def mean_difference(self) -> np.ndarray:
+        """(Batch mean - running mean) / running standard deviation, with epsilon in it."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            scale = np.sqrt(self.running_var + self.epsilon)
+            return (self.batch_mean - self.running_mean) / scale
+
+    @property
+    def variance_ratio(self) -> np.ndarray:
+        """Batch variance / running variance, with epsilon added to both."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return (self.batch_var + self.epsilon) / (self.running_var + self.epsilon)
+
+    @property
+    def means_apart(self) -> np.ndarray:
+        """Of which features the means are further apart than sampling explains."""
+        return np.abs(self.batch_mean - self.running_mean) > self.distance
+
+    @property
+    def variances_apart(self) -> np.ndarray:
+        """Of which features the variances are further apart than sampling explains."""
+        return (self.batch_var < self.lowest) | (self.batch_var > self.highest)
+
+
+class Findings(list[Finding]):
+    """Findings, in the order in which norms are called; `print` shows them as a table.
+
+    Attributes:
+      norms: what was measured of every batch norm, by its path, also of sound ones.
+      level: the chance that a sound model has a finding by sampling alone.
+    """
+
+    def __init__(self, findings: Iterable[Finding], norms: dict[str, Measured], level: float):
+        """What was found and measured."""
+        super().__init__(findings)
+        self.norms = norms
+        self.level = level
+
+    def __str__(self) -> str:
+        return "\n".join([*_table(self), *_advice(self), *_summary(self)])
+
+    def plot(self, file: Any = None) -> Any:
+        """Draw how far batch and running statistics are apart, norm by norm.
+
+        Each feature is a stroke. On the left is the difference of the means in running standard
+        deviations, on the right the ratio of the variances. A box shows what sampling explains,
+        for the median of a norm's features. Norms that have findings are marked.
+
+        Args:
+          file: a path or an open file to save the figure to, if given.
+
+        Returns:
+          The figure, of matplotlib.
+
+        Raises:
+          ImportError: matplotlib is not installed.
+        """
+        try:
+            from jaxnorm._audit_figure import draw
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                "plot must have matplotlib, which is not installed; pip install matplotlib."
+            ) from error
+        figure = draw(self)
+        if file is not None:
+            figure.savefig(file)
+        return figure
+
+
+def named(path: str) -> str:
+    """A path as one reads it."""
+    return path or "the model"
+
+
+def _table(findings: Findings) -> list[str]:
+    """A row for each finding: the norm, the problem and its figures."""
+    if not findings:
+        return []
+    rows = [("batch norm", "problem", "figures")]
+    rows += [(named(one.path), one.problem, _figures(one.figures)) for one in findings]
+    first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
+    margin = first + second + 4
+    lines = []
+    for norm, problem, figures in rows:
+        start, *rest = textwrap.wrap(figures, max(WIDTH - margin, 30)) or [""]
+        lines.append(f"{norm:{first}}  {problem:{second}}  {start}".rstrip())
+        lines += [" " * margin + line for line in rest]
+    rule = f"{'-' * first}  {'-' * second}  {'-' * len('figures')}"
+    return [lines[0], rule, *lines[1:], ""]
+
+
+def _figures(figures: dict[str, float]) -> str:
+    """Numbers with their names."""
+    number = lambda value: f"{value:.0f}" if value == round(value, 0) < 1e6 else f"{value:.3g}"
+    texts = {name.replace("_", " "): number(value) for name, value in figures.items()}
+    parts = []
+    if "features" in texts:
+        parts = [f"{texts.pop('features')} of {texts.pop('of')} features"]
+    if "smallest variance ratio" in texts:
+        ends = [texts.pop(f"{end} variance ratio") for end in ("smallest", "largest")]
+        texts["variance ratio"] = " to ".join(ends)
+    return ", ".join(parts + [f"{name} {text}" for name, text in texts.items()])
+
+
+def _advice(findings: Findings) -> list[str]:
+    """What to do, once for each problem; and what the figures are."""
+    if not findings:
+        return []
+    advice = {finding.problem: finding.advice for finding in findings}
+    texts = [f"{problem}: {text}" for problem, text in advice.items()]
+    if any("mean_difference" in finding.figures for finding in findings):
+        texts += UNITS
+    wrap = lambda text: textwrap.wrap(text, WIDTH, subsequent_indent="  ")
+    return [line for text in texts for line in wrap(text)] + [""]
+
+
+def _summary(findings: Findings) -> list[str]:
+    """What was audited, and what was not tested."""
+    norms = findings.norms
+    number = lambda count, thing: f"{count} {thing}{'s' * (count != 1)}"
+    found = number(len(findings), "finding") if findings else "No findings"
+    parts = [f"{found} in {number(len(norms), 'batch norm')}, at level {findings.level:g}"]
+    few = [one.examples for one in norms.values() if 0 < one.examples < LEAST]
+    if few:
+        parts.append(
+            f"{number(len(few), 'norm')} with fewer than {LEAST} examples, too few to tell whether "
+            "batch and running statistics agree"
+        )
+    idle = sum(not one.examples for one in norms.values())
+    if idle:
+        parts.append(f"{number(idle, 'norm')} frozen or not called in training mode")
+    return textwrap.wrap("; ".join(parts) + ".", WIDTH)

@@ -1,0 +1,83 @@
+"""What is wrong with the batch norms of a linen model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.traverse_util import flatten_dict
+
+from jaxnorm._audit import Given, check_level
+from jaxnorm._audit import audit as audit_norms
+from jaxnorm._findings import Findings
+from jaxnorm.linen.watched import watched_call
+
+
+def audit(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    *inputs: Any,
+    level: float = 0.001,
+    **call: Any,
+) -> Findings:
+    """What is wrong with the batch norms of a model: a table to print, and a figure.
+
+    The model is called once, in training mode; nothing that the call changes is kept. What is found
+    out, and how running and batch statistics are compared, is described in `jaxnorm.nnx.audit`.
+
+    Args:
+      model: a linen module, whose batch norms are Flax's or jaxnorm's.
+      variables: those of the model, with "params" and "batch_stats".
+      *inputs: the arguments of the model: a batch, as in training.
+      level: the chance of a finding by sampling alone, for all tests of a model together.
+      **call: other arguments of `model.apply`, such as `train=True` if the model needs it to train,
+        or `rngs`.
+
+    Returns:
+      A list of `Finding`: path, problem, advice and figures. `print` shows it as a table; its
+      `norms` has what was measured of every batch norm that is called, and its `plot` draws it.
+
+    Raises:
+      ValueError: the model calls no batch norm, or none in training mode, the variables have no
+        running statistics, or the level is not between 0 and 1.
+
+    Examples:
+      >>> import flax.linen as nn, jax, jaxnorm.linen as jn
+      >>> model = nn.BatchNorm(use_running_average=False)
+      >>> x = jax.random.normal(jax.random.key(0), (100, 2))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> jn.audit(model, variables, x)[0].problem
+      'running statistics were never updated'
+      >>> print(jn.audit(model, jn.recalibrate(model, variables, [x]), x))
+      No findings in 1 batch norm, at level 0.001.
+    """
+    check_level(level)
+    modules: dict[Any, Any] = {}
+
+    @jax.jit
+    def measure(variables, *inputs):
+        seen, called = watched_call(model, variables, inputs, call)
+        modules.update(called)
+        return seen
+
+    seen = measure(variables, *inputs)
+    if not modules:
+        raise ValueError("model must have a batch norm, got none; there is nothing to audit.")
+    stats: dict[Any, Any] = flatten_dict(variables.get("batch_stats", {}))
+    missing = ["/".join(path) or "the model" for path in modules if (*path, "mean") not in stats]
+    if missing:
+        raise ValueError(
+            "variables must have the running statistics of all batch norms in batch_stats, got "
+            f"none of {', '.join(missing)}; pass what init returns, with its batch_stats."
+        )
+    if not seen:
+        raise ValueError(
+            "the model must have a batch norm that is called in training mode, got none; pass what "
+            "makes it train, such as train=True."
+        )
+    given = []
+    for path, norm in modules.items():
+        mean, var = (stats[(*path, name)] for name in ("mean", "var"))
+        name = "/".join(path)
+        given.append(Given(name, mean, var, seen.get(path), norm.epsilon, norm.momentum))
+    return audit_norms(given, level)

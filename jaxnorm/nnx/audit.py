@@ -1,0 +1,92 @@
+"""What is wrong with the batch norms of an nnx model."""
+
+from typing import Any
+
+from flax import nnx
+
+from jaxnorm._audit import Given, check_level
+from jaxnorm._audit import audit as audit_norms
+from jaxnorm._findings import Findings
+from jaxnorm.nnx.watched import norms_of, watched
+
+
+def audit(model: nnx.Module, *inputs: Any, level: float = 0.001) -> Findings:
+    """What is wrong with the batch norms of a model: a table to print, and a figure.
+
+    A copy of the model is called once, in training mode; the model stays as it is, also its mode
+    and its random numbers. Found are:
+
+    - running statistics that were never updated, are not finite, are in half precision, or differ
+      between devices that should have the same;
+    - batch statistics that differ from the running ones by more than sampling explains;
+    - features of the batch that are constant or not finite;
+    - a momentum that looks like PyTorch's (below 0.5), and an epsilon above the variance.
+
+    Batch and running statistics are compared by a test of each mean and each variance. Its unit is
+    the example, the first axis of what a norm gets, because the positions of an image depend on
+    each other. The running statistics count as an average over batches like this one: those of
+    much smaller batches are less exact, and their variances are smaller. Fewer than 8 examples tell
+    too little and are not tested.
+
+    A sound model has such a finding with at most the chance `level`, if the data are normal. The
+    rate was simulated for a norm of 4 to 256 features and 8 to 1000 examples: 0 to 1 times the
+    level for normal data, up to 1.6 times for normal data after ReLU and for gamma data of shape 1,
+    up to 6 times for shape 1/2, and up to 12 times where one feature in eight is skewed. Within
+    networks it is lower, because norms make their inputs alike.
+
+    Args:
+      model: any nnx module, whose batch norms are Flax's or jaxnorm's.
+      *inputs: the arguments of the model: a batch, as in training.
+      level: the chance of a finding by sampling alone, of all tests of the model together.
+
+    Returns:
+      A list of `Finding`: path, problem, advice and figures. `print` shows it as a table; its
+      `norms` has what was measured of every batch norm, and its `plot` draws that.
+
+    Raises:
+      TypeError: the model is not an nnx module.
+      ValueError: it has no batch norm, none is called in training mode, or the level is not
+        between 0 and 1.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxnorm.nnx as jn
+      >>> from flax import nnx
+      >>> model = jn.BatchNorm(2, momentum=0.9, rngs=nnx.Rngs(0))
+      >>> x = jax.random.normal(jax.random.key(0), (100, 2))
+      >>> jn.recalibrate(model, [x])
+      >>> print(jn.audit(model, x))
+      No findings in 1 batch norm, at level 0.001.
+      >>> [finding] = jn.audit(model, 2.0 * x + 1.0)
+      >>> finding.problem
+      'batch and running statistics differ'
+      >>> round(finding.figures["mean_difference"], 1)
+      1.1
+
+    References:
+      Wilson and Hilferty, "The Distribution of Chi-Square", 1931 (the cube root of a variance).
+      Dunn, "Multiple Comparisons Among Means", 1961 (all tests together).
+    """
+    check_level(level)
+    norms = norms_of(model)
+    if not norms:
+        raise ValueError("model must have a batch norm, got none; there is nothing to audit.")
+    copy, order = watched(model)
+
+    @nnx.jit
+    def measure(copy, *inputs):
+        copy(*inputs)
+        return {path: norm.seen.get_value() for path, norm in norms_of(copy).items()}
+
+    seen = measure(copy, *inputs)
+    if not any(one.examples.any() for one in seen.values()):
+        raise ValueError(
+            "the model must have a batch norm that is called in training mode, got none; unfreeze "
+            "some, or choose use_running_average by train() and eval()."
+        )
+    called = [*order, *(path for path in norms if path not in order)]
+    given = []
+    for path in called:
+        norm = norms[path]
+        mean, var = norm.mean.get_value(), norm.var.get_value()
+        given.append(Given(path, mean, var, seen[path], norm.epsilon, norm.momentum))
+    return audit_norms(given, level)
