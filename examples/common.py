@@ -72,14 +72,20 @@ def one_of(names: Collection[str]) -> Callable[[str], list[str]]:
 
 
 def make_parser(
-    example: str, doc: str | None, all_norms: Collection[str], **defaults: Any
+    example: str,
+    doc: str | None,
+    compared: Collection[str],
+    *,
+    kind: str = "norms",
+    **defaults: Any,
 ) -> argparse.ArgumentParser:
     """A parser with the flags that all examples share.
 
-    `defaults` has steps, seeds, batch_size, and norms if not all of them; `free` names flags that
-    may differ when a run is resumed, because they don't change what it computes.
+    `compared` is what the example compares: norms, or what `kind` calls them. `defaults` has steps,
+    seeds, batch_size, and norms if not all of them; `free` names flags that may differ when a run
+    is resumed, because they don't change what it computes.
     """
-    defaults = {"norms": list(all_norms), "checkpoint_every": 100, "free": ()} | defaults
+    defaults = {kind: list(compared), "checkpoint_every": 100, "free": ()} | defaults
     parser = argparse.ArgumentParser(
         f"{example}.py",
         description=doc,
@@ -87,8 +93,8 @@ def make_parser(
         allow_abbrev=False,
     )
     add = parser.add_argument
-    chosen = ",".join(defaults["norms"])
-    add("--norms", type=one_of(all_norms), help=f"of {','.join(all_norms)}; default: {chosen}")
+    chosen = ",".join(defaults[kind])
+    add(f"--{kind}", type=one_of(compared), help=f"of {','.join(compared)}; default: {chosen}")
     add("--steps", type=at_least(1), help="default: %(default)s")
     add("--seeds", type=at_least(1), help="how many; default: %(default)s")
     add("--batch-size", type=at_least(2), help="default: %(default)s")

@@ -30,7 +30,7 @@ pytestmark = [
     # Where a checkpoint is damaged, orbax leaves coroutines whose errors come up when collected.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-EXAMPLES = ("mlp", "resnet", "lstm", "transformer", "gan", "style", "diffusion")
+EXAMPLES = ("mlp", "resnet", "lstm", "transformer", "gan", "style", "diffusion", "fine_tune")
 # A run as short as it may be to learn something: arguments, the score's column and its least
 # value; or its largest, where it is a loss.
 BRIEF = {
@@ -54,12 +54,18 @@ BRIEF = {
         ["--norms=adaptive-layer", "--sampling-steps=4", "--learning-rate=0.01"],
         ("loss", 0.0, 0.22),
     ),
+    "fine_tune": (
+        40,
+        ["--ways=recalibrated", "--tune-steps=20", "--tune-rate=0.003"],
+        ("new", 0.3, 1.0),
+    ),
 }
 # Constants of theirs, where it would take long.
 SMALLER = {
     "transformer": {"LAYERS": 1},
     "style": {"PIECE": 32},
     "diffusion": {"LAYERS": 1, "FEATURES": 32, "DRAWN": 200},
+    "fine_tune": {"TESTED": 192, "WIDE": 16, "WIDER": 16},
 }
 
 
@@ -301,6 +307,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
         ("gan", ["--batch-size=1"], "must be an integer of at least 2, got 1"),
         ("style", ["--seeds=-1"], "must be an integer of at least 1, got -1"),
         ("diffusion", ["--sampling-steps=0"], "must be an integer of at least 1, got 0"),
+        ("fine_tune", ["--ways=frosen"], "argument --ways: must be some of untuned,batch,frozen,"),
+        ("fine_tune", ["--tune-batch-size=3"], "invalid choice: 3"),
     ],
 )
 def test_a_bad_flag_is_an_error_of_one_sentence(name, arguments, message, capsys):
@@ -443,3 +451,56 @@ def test_sampling_with_the_best_denoiser_has_the_spread_of_the_images():
     noise = jax.random.normal(key, images.shape)
     # An image is the noise times a factor; 400 steps approximate it to 0.8 %.
     np.testing.assert_allclose(images, deviation * noise, rtol=0.01, atol=1e-6)
+
+
+def small_network(seed=0):
+    """A batch norm and ten classes, for the functions of fine_tune.py."""
+    jn, nnx = importlib.import_module("jaxnorm.nnx"), importlib.import_module("flax.nnx")
+    rngs = nnx.Rngs(seed)
+    return nnx.Sequential(jn.BatchNorm(4, rngs=rngs), nnx.Linear(4, 10, rngs=rngs))
+
+
+def test_weights_are_averaged_over_the_last_steps(rng):
+    fine_tune, nnx = importlib.import_module("fine_tune"), importlib.import_module("flax.nnx")
+    graph, state = fine_tune.start(small_network(), fine_tune.optax.sgd(0.1))
+    models, labels = [], np.arange(8, dtype=np.int32)
+    for _ in range(5):
+        images = rng.normal(size=(8, 4)).astype(np.float32)
+        state, _ = fine_tune.train_step(state, images, labels, graph=graph, begin=2)
+        models.append(nnx.merge(graph, state)[0])
+    average, kernels = nnx.merge(graph, state)[2], [model.layers[1].kernel for model in models]
+    # Two roundings in each of three steps, of weights below one.
+    np.testing.assert_allclose(average.layers[1].kernel, np.mean(kernels[2:], 0), atol=1e-6)
+    np.testing.assert_array_equal(average.layers[0].mean, models[-1].layers[0].mean)
+    assert models[-1].layers[0].mean[...].any()
+
+
+def test_distances_are_those_of_the_running_statistics(rng):
+    scores = importlib.import_module("tuning_scores")
+    jn = importlib.import_module("jaxnorm.nnx")
+    model = small_network()
+    images = rng.normal(2.0, 3.0, size=(500, 4)).astype(np.float32)
+    mean, deviation = images.mean(0), images.std(0)
+    by_hand = np.sqrt(((mean**2 + (deviation - 1) ** 2) / deviation**2).mean())
+    # Epsilon, 1e-5, is added to variances of about 9.
+    np.testing.assert_allclose(scores.distances(model, images), [by_hand], rtol=1e-5)
+    jn.freeze(model)
+    np.testing.assert_allclose(scores.distances(model, images), [by_hand], rtol=1e-5)
+    jn.unfreeze(model)
+    jn.recalibrate(model, [images])
+    # The same pass over the same data, perhaps by another program.
+    np.testing.assert_allclose(scores.distances(model, images), [0], atol=1e-6)
+
+
+def test_training_mode_has_the_statistics_of_each_batch(rng):
+    scores = importlib.import_module("tuning_scores")
+    model = small_network()
+    images = rng.normal(2.0, 3.0, size=(6, 4)).astype(np.float32)
+    evaluated = scores.logits_of(model, images, 0)
+    together = scores.logits_of(model, images, 3)
+    assert not model.layers[0].mean[...].any()  # as it was
+    model.train()
+    alone = np.concatenate([model(images[:3]), model(images[3:])])
+    # Matrix products of a batch and of three rows add up in another order.
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert not np.allclose(together, evaluated, atol=0.1)
