@@ -87,7 +87,10 @@ def _skips(app, what, name, obj, skip, options) -> bool | None:
 
 def _as_restructured_text(app, what, name, obj, options, lines: list[str]) -> None:
     """Indented lines after a paragraph of a docstring are code; and |x| is no substitution."""
-    lines[:] = [x if x.startswith(("    ", ">>>")) else x.replace("|", r"\|") for x in lines]
+    sections = next((i for i, x in enumerate(lines) if re.fullmatch(r"[A-Z]\w+:", x)), len(lines))
+    for place, line in enumerate(lines):
+        if not line.startswith(">>>") and not (place < sections and line.startswith("    ")):
+            lines[place] = line.replace("|", r"\|")
     for place in range(len(lines) - 2, 0, -1):
         before, blank, after = lines[place - 1 : place + 2]
         is_paragraph = before.strip() and not before.startswith("  ") and not before.endswith("::")
