@@ -1,6 +1,7 @@
 """Eight virtual devices, and a JAX that promotes neither dtypes nor ranks unasked."""
 
 import os
+import re
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -43,7 +44,8 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Put a test's levels of the kernel side by side: a worker compiles their program once."""
     at = lambda item: (item.location[0], item.location[1] or 0)
-    items.sort(key=lambda item: (at(item), item.nodeid.replace("kernel-avx2", "kernel-baseline")))
+    any_level = lambda item: re.sub("kernel-(baseline|avx2)", "kernel-avx512", item.nodeid)
+    items.sort(key=lambda item: (at(item), any_level(item)))
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def unoptimized():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(params=["xla", "kernel-baseline", "kernel-avx2"])
+@pytest.fixture(params=["xla", "kernel-baseline", "kernel-avx2", "kernel-avx512"])
 def implementation(request):
     """Each that a function can be told to use; the kernel as compiled for each machine."""
     name, _, level = request.param.partition("-")
@@ -85,7 +87,7 @@ def implementation(request):
         pytest.skip(f"there is no kernel: {cpu.missing()}")
     before = cpu.level()
     if not cpu.use_level(level):
-        pytest.skip(f"the library has no kernel for {level}, or this machine can't run it")
+        pytest.skip(f"this machine can't run the kernel for {level}")
     yield name
     cpu.use_level(before)
 

@@ -15,7 +15,7 @@ import jaxnorm as jn
 
 EACH_NORM = pytest.mark.parametrize("norm", NORMS, ids=norm_id)
 KERNELS = pytest.mark.parametrize(
-    "implementation", ["kernel-baseline", "kernel-avx2"], indirect=True
+    "implementation", ["kernel-baseline", "kernel-avx2", "kernel-avx512"], indirect=True
 )
 
 

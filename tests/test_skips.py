@@ -28,9 +28,10 @@ def test_passes():
         ("", "2 tests skipped where skips.txt expects 0: no torch", ["-n", "2"]),
         ("1 no torch\n", "2 tests skipped where skips.txt expects 1: no torch", []),
         ("2 no torch\n1 no onnx\n", "0 tests skipped where skips.txt expects 1: no onnx", []),
+        ("any no torch\nany no onnx\n", None, []),
         (None, None, []),
     ],
-    ids=["expected", "expected-n2", "another", "another-n2", "more", "fewer", "unchecked"],
+    ids=["expected", "expected-n2", "another", "another-n2", "more", "fewer", "any", "unchecked"],
 )
 def test_only_expected_skips_pass(tmp_path, expected, said, processes):
     (tmp_path / "test_some.py").write_text(TESTS)

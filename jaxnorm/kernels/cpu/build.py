@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -33,20 +34,25 @@ def build(library: Path = LIBRARY, flags: Sequence[str] = ()) -> None:
 
     flags = [*FLAGS, *flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     include = str(Path(jaxlib.__file__).parent / "include")
-    # level.cc is compiled once for each level of hardware; handlers.cc takes the best that runs.
-    sources = {
-        "handlers": ["handlers.cc", "-isystem", include],
-        "baseline": ["level.cc", "-DJAXNORM_LEVEL=baseline", "-DJAXNORM_NAME=kBaseline"],
-    }
+    handlers = ["handlers.cc", "-isystem", include]
+    levels = {"Baseline": []}
     if platform.machine().lower() in ("x86_64", "amd64"):
-        sources["avx2"] = ["level.cc", "-DJAXNORM_LEVEL=avx2", "-DJAXNORM_NAME=kAvx2"]
-        sources["avx2"] += ["-march=x86-64-v3"]
-        sources["handlers"] += ["-DJAXNORM_AVX2"]
-    with tempfile.TemporaryDirectory() as folder:
-        objects = []
-        for name, (source, *options) in sources.items():
-            objects.append(f"{folder}/{name}.o")
-            _run([*compiler, *flags, *options, "-c", str(HERE / source), "-o", objects[-1]])
+        handlers += ["-DJAXNORM_X86"]
+        levels["Avx2"] = ["-march=x86-64-v3"]
+        # GCC 12 warns of variables in its own header.
+        levels["Avx512"] = ["-march=x86-64-v4", "-Wno-maybe-uninitialized"]
+    # level.cc is compiled once for each level of hardware; handlers.cc takes the best that runs.
+    sources = [handlers]
+    for level, options in levels.items():
+        names = [f"-DJAXNORM_LEVEL={level.lower()}", f"-DJAXNORM_NAME=k{level}"]
+        sources.append(["level.cc", *names, *options])
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        objects = [f"{folder}/{number}.o" for number in range(len(sources))]
+        commands = [
+            [*compiler, *flags, *options, "-c", str(HERE / source), "-o", target]
+            for (source, *options), target in zip(sources, objects, strict=True)
+        ]
+        list(pool.map(_run, commands))
         _run([*compiler, *flags, "-shared", *objects, "-o", f"{folder}/norms.so"])
         # Copied into the same folder first, because only a move within a folder is atomic.
         unfinished = library.with_name(f"{library.name}.{os.getpid()}.tmp")

@@ -15,15 +15,21 @@ namespace jaxnorm {
 namespace {
 
 const Level* const kLevels[] = {
-#if defined(JAXNORM_AVX2)
-    &kAvx2,
+#if defined(JAXNORM_X86)
+    &kAvx512, &kAvx2,
 #endif
     &kBaseline,
 };
 
-bool runs_here(const Level& level) {
-#if defined(JAXNORM_AVX2)
-  if (&level == &kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+bool runs_here([[maybe_unused]] const Level& level) {
+#if defined(JAXNORM_X86)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (&level == &kAvx2) return avx2;
+  // Processors without VBMI2 lower their clock for vectors of 512 bits.
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2");
+  if (&level == &kAvx512) return avx2 && avx512;
 #endif
   return true;
 }

@@ -67,8 +67,8 @@ struct Level {
 };
 
 extern const Level kBaseline;
-#if defined(JAXNORM_AVX2)
-extern const Level kAvx2;
+#if defined(JAXNORM_X86)
+extern const Level kAvx2, kAvx512;
 #endif
 
 }  // namespace jaxnorm

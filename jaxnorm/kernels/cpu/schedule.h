@@ -1,8 +1,8 @@
 // How the work of one call is divided into tasks, and the memory that the tasks need.
 #pragma once
 
+#include "lanes.h"
 #include "norms.h"
-#include "simd.h"
 
 namespace jaxnorm {
 namespace JAXNORM_LEVEL {

@@ -1,8 +1,7 @@
 // Vectors of as many floats as a register of the level holds.
 //
 // Operations have the names of Highway (github.com/google/highway), without its tags, and with the
-// destination first; those in lower case have no counterpart there. Functions that end in N take
-// `lanes`: Whole, or which part of a vector is there.
+// destination first; those in lower case have no counterpart there. lanes.h has parts of vectors.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +14,9 @@
 namespace jaxnorm {
 namespace JAXNORM_LEVEL {
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
 constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;  // SSE2, or NEON
@@ -35,27 +36,14 @@ struct bfloat16 {
   uint16_t bits;
 };
 
-// The whole vector; its last lanes, at the end of a longer array, where the other lanes belong to
-// the vector before; or its first lanes, of an array that is shorter than a vector.
-struct Whole {};
-struct Tail {
-  int64_t lanes;
-};
-struct Short {
-  int64_t lanes;
-};
-
 static inline BODY VF32 Zero() { return VF32{}; }
 static inline VF32 Set(float a) { return VF32{} + a; }
 
-static inline VI32 Iota() {
-  VI32 lanes;
-  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
-  return lanes;
-}
-
 // Conversions. GCC makes more instructions than these of the plain conversions.
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+static inline VU32 PromoteTo(VU16 a) { return (VU32)_mm512_cvtepu16_epi32((__m256i)a); }
+static inline VU16 DemoteTo(VU32 a) { return (VU16)_mm512_cvtepi32_epi16((__m512i)a); }
+#elif defined(__AVX2__)
 static inline VU32 PromoteTo(VU16 a) { return (VU32)_mm256_cvtepu16_epi32((__m128i)a); }
 static inline VU16 DemoteTo(VU32 a) {
   const __m256i wide = (__m256i)a;
@@ -87,63 +75,19 @@ static inline VF64 LoadU(const double* p) {
   return d;
 }
 
-template <class T>
-static inline BODY auto LoadN(const T* p, Whole) {
-  return LoadU(p);
-}
-
-template <class T>
-static inline auto LoadN(const T* p, Tail tail) {
-  return LoadU(p + tail.lanes - kLanes);
-}
-
-template <class T>
-static inline VF32 LoadN(const T* p, Short part) {
-  T buffer[kLanes] = {};
-  for (int i = 0; i < part.lanes; ++i) buffer[i] = p[i];
-  return LoadU(buffer);
-}
-
-template <class T>
-static inline float load_scalar(const T* p) {
-  return LoadN(p, Short{1})[0];
-}
-
 // Stores.
 static inline void StoreU(float* p, VF32 v) { std::memcpy(p, &v, sizeof v); }
 static inline void StoreU(double* p, VF64 d) { std::memcpy(p, &d, sizeof d); }
 
-// For numbers and canonical NaNs: rounding up would carry a NaN of all ones over into a zero.
-static inline void StoreU(bfloat16* p, VF32 v) {
+// Ties to even. For numbers and canonical NaNs: a NaN of all ones would be rounded up to a zero.
+static inline VU16 round_to_bfloat16(VF32 v) {
   VU32 bits = (VU32)v;
-  VU16 halves = DemoteTo((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // ties to even
+  return DemoteTo((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline void StoreU(bfloat16* p, VF32 v) {
+  VU16 halves = round_to_bfloat16(v);
   std::memcpy(p, &halves, sizeof halves);
-}
-
-template <class T>
-static inline BODY void StoreN(T* p, VF32 v, Whole) {
-  StoreU(p, v);
-}
-
-template <class T>
-static inline void StoreN(T* p, VF32 v, Tail tail) {
-  StoreU(p + tail.lanes - kLanes, v);
-}
-
-template <class T>
-static inline void StoreN(T* p, VF32 v, Short part) {
-  T buffer[kLanes];
-  StoreU(buffer, v);
-  for (int i = 0; i < part.lanes; ++i) p[i] = buffer[i];
-}
-
-static inline void add_to(double* p, VF64 d, Whole) { StoreU(p, LoadU(p) + d); }
-
-// The other lanes have been added with the vector before.
-static inline void add_to(double* p, VF64 d, Tail tail) {
-  for (int i = kLanes - static_cast<int>(tail.lanes); i < kLanes; ++i) {
-    p[i + tail.lanes - kLanes] += d[i];
-  }
 }
 
 // A NaN made canonical, if T needs that. The NaNs of bfloat16 are; that of a scale or bias, which
@@ -155,18 +99,13 @@ static inline VF32 canonical_nan(VF32 v) {
   return v == v ? v : Zero() + __builtin_nanf("");
 }
 
-// Zero in the lanes that are not there, or belong to the vector before.
-static inline VF32 IfThenElseZero(Whole, VF32 v) { return v; }
-static inline VF32 IfThenElseZero(Tail tail, VF32 v) {
-  return Iota() >= kLanes - static_cast<int32_t>(tail.lanes) ? v : Zero();
-}
-static inline VF32 IfThenElseZero(Short part, VF32 v) {
-  return Iota() < static_cast<int32_t>(part.lanes) ? v : Zero();
-}
-
 // The sum of the two halves of v, in float64. GCC keeps a VF64 in memory, this in a register.
 static inline Half64 promote_halves(VF32 v) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m512 wide = (__m512)v;
+  return (Half64)_mm512_cvtps_pd(_mm512_castps512_ps256(wide)) +
+         (Half64)_mm512_cvtps_pd(_mm512_extractf32x8_ps(wide, 1));
+#elif defined(__AVX2__)
   const __m256 wide = (__m256)v;
   return (Half64)_mm256_cvtps_pd(_mm256_castps256_ps128(wide)) +
          (Half64)_mm256_cvtps_pd(_mm256_extractf128_ps(wide, 1));
@@ -174,7 +113,7 @@ static inline Half64 promote_halves(VF32 v) {
   const __m128 wide = (__m128)v;
   return (Half64)_mm_cvtps_pd(wide) + (Half64)_mm_cvtps_pd(_mm_movehl_ps(wide, wide));
 #else
-  Half64 sums;
+  Half64 sums = {};
   for (int i = 0; i < kLanes / 2; ++i) sums[i] = static_cast<double>(v[i]) + v[i + kLanes / 2];
   return sums;
 #endif
@@ -192,7 +131,9 @@ static inline double ReduceSum(VF32 v) { return ReduceSum(promote_halves(v)); }
 // results again.
 constexpr int64_t kStreamBytes = 4 << 20;
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+static inline void Stream(float* p, VF32 v) { _mm512_stream_ps(p, v); }
+#elif defined(__AVX2__)
 static inline void Stream(float* p, VF32 v) { _mm256_stream_ps(p, v); }
 #elif defined(__SSE2__)
 static inline void Stream(float* p, VF32 v) { _mm_stream_ps(p, v); }
@@ -205,42 +146,16 @@ static inline void FlushStream() {
 #endif
 }
 
-[[maybe_unused]] static inline bool should_stream(const float* row, int64_t elements) {
 #if defined(__SSE2__)
+[[maybe_unused]] static inline bool should_stream(const float* row, int64_t elements) {
   return reinterpret_cast<uintptr_t>(row) % sizeof(VF32) == 0 && elements * 4 >= kStreamBytes;
-#else
-  return false;
-#endif
 }
+#else
+static inline bool should_stream(const float*, int64_t) { return false; }
+#endif
 
 // It was not faster where it was measured.
 static inline bool should_stream(const bfloat16*, int64_t) { return false; }
-
-template <class T, class Lanes>
-static inline void store_or_stream(T* p, VF32 v, Lanes lanes, bool streamed) {
-#if defined(__SSE2__)
-  if constexpr (__is_same(T, float) && __is_same(Lanes, Whole)) {
-    if (streamed) return Stream(p, v);
-  }
-#endif
-  StoreN(p, v, lanes);
-}
-
-// body(u, i, lanes) for each vector of n elements from i on. Calls with different u < 4 may run at
-// the same time, so sums that differ by u do not wait for each other.
-template <class Body>
-static inline BODY void for_each_vector(int64_t n, Body body) {
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    body(0, i, Whole());
-    body(1, i + kLanes, Whole());
-    body(2, i + 2 * kLanes, Whole());
-    body(3, i + 3 * kLanes, Whole());
-  }
-  for (; i + kLanes <= n; i += kLanes) body(0, i, Whole());
-  if (i == n) return;
-  n > kLanes ? body(1, i, Tail{n - i}) : body(1, i, Short{n - i});
-}
 
 }  // namespace JAXNORM_LEVEL
 }  // namespace jaxnorm
