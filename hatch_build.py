@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
-from packaging.tags import sys_tags
 
 FOLDER = Path(__file__).parent / "jaxnorm" / "kernels" / "cpu"
 
@@ -46,9 +45,10 @@ class Kernel(BuildHookInterface):
             reason.write_text(f"when jaxnorm was installed, {error}")
             self.app.display_warning(f"jaxnorm is installed without its CPU kernel: {error}")
         else:
-            platforms = (tag.platform for tag in sys_tags() if "linux_" not in tag.platform[1:])
+            # Of this machine, or of MACOSX_DEPLOYMENT_TARGET, which the compiler heeds too.
+            _, platform = self.build_config.builder.get_best_matching_tag().rsplit("-", 1)
             build_data["pure_python"] = False
-            build_data["tag"] = f"py3-none-{next(platforms)}"
+            build_data["tag"] = f"py3-none-{platform}"
         for path in (library, reason):
             if path.exists() and folder != FOLDER:
                 build_data["force_include"][str(path)] = f"jaxnorm/kernels/cpu/{path.name}"
