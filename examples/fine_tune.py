@@ -124,7 +124,7 @@ def audit(args: argparse.Namespace, title: str, model: Network, images: np.ndarr
     """Print what the audit of a network finds on images, and draw it."""
     copy = nnx.clone(model)
     jn.unfreeze(copy)  # a frozen norm sees no batch
-    findings = jn.audit(copy, images)
+    findings = jn.audit(copy, images, batch_size=args.tune_batch_size)
     print(f"Audit, {title}:\n{findings}\n")
     findings.plot(args.out / f"audit-{title}.png")
 
@@ -174,7 +174,7 @@ def study(args: argparse.Namespace) -> None:
         for way in args.ways:
             model = nnx.clone(networks[WAYS[way].training, WAYS[way].averaged])
             if WAYS[way].recalibrated:
-                jn.recalibrate(model, few.images.reshape(-1, args.tune_batch_size, 8, 8, 1))
+                jn.recalibrate(model, list(few.images.reshape(-1, args.tune_batch_size, 8, 8, 1)))
             scores[way].append(score(model, new, old, args.tune_batch_size))
             if seed == 0:
                 audit(args, way, model, few.images)

@@ -4,6 +4,8 @@ The modules for Flax are in `jaxnorm.linen` and `jaxnorm.nnx`, those for Equinox
 `jaxnorm.equinox`; importing this package alone imports neither Flax nor Equinox.
 """
 
+from typing import TYPE_CHECKING
+
 from jaxnorm.core.moments import Moments
 from jaxnorm.core.standardize import NormParams, init_params
 from jaxnorm.functional.add_layer import add_layer_norm
@@ -71,3 +73,17 @@ __all__ = [
     "update_batch_norm_state",
     "weight_norm",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str):
+        if name in ("linen", "nnx") or name.startswith("_"):
+            raise AttributeError(
+                f"module 'jaxnorm' has no attribute {name!r}: import jaxnorm.{name}"
+            )
+        if name[:1].isupper():
+            raise AttributeError(
+                f"module 'jaxnorm' has functions, and no attribute {name!r}: modules are in "
+                "jaxnorm.nnx and jaxnorm.linen, for example jaxnorm.nnx.LayerNorm"
+            )
+        raise AttributeError(f"module 'jaxnorm' has no attribute {name!r}")

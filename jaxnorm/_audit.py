@@ -1,13 +1,14 @@
 """What is wrong with the batch norms of a model: on the host, without Flax."""
 
 from collections.abc import Iterable, Iterator
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm._audit_sampling import explained, quantile
+from jaxnorm._audit_sampling import LEAST, explained, quantile
 from jaxnorm._findings import Finding, Findings, Measured
 from jaxnorm._seen import Seen, nothing_seen
 
@@ -53,16 +54,21 @@ class Given(NamedTuple):
     momentum: float
 
 
-def check_level(level: float) -> None:
-    """Check the level of the test."""
-    if not 0 < level < 1:
+def check_options(level: float, batch_size: int | None) -> None:
+    """Check the level of the test, and the size of training's batches."""
+    if batch_size is not None and not (isinstance(batch_size, int) and batch_size > 0):
+        raise ValueError(
+            f"batch_size must be a positive integer or None, got {batch_size!r}; pass the examples "
+            "in a batch of training."
+        )
+    if not isinstance(level, Real) or not 0 < level < 1:
         raise ValueError(
             f"level must lie between 0 and 1, got {level!r}; it is the chance that a sound model "
             "has a finding, such as 0.001."
         )
 
 
-def audit(norms: Iterable[Given], level: float) -> Findings:
+def audit(norms: Iterable[Given], level: float, batch_size: int | None = None) -> Findings:
     """What is wrong with these batch norms."""
     norms = list(norms)
     measured = [_measured(norm) for norm in norms]
@@ -73,7 +79,7 @@ def audit(norms: Iterable[Given], level: float) -> Findings:
         t = np.where(features, quantile(seen.examples, level, tests), np.nan)
         eps = max(float(jnp.finfo(stat.dtype).eps) for stat in (norm.mean, norm.var))
         mean, var, momentum = one.running_mean, one.running_var, one.momentum
-        distance, lowest, highest = explained(seen, mean, var, momentum, eps, t)
+        distance, lowest, highest = explained(seen, mean, var, momentum, eps, t, batch_size)
         measured[place] = one._replace(distance=distance, lowest=lowest, highest=highest)
     pairs = list(zip(norms, measured, strict=True))
     found = [
@@ -138,12 +144,16 @@ def _problems(norm: Given, one: Measured) -> Iterator[tuple[str, dict[str, float
     """Each problem of a norm, and its figures."""
     constant, apart = _constant(one), one.means_apart | one.variances_apart
     sound = _finite(one.running_mean, one.running_var) & ~constant
-    smallest = np.where(sound, np.fmin(one.running_var, one.batch_var), np.inf)
+    tells = one.count >= LEAST  # of one element the variance is zero
+    smallest = np.where(tells, np.fmin(one.running_var, one.batch_var), one.running_var)
+    smallest = np.where(sound, smallest, np.inf)
     of = lambda features: {"features": float(features.sum()), "of": float(features.size)}
     if _untouched(one):
         yield "running statistics were never updated", _distances(one)
     if apart.any():
-        yield "batch and running statistics differ", of(apart) | _distances(one)
+        which = {"means": one.means_apart.sum(), "variances": one.variances_apart.sum()}
+        which = {name: float(number) for name, number in which.items()}
+        yield "batch and running statistics differ", of(apart) | which | _distances(one)
     if constant.any():
         yield "features are constant in the batch", of(constant)
     wrong = ~_finite(one.running_mean, one.running_var)

@@ -61,14 +61,15 @@ def draw(findings: Findings) -> Figure:
 
 def _draw_norm(left: Any, right: Any, row: int, one: Measured) -> None:
     """A stroke for each feature, and a box for what sampling explains."""
-    if not one.examples:
-        for axes in (left, right):
-            where = {"x": 0.5, "y": row, "transform": axes.get_yaxis_transform()}
-            axes.text(s="not called in training mode", ha="center", va="center", size=8, **where)
-        return
     difference = one.mean_difference
     difference = np.abs(difference) if np.iscomplexobj(difference) else difference
     ratio = _ratio(one)
+    if not (np.isfinite(difference) & np.isfinite(ratio)).any():
+        text = "not finite" if one.examples else "frozen, or not called in training mode"
+        for axes in (left, right):
+            where = {"x": 0.5, "y": row, "transform": axes.get_yaxis_transform()}
+            axes.text(s=text, ha="center", va="center", size=8, **where)
+        return
     for axes, values, apart in (
         (left, difference, one.means_apart),
         (right, ratio, one.variances_apart),
@@ -97,7 +98,8 @@ def _scale_means(axes: Any, norms: list[Measured]) -> None:
     label = "batch mean - running mean, in running standard deviations"
     if largest > LINEAR:
         axes.set_xscale("symlog", linthresh=1, linscale=0.7)
-        powers = 10.0 ** np.arange(1 + int(np.ceil(np.log10(largest))))
+        last = int(np.ceil(np.log10(largest)))
+        powers = 10.0 ** np.arange(0, last + 1, 1 + last // 4)
         axes.xaxis.set_major_locator(FixedLocator([*-powers[::-1], 0, *powers]))
         label += "\n(logarithmic beyond 1)"
     axes.axvline(0, color="black", lw=0.8)

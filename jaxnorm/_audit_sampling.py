@@ -4,14 +4,17 @@ Of n independent examples, one feature:
 
     m, v    mean and variance of the batch;  M, V  running mean and variance
     z_i     the sum over an example of x - m;  d_i  that of (x - m)^2 - v;  c  elements in all
-    a       1 + (1 - momentum) / (1 + momentum): the running statistics are an average of such
+    b       the examples in a batch of training
+    a       1 + (1 - momentum) / (1 + momentum) n / b: the running statistics are an average of
             batches, whose variance adds to that of this batch
+    W       V + s^2 (n / b - 1), where s^2 = n / (n - 1) sum(z_i^2) / c^2 is the variance of m: in
+            smaller batches the mean varies more, and the variance about it is smaller
 
-    se(m)^2   = a n / (n - 1) sum(z_i^2) / c^2  max(1, V / v)
+    se(m)^2   = a s^2  max(1, V / v)
     se(v)^2   = a n / (n - 1) sum(d_i^2) / c^2,  as a part of v^2 at least what it is of three
                 quarters of the norm's features
     |m - M|                  is explained up to  t se(m)
-    |(v / V)^(1/3) - 1| 3    is explained up to  t se(v) / v
+    |(v / W)^(1/3) - 1| 3    is explained up to  t se(v) / v
 
 t is the quantile of Student's distribution with n - 1 degrees of freedom at level / (4 tests):
 Bonferroni's correction for two sides and for two tests of each feature.
@@ -36,7 +39,13 @@ def quantile(examples: np.ndarray, level: float, tests: int) -> np.ndarray:
 
 
 def explained(
-    seen: Any, mean: np.ndarray, var: np.ndarray, momentum: float, rounding: float, t: np.ndarray
+    seen: Any,
+    mean: np.ndarray,
+    var: np.ndarray,
+    momentum: float,
+    rounding: float,
+    t: np.ndarray,
+    batch_size: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What sampling explains: a distance of means, the lowest and the highest variance of a batch.
 
@@ -48,9 +57,11 @@ def explained(
       rounding: the epsilon of their dtype. A running average stops within half a unit of rounding
         over 1 - momentum, which is explained too.
       t: the quantile, NaN for features that are not tested.
+      batch_size: the examples in a batch of training; None for those that were seen.
     """
     batch, n = seen.elements, seen.examples
-    average = 1 + (1 - momentum) / (1 + momentum)
+    smaller = 1 if batch_size is None else n / batch_size
+    average = 1 + (1 - momentum) / (1 + momentum) * smaller
     stop = rounding / 2 / (1 - momentum) if momentum < 1 else rounding
     with np.errstate(divide="ignore", invalid="ignore"):
         scale = np.sqrt(average * n / (n - 1)) / batch.count
@@ -60,4 +71,6 @@ def explained(
         if not np.isnan(part).all():
             part = np.maximum(part, np.nanquantile(part, 0.75))
         width = (t * part + stop) / 3
-    return distance, var * np.maximum(1 - width, 0) ** 3, var * (1 + width) ** 3
+        shift = n / (n - 1) * (seen.sums / batch.count) ** 2 * (smaller - 1)
+        expected = np.maximum(var + shift, 0)
+    return distance, expected * np.maximum(1 - width, 0) ** 3, expected * (1 + width) ** 3

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxnorm._audit_sampling import LEAST
+from jaxnorm._seen import named
 
 WIDTH = 100  # columns of the table
 UNITS = (
@@ -129,11 +130,6 @@ class Findings(list[Finding]):
         if file is not None:
             figure.savefig(file)
         return figure
-
-
-def named(path: str) -> str:
-    """A path as one reads it."""
-    return path or "the model"
 
 
 def _table(findings: Findings) -> list[str]:

@@ -76,18 +76,17 @@ def test_two_calls(rng):
     assert (np.asarray(both.squares) >= right.squares).all()
 
 
-def rejected(draw, models, level, rng) -> float:
+def rejected(draw, models, level, rng, trained=EXAMPLES, told=None, batches=25) -> float:
     """The part of sound models that have a finding."""
     number = 0
     for _ in range(models):
-        means, variances = np.zeros(FEATURES), np.ones(FEATURES)
-        batches = draw((25, EXAMPLES, FEATURES), rng)
-        means, variances = batches.mean(1), batches.var(1)
-        weights = MOMENTUM ** np.arange(25)
+        drawn = draw((batches, trained, FEATURES), rng)
+        means, variances = drawn.mean(1), drawn.var(1)
+        weights = MOMENTUM ** np.arange(batches)
         mean, var = (np.average(a, 0, weights) for a in (means, variances))
         seen = truth(draw((EXAMPLES, 1, FEATURES), rng))
         t = quantile(np.asarray(seen.examples), level, 2 * FEATURES)
-        distance, lowest, highest = explained(seen, mean, var, MOMENTUM, 0, t)
+        distance, lowest, highest = explained(seen, mean, var, MOMENTUM, 0, t, told)
         v = seen.elements.var
         far = np.abs(seen.elements.mean - mean) > distance
         number += (far | (v < lowest) | (v > highest)).any()
@@ -103,6 +102,15 @@ def test_a_sound_model_has_findings_no_more_often_than_the_level(kind):
     rate = rejected(draw, models, level, rng)
     assert rate <= level + 3 * np.sqrt(level / models)  # three standard errors
     assert rate > 0.1 * level  # nor does it find nothing
+
+
+def test_batches_of_training_may_be_smaller():
+    """Their statistics are less exact, and their variances smaller: both are explained, if told."""
+    rng, models, level = np.random.default_rng(0), 300, 0.05
+    draw = lambda size, rng: rng.standard_normal(size)
+    rate = rejected(draw, models, level, rng, trained=4, told=4, batches=60)
+    assert rate <= level + 3 * np.sqrt(level / models)
+    assert rejected(draw, models, level, rng, trained=4, batches=60) > 4 * level
 
 
 def test_examples_of_different_lengths(rng):

@@ -405,6 +405,14 @@ def test_variables_of_linen_are_pytorchs(rng, torch, unoptimized):
         close(Net().apply(loaded, x), expected)
 
 
+def test_a_linear_layer_is_no_norm():
+    linear = {"fc.weight": np.ones((2, 3)), "fc.bias": np.ones(2)}
+    with pytest.raises(ValueError, match=r"must have one shape, got \[\(2,\), \(2, 3\)\] at 'fc'"):
+        convert.from_torch(linear, "fc")
+    with pytest.raises(TypeError, match="state_dict must be a dictionary of arrays"):
+        convert.from_torch([linear], "fc")  # pyright: ignore[reportArgumentType]
+
+
 def test_safetensors_files_are_read_by_their_library(tmp_path):
     safetensors = pytest.importorskip(
         "safetensors.numpy", reason="safetensors is in the extra 'peers'"

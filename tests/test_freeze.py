@@ -1,5 +1,7 @@
 """Frozen batch norms: nothing moves their statistics, and nothing else is held."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -64,6 +66,21 @@ def test_some_are_frozen(x):
     assert moved(model, x) == ["norm", "blocks.1"]
     norm = model.blocks[0]
     assert jaxnorm.nnx.freeze(norm) == [""]
+
+
+def test_a_norm_in_two_places_is_found_in_both():
+    model: Any = Model()
+    norm = model.norm
+    model.again = norm
+    for place in ("again", "norm"):
+        assert len(jaxnorm.nnx.freeze(model, place)) == 1
+        assert norm.frozen
+        jaxnorm.nnx.unfreeze(model, place)
+        assert not norm.frozen
+    with pytest.raises(
+        TypeError, match=r"where must be a path such as .*, got 3; write an index as"
+    ):
+        jaxnorm.nnx.freeze(model, 3)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("with_parameters", [False, True])

@@ -195,7 +195,9 @@ def test_devices_share_the_batch_and_the_leaf(how):
 @pytest.mark.parametrize("shape", [(4, 10), (6, 5, 10), (4, 2, 1, 10), (4, 1, 1, 9), (1, 10, 1)])
 @pytest.mark.parametrize("leaf", ["scale", "bias"])
 def test_other_shapes_are_an_error_with_both(leaf, shape):
-    message = rf"{leaf} must have shape \(10,\), or 4 axes .* \(4, 6, 5, 10\), got \({shape[0]}, "
+    message = (
+        rf"{leaf} must have shape \(10,\), .* \(4, 6, 5, 10\), got \({shape[0]}, .* as many axes"
+    )
     with pytest.raises(ValueError, match=message):
         jn.group_norm(jnp.ones(X), jn.NormParams(**{leaf: jnp.ones(shape)}), num_groups=2)
 
@@ -276,9 +278,7 @@ class TestGiven:
 
     def test_wrong_arguments(self):
         x, moments = jnp.ones((4, 6)), jn.Moments(jnp.ones(5), jnp.ones(5), jnp.float32(1))
-        with pytest.raises(
-            ValueError, match=r"the mean must have shape \(6,\), or 2 axes .*\(5,\)"
-        ):
+        with pytest.raises(ValueError, match=r"the mean must have shape \(6,\), .* got \(5,\)"):
             jn.normalize(x, moments)
         with pytest.raises(TypeError, match="moments must be a Moments, got tuple"):
             jn.denormalize(x, (jnp.ones(6), jnp.ones(6)))  # pyright: ignore[reportArgumentType]

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import jaxnorm as jn
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_importing_the_package_imports_no_flax():
@@ -19,7 +22,7 @@ def test_importing_the_package_imports_no_flax():
 
 def test_all_is_sorted_and_whole():
     assert jn.__all__ == sorted(jn.__all__)
-    public = {name for name, value in vars(jn).items() if callable(value)}
+    public = {name for name, value in vars(jn).items() if callable(value) and name[0] != "_"}
     assert public == set(jn.__all__)
 
 
@@ -27,8 +30,28 @@ def test_version_is_the_installed_one():
     assert jn.__version__ == importlib.metadata.version("jaxnorm")
 
 
+def test_a_module_is_looked_for_in_the_wrong_place():
+    with pytest.raises(AttributeError, match=r"modules are in jaxnorm\.nnx and jaxnorm\.linen"):
+        jn.BatchNorm  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(AttributeError, match="has no attribute 'layernorm'"):
+        jn.layernorm  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_errors_in_readme_are_those_of_the_page():
+    """Rounded to two digits: Flax, PyTorch and the kernel."""
+    readme, page = ((ROOT / name).read_text() for name in ("README.md", "docs/numerics.md"))
+    rows = re.findall(r"^\| ((?:mean|std) [^|]*) \| (.*) \|$", readme, re.MULTILINE)
+    assert len(rows) == 4
+    for kind, cells in rows:
+        line = re.search(rf"^\| {kind} \| (.*) \|$", page, re.MULTILINE)
+        assert line
+        exact = [float(cell) for cell in line[1].split("|")]
+        given = [float(cell.split()[0]) for cell in cells.split("|")]
+        np.testing.assert_allclose(given, [exact[4], exact[6], exact[0]], rtol=0.06)
+
+
 def test_the_code_in_readme_runs():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert blocks
     for block in blocks:

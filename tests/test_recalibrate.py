@@ -275,10 +275,86 @@ def test_what_is_wrong_is_said(variables, batches):
             call(batches, how="sum")
         with pytest.raises(ValueError, match="batches must hold at least one batch, got none"):
             call([])
-    with pytest.raises(ValueError, match="called in training mode, got none; pass what makes it"):
+        with pytest.raises(TypeError, match="an iterable of batches, got ndarray; put a single"):
+            call(batches[0][0])
+        with pytest.raises(
+            ValueError, match="finite statistics, got NaN or infinity in first, sec"
+        ):
+            call([*batches, (np.full((2, 3), np.nan, np.float32),)])
+        with pytest.raises(ValueError, match="elements must count, got none of first, second"):
+            call([(batches[0][0], np.zeros((4, 1), bool))])
+    with pytest.raises(ValueError, match=r"called in training mode, .* pass what makes the model"):
         linen(batches, train=False)
     jaxnorm.nnx.freeze(model)
-    with pytest.raises(ValueError, match="called in training mode, got none; unfreeze some"):
+    with pytest.raises(ValueError, match=r"called in training mode, .* unfreeze some"):
         jaxnorm.nnx.recalibrate(model, batches)
+    with pytest.raises(ValueError, match="model must have a batch norm, got none"):
+        jaxnorm.nnx.recalibrate(model.dense, batches)
     with pytest.raises(TypeError, match="model must be an nnx module, got function"):
         jaxnorm.nnx.recalibrate(lambda x: x, batches)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_subclass_is_measured_where_it_normalizes(batches):
+    x = batches[1][0]
+
+    class Ours(jaxnorm.nnx.BatchNorm):
+        def __call__(self, x):  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().__call__(2 * x, use_running_average=False)
+
+    class Flax(nnx.BatchNorm):
+        def __call__(self, x, use_running_average=None, **options):
+            return super().__call__(2 * x, use_running_average, **options)
+
+    class Linen(nn.BatchNorm):
+        @nn.compact
+        def __call__(self, x, use_running_average=None, *, mask=None):
+            return super().__call__(2 * x, use_running_average, mask=mask)
+
+    found = []
+    for kind in (Ours, Flax):
+        norm = kind(3, rngs=nnx.Rngs(0))
+        jaxnorm.nnx.recalibrate(norm, [x])
+        assert type(norm) is kind
+        found.append({"mean": norm.mean[...], "var": norm.var[...]})
+    norm = Linen(use_running_average=False)
+    variables = norm.init(jax.random.key(0), x)
+    found.append(jaxnorm.linen.recalibrate(norm, variables, [x])["batch_stats"])
+    right = 2 * oracle.wide(x)
+    check(found, [(right.mean(0), right.var(0))] * 3)
+
+
+def test_a_model_that_asks_for_its_mode(batches):
+    class Asks(nnx.Module):
+        def __init__(self):
+            self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x, train=False):
+            return self.norm(x, use_running_average=not train)
+
+    model, x = Asks(), batches[0][0]
+    jaxnorm.nnx.recalibrate(model, [x], train=True)
+    np.testing.assert_allclose(model.norm.mean[...], oracle.wide(x).mean(0), rtol=TOL)
+    assert not jaxnorm.nnx.audit(model, x, train=True)
+
+
+def test_a_norm_that_a_scan_carries(batches):
+    class Recurrent(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            class Step(nn.Module):
+                @nn.compact
+                def __call__(self, x, _):
+                    return nn.BatchNorm(use_running_average=False, name="norm")(x), None
+
+            lifted: Any = {"variable_carry": "batch_stats", "variable_broadcast": "params"}
+            scan = nn.scan(Step, **lifted, split_rngs={"params": False}, length=3)
+            return scan(name="steps")(x, None)[0]
+
+    x = batches[0][0]
+    norm = nn.BatchNorm(use_running_average=False).init(jax.random.key(0), x)
+    variables = nn.FrozenDict({name: {"steps": {"norm": norm[name]}} for name in norm})
+    new = jaxnorm.linen.recalibrate(Recurrent(), variables, [x])
+    assert jax.tree.structure(new) == jax.tree.structure(variables)
+    # The first of three steps sees x, the others what is standardized.
+    mean = new["batch_stats"]["steps"]["norm"]["mean"]
+    np.testing.assert_allclose(mean, oracle.wide(x).mean(0) / 3, rtol=10 * TOL, atol=TOL)

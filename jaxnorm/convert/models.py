@@ -74,6 +74,7 @@ def load(
     for name, place in table.items():
         path, functions[name] = place if isinstance(place, tuple) else (place, None)
         places[name] = None if path is None else path.replace("/", ".")
+    keep = [keep] if isinstance(keep, str) else keep
     kept = tuple(path.replace("/", ".") for path in keep)
     _check_names(arrays, places, targets, kept)
     new, wrong = {}, []

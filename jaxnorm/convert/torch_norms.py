@@ -53,6 +53,11 @@ def from_torch(
       >>> params.bias is None, int(state.count)
       (True, 3)
     """
+    if not isinstance(state_dict, Mapping) or not isinstance(prefix, str):
+        raise TypeError(
+            "state_dict must be a dictionary of arrays and prefix a string, got "
+            f"{type(state_dict).__name__} and {type(prefix).__name__}; pass module.state_dict()."
+        )
     start = f"{prefix.removesuffix('.')}." if prefix else ""
     found = {
         name.removeprefix(start): value
@@ -72,18 +77,18 @@ def from_torch(
             f"prefix must be that of a norm, with running_mean and running_var or neither, got "
             f"{prefix!r} with {listed(found)}; pass the prefix of the norm itself."
         )
+    shapes = {np.shape(value) for name, value in found.items() if name != _COUNT}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"the arrays of a norm must have one shape, got {sorted(map(tuple, shapes))} at "
+            f"{prefix!r}; pass the prefix of the norm itself."
+        )
     params = NormParams(
         *(as_scale_or_bias(found.get(name), start + name) for name in ("weight", "bias"))
     )
     if _STATISTICS[0] not in found:
         return params, None
     mean, var = (as_statistic(found[name], start + name) for name in _STATISTICS)
-    shapes = {array.shape for array in (*params, mean, var) if array is not None}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"the arrays of a norm must have one shape, got {sorted(shapes)} at {prefix!r}; pass "
-            "the prefix of the norm itself."
-        )
     count = int(as_numpy(found.get(_COUNT, 0), start + _COUNT))
     return params, BatchNormState(mean, var, jnp.asarray(count, jnp.int32))
 

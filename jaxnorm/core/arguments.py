@@ -91,9 +91,9 @@ def check_param(value, name: str, layout: Layout, dtype: jnp.dtype) -> jax.Array
     )
     if value.shape != layout.feature_shape and not fits:
         raise ValueError(
-            f"{name} must have shape {layout.feature_shape}, or {len(layout.shape)} axes of size 1 "
-            f"or as in x, to fit x of shape {layout.shape}, got {value.shape}; make it with that "
-            "many features, or insert axes of size 1."
+            f"{name} must have shape {layout.feature_shape}, that of the features of x of shape "
+            f"{layout.shape}, got {value.shape}; make it with that many features, choose another "
+            "feature axis of x, or give it as many axes as x has, each of size 1 or as in x."
         )
     return _real_if(value, name, dtype)
 

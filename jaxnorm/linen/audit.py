@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 from flax.traverse_util import flatten_dict
 
-from jaxnorm._audit import Given, check_level
+from jaxnorm._audit import Given, check_options
 from jaxnorm._audit import audit as audit_norms
 from jaxnorm._findings import Findings
 from jaxnorm.linen.watched import watched_call
@@ -18,6 +18,7 @@ def audit(
     variables: Mapping[str, Any],
     *inputs: Any,
     level: float = 0.001,
+    batch_size: int | None = None,
     **call: Any,
 ) -> Findings:
     """What is wrong with the batch norms of a model: a table to print, and a figure.
@@ -29,7 +30,8 @@ def audit(
       model: a linen module, whose batch norms are Flax's or jaxnorm's.
       variables: those of the model, with "params" and "batch_stats".
       *inputs: the arguments of the model: a batch, as in training.
-      level: the chance of a finding by sampling alone, for all tests of a model together.
+      level: the chance of a finding by sampling alone, of all tests of the model together.
+      batch_size: how many examples a batch of training had, if not as many as these inputs.
       **call: other arguments of `model.apply`, such as `train=True` if the model needs it to train,
         or `rngs`.
 
@@ -51,7 +53,7 @@ def audit(
       >>> print(jn.audit(model, jn.recalibrate(model, variables, [x]), x))
       No findings in 1 batch norm, at level 0.001.
     """
-    check_level(level)
+    check_options(level, batch_size)
     modules: dict[Any, Any] = {}
 
     @jax.jit
@@ -70,14 +72,14 @@ def audit(
             "variables must have the running statistics of all batch norms in batch_stats, got "
             f"none of {', '.join(missing)}; pass what init returns, with its batch_stats."
         )
-    if not seen:
+    if not any(one.examples.any() for one in seen.values()):
         raise ValueError(
             "the model must have a batch norm that is called in training mode, got none; pass what "
-            "makes it train, such as train=True."
+            "makes it train, such as train=True; a norm that is frozen sees no batch."
         )
     given = []
     for path, norm in modules.items():
         mean, var = (stats[(*path, name)] for name in ("mean", "var"))
         name = "/".join(path)
         given.append(Given(name, mean, var, seen.get(path), norm.epsilon, norm.momentum))
-    return audit_norms(given, level)
+    return audit_norms(given, level, batch_size)

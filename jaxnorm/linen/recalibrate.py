@@ -6,10 +6,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxnorm._modules import like
-from jaxnorm._seen import add_seen, check_how, nothing_seen
+from jaxnorm._seen import add_seen, arguments_of, check_how, check_totals, nothing_seen
 from jaxnorm.linen.watched import watched_call
 
 
@@ -20,7 +21,7 @@ def recalibrate(
     *,
     how: str = "pooled",
     **call: Any,
-) -> dict[str, Any]:
+) -> Any:
     """Variables whose batch norms have the running statistics of these batches.
 
     For parameters that the running statistics don't belong to: an average of weights, weights that
@@ -32,8 +33,9 @@ def recalibrate(
     Args:
       model: a linen module, whose batch norms are Flax's or jaxnorm's.
       variables: those of the model, with "params" and "batch_stats".
-      batches: arrays, or tuples of the model's arguments. For a progress bar, pass `tqdm(batches)`.
-        Sharded arrays count as a whole; an axis name that nothing binds is then left out.
+      batches: arrays, or tuples of the model's arguments; of (images, labels) the images alone. For
+        a progress bar, pass `tqdm(batches)`. Sharded arrays count as a whole; an axis name that
+        nothing binds is then left out.
       how: "pooled" for the moments of all elements of all batches, or "mean" for the average of the
         batches' means and (biased) variances, as PyTorch's `update_bn` has it but for its factor
         n / (n - 1) of the variances.
@@ -44,8 +46,9 @@ def recalibrate(
       New variables of the same structure, dtypes and shardings.
 
     Raises:
-      ValueError: there are no batches, no batch norm is called in training mode, or `how` is
-        neither.
+      TypeError: batches are an array.
+      ValueError: there are no batches, no batch norm is called in training mode, what it sees is
+        not finite, or `how` is neither.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxnorm.linen as jn
@@ -71,21 +74,18 @@ def recalibrate(
         start = {path: nothing_seen(part.mean).elements for path, part in new.items()}
         return {path: add_seen((totals or start)[path], part, how) for path, part in new.items()}
 
-    totals, number = {}, -1
-    for number, batch in enumerate(batches):
-        arguments = batch if isinstance(batch, tuple) else (batch,)
+    totals = {}
+    for number, arguments in enumerate(arguments_of(batches)):
         totals = measure(variables, totals, jnp.int32(number), *arguments)
-    if number < 0:
-        raise ValueError("batches must hold at least one batch, got none; pass some of the data.")
-    if not totals:
-        raise ValueError(
-            "the model must have a batch norm that is called in training mode, got none; pass what "
-            "makes it train, such as train=True."
-        )
+    remedy = (
+        "pass what makes the model train, such as train=True; a norm that is frozen sees nothing"
+    )
+    check_totals({"/".join(path): total for path, total in totals.items()}, remedy)
     stats: dict[Any, Any] = flatten_dict(variables["batch_stats"])
     for path, moments in totals.items():
         for name in ("mean", "var"):
             old = stats[(*path, name)]
             new = getattr(moments, name)
             stats[(*path, name)] = like(old, jnp.where(moments.count > 0, new, old))
-    return {**variables, "batch_stats": unflatten_dict(stats)}
+    new = {"batch_stats": unflatten_dict(stats)}
+    return variables.copy(new) if isinstance(variables, FrozenDict) else {**variables, **new}

@@ -24,7 +24,8 @@ def replaced() -> Iterator[list[tuple[str, str]]]:
 
     For models whose code names `flax.linen`. `init`, `apply` and what JAX traces in the context use
     our norms, with the arguments and variables of Flax's. A function that JAX compiled before keeps
-    Flax's. A subclass of Flax's norm may compute something else, so it stays.
+    Flax's, and one that it compiles in the context keeps ours. A subclass of Flax's norm may
+    compute something else, so it stays.
 
     Yields:
       A list of the path and the class of each subclass that was called, and stays.

@@ -5,9 +5,9 @@ from typing import Any
 
 import flax.linen as nn
 from flax.core import DenyList
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxnorm._seen import Seen, look, merge_seen, names_here
+from jaxnorm._seen import Seen, look, merge_seen, names_here, nothing_seen
 from jaxnorm.linen.norms import BatchNorm
 from jaxnorm.linen.replaced import made, replaced
 
@@ -18,37 +18,47 @@ Path = tuple[str, ...]
 def watched_call(
     model: nn.Module, variables: Any, arguments: tuple, call: dict[str, Any]
 ) -> tuple[dict[Path, Seen], dict[Path, nn.Module]]:
-    """Call a model, and return what each batch norm in training mode saw, by its path.
+    """Call a model, and return what each of its batch norms saw in training mode, by its path.
 
-    And all batch norms by their paths, in the order of their first calls. Flax's batch norms
+    And those that were called by their paths, in the order of their first calls. Flax's batch norms
     compute as ours. Nothing that the call changes is kept.
     """
     modules: dict[Path, nn.Module] = {}
+    stats: dict[Path, Any] = flatten_dict(variables.get("batch_stats", {}))
+    norms = [path[:-1] for path in stats if path[-1] == "mean" and (*path[:-1], "var") in stats]
+    # In place before the call, so that nn.scan may carry it. Other transformations stack it as they
+    # do the statistics.
+    stats |= {(*path, _NAME): nothing_seen(stats[(*path, "mean")]) for path in norms}
+    variables = {**variables, "batch_stats": unflatten_dict(stats)}
     with replaced(), nn.intercept_methods(_watch(modules)):
         _, updates = model.apply(variables, *arguments, **call, mutable=DenyList("params"))
-    stats: dict[Path, Any] = flatten_dict(updates.get("batch_stats", {}))
-    # A transformation of modules, such as nn.scan, stacks what is seen as it does the statistics.
-    return {path[:-1]: seen for path, seen in stats.items() if path[-1] == _NAME}, modules
+    stats = flatten_dict(updates["batch_stats"])
+    return {path: stats[(*path, _NAME)] for path in norms}, modules
 
 
 def _watch(modules: dict[Path, nn.Module]) -> Callable:
     """An interceptor that puts what is seen among the running statistics."""
+    looks = 0
 
     def watch(next_call, args, kwargs, context):
+        nonlocal looks
         module = context.module
         if context.method_name != "__call__" or not isinstance(module, nn.BatchNorm):
             return next_call(*args, **kwargs)
         name = names_here(module.axis_name, module.axis_index_groups)
         if name != module.axis_name and type(module) is BatchNorm:
             return made(BatchNorm, module, axis_name=name)(*args, **kwargs)
-        before = module.get_variable("batch_stats", "mean")
         modules.setdefault(module.path, module.clone(parent=None))
+        before = looks
         y = next_call(*args, **kwargs)
-        if before is not None and _trains(module, *args, **kwargs):
-            x = args[0] if args else kwargs["x"]
-            seen = look(x, before.shape, module.axis, kwargs.get("mask"), name)
-            last = module.get_variable("batch_stats", _NAME)
-            module.put_variable("batch_stats", _NAME, merge_seen(last, seen) if last else seen)
+        last = module.get_variable("batch_stats", _NAME)
+        # Where a subclass calls the class that it inherits from, that one has looked: at what it
+        # normalized.
+        if last is not None and looks == before and _trains(module, *args, **kwargs):
+            looks += 1
+            x, shape = args[0] if args else kwargs["x"], last.examples.shape
+            seen = look(x, shape, module.axis, kwargs.get("mask"), name)
+            module.put_variable("batch_stats", _NAME, merge_seen(last, seen))
         return y
 
     return watch

@@ -4,13 +4,19 @@ from typing import Any
 
 from flax import nnx
 
-from jaxnorm._audit import Given, check_level
+from jaxnorm._audit import Given, check_options
 from jaxnorm._audit import audit as audit_norms
 from jaxnorm._findings import Findings
 from jaxnorm.nnx.watched import norms_of, watched
 
 
-def audit(model: nnx.Module, *inputs: Any, level: float = 0.001) -> Findings:
+def audit(
+    model: nnx.Module,
+    *inputs: Any,
+    level: float = 0.001,
+    batch_size: int | None = None,
+    **call: Any,
+) -> Findings:
     """What is wrong with the batch norms of a model: a table to print, and a figure.
 
     A copy of the model is called once, in training mode; the model stays as it is, also its mode
@@ -24,9 +30,8 @@ def audit(model: nnx.Module, *inputs: Any, level: float = 0.001) -> Findings:
 
     Batch and running statistics are compared by a test of each mean and each variance. Its unit is
     the example, the first axis of what a norm gets, because the positions of an image depend on
-    each other. The running statistics count as an average over batches like this one: those of
-    much smaller batches are less exact, and their variances are smaller. Fewer than 8 examples tell
-    too little and are not tested.
+    each other. Fewer than 8 examples tell too little and are not tested. The running statistics are
+    an average over batches: of `batch_size` examples, or as many as these inputs have.
 
     A sound model has such a finding with at most the chance `level`, if the data are normal. The
     rate was simulated for a norm of 4 to 256 features and 8 to 1000 examples: 0 to 1 times the
@@ -38,6 +43,8 @@ def audit(model: nnx.Module, *inputs: Any, level: float = 0.001) -> Findings:
       model: any nnx module, whose batch norms are Flax's or jaxnorm's.
       *inputs: the arguments of the model: a batch, as in training.
       level: the chance of a finding by sampling alone, of all tests of the model together.
+      batch_size: how many examples a batch of training had, if not as many as these inputs.
+      **call: keywords of the model's call, such as `train=True`, if it has any.
 
     Returns:
       A list of `Finding`: path, problem, advice and figures. `print` shows it as a table; its
@@ -45,8 +52,8 @@ def audit(model: nnx.Module, *inputs: Any, level: float = 0.001) -> Findings:
 
     Raises:
       TypeError: the model is not an nnx module.
-      ValueError: it has no batch norm, none is called in training mode, or the level is not
-        between 0 and 1.
+      ValueError: it has no batch norm, none is called in training mode, the level is not between
+        0 and 1, or batch_size is not a positive integer.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxnorm.nnx as jn
@@ -66,7 +73,7 @@ def audit(model: nnx.Module, *inputs: Any, level: float = 0.001) -> Findings:
       Wilson and Hilferty, "The Distribution of Chi-Square", 1931 (the cube root of a variance).
       Dunn, "Multiple Comparisons Among Means", 1961 (all tests together).
     """
-    check_level(level)
+    check_options(level, batch_size)
     norms = norms_of(model)
     if not norms:
         raise ValueError("model must have a batch norm, got none; there is nothing to audit.")
@@ -74,7 +81,7 @@ def audit(model: nnx.Module, *inputs: Any, level: float = 0.001) -> Findings:
 
     @nnx.jit
     def measure(copy, *inputs):
-        copy(*inputs)
+        copy(*inputs, **call)
         return {path: norm.seen.get_value() for path, norm in norms_of(copy).items()}
 
     seen = measure(copy, *inputs)
@@ -89,4 +96,4 @@ def audit(model: nnx.Module, *inputs: Any, level: float = 0.001) -> Findings:
         norm = norms[path]
         mean, var = norm.mean.get_value(), norm.var.get_value()
         given.append(Given(path, mean, var, seen[path], norm.epsilon, norm.momentum))
-    return audit_norms(given, level)
+    return audit_norms(given, level, batch_size)

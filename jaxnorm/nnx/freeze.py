@@ -1,6 +1,7 @@
 """Batch norms that keep their running statistics while the rest of a model trains."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from flax import nnx
 
@@ -63,17 +64,7 @@ def _set(model: nnx.Module, where: Paths, frozen: bool) -> list[str]:
     norms = norms_of(model)
     if not norms:
         raise ValueError("model must have a batch norm, got none; there is nothing to freeze.")
-    chosen = list(norms)
-    if where is not None:
-        parents = [where] if isinstance(where, str) else list(where)
-        below = lambda path, parent: f"{path}.".startswith(f"{parent}.") or not parent
-        for parent in parents:
-            if not any(below(path, parent) for path in norms):
-                raise ValueError(
-                    f"where must be paths of batch norms or of what holds them, got {parent!r}; "
-                    f"there are {', '.join(norms)}."
-                )
-        chosen = [path for path in norms if any(below(path, parent) for parent in parents)]
+    chosen = list(norms) if where is None else _chosen(model, norms, where)
     for path in chosen:
         kind = type(norms[path])
         if kind is not nnx.BatchNorm and not issubclass(kind, BatchNorm):
@@ -82,7 +73,41 @@ def _set(model: nnx.Module, where: Paths, frozen: bool) -> list[str]:
                 f"{kind.__name__} of Flax's; make it a subclass of jaxnorm.nnx.BatchNorm."
             )
     for path in chosen:
-        if type(norms[path]) is nnx.BatchNorm:
+        if frozen and type(norms[path]) is nnx.BatchNorm:
             make_ours(norms[path])
-        norms[path].frozen = frozen
+        if isinstance(norms[path], BatchNorm):
+            norms[path].frozen = frozen
     return chosen
+
+
+def _chosen(model: nnx.Module, norms: dict[str, Any], where: Any) -> list[str]:
+    """The paths of the norms that are in these places; one that has two places has one path."""
+    places = [where] if isinstance(where, str) else where
+    if not isinstance(places, Iterable) or not all(isinstance(place, str) for place in places):
+        raise TypeError(
+            f'where must be a path such as "encoder", several, or None, got {where!r}; write an '
+            'index as in "blocks.0".'
+        )
+    inside = set()
+    for place in places:
+        found = {id(module) for _, module in nnx.iter_modules(_at(model, place))}
+        if not any(id(norm) in found for norm in norms.values()):
+            raise ValueError(
+                f"where must be paths of batch norms or of what holds them, got {place!r}; there "
+                f"are {', '.join(norms)}."
+            )
+        inside |= found
+    return [path for path, norm in norms.items() if id(norm) in inside]
+
+
+def _at(model: Any, path: str) -> Any:
+    """What is at a path, or an empty module."""
+    for name in path.split(".") if path else ():
+        try:
+            model = model[int(name)] if name.isdigit() else getattr(model, name)
+        except (AttributeError, IndexError, KeyError, TypeError):
+            try:
+                model = model[name]
+            except (IndexError, KeyError, TypeError):
+                return nnx.Module()
+    return model

@@ -5,15 +5,16 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jax.core import Tracer
 
 from jaxnorm._modules import like
-from jaxnorm._seen import add_seen, check_how, nothing_seen
+from jaxnorm._seen import add_seen, arguments_of, check_how, check_totals, nothing_seen
 from jaxnorm.nnx.replace import modules_of
 from jaxnorm.nnx.watched import norms_of, watched
 
 
-def recalibrate(model: nnx.Module, batches: Iterable[Any], *, how: str = "pooled") -> None:
+def recalibrate(
+    model: nnx.Module, batches: Iterable[Any], *, how: str = "pooled", **call: Any
+) -> None:
     """Give the batch norms of a model the running statistics of these batches, in place.
 
     For parameters that the running statistics don't belong to: an average of weights, weights that
@@ -25,16 +26,18 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any], *, how: str = "pooled
 
     Args:
       model: any nnx module, whose batch norms are Flax's or jaxnorm's.
-      batches: arrays, or tuples of the model's arguments. For a progress bar, pass `tqdm(batches)`.
-        Sharded arrays count as a whole; an axis name that nothing binds is then left out.
+      batches: arrays, or tuples of the model's arguments; of (images, labels) the images alone. For
+        a progress bar, pass `tqdm(batches)`. Sharded arrays count as a whole; an axis name that
+        nothing binds is then left out.
       how: "pooled" for the moments of all elements of all batches, or "mean" for the average of the
         batches' means and (biased) variances, as PyTorch's `update_bn` has it but for its factor
         n / (n - 1) of the variances.
+      **call: keywords of the model's call, such as `train=True`, if it has any.
 
     Raises:
-      TypeError: the model is not an nnx module.
-      ValueError: there are no batches, no batch norm is called in training mode, or `how` is
-        neither.
+      TypeError: the model is not an nnx module, or batches are an array.
+      ValueError: there are no batches, no batch norm is called in training mode, what it sees is
+        not finite, or `how` is neither.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm.nnx as jn
@@ -53,28 +56,21 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any], *, how: str = "pooled
     originals: dict[str, Any] = modules_of(model)
     copy, _ = watched(model)
     totals = {path: nothing_seen(norm.mean[...]).elements for path, norm in norms_of(copy).items()}
+    if not totals:
+        raise ValueError("model must have a batch norm, got none; there is nothing to recalibrate.")
 
     @nnx.jit
     def measure(copy, totals, *arguments):
         norms = norms_of(copy)
         for norm in norms.values():
             norm.seen.set_value(nothing_seen(norm.mean[...]))
-        copy(*arguments)
+        copy(*arguments, **call)
         new = {path: norm.seen.get_value().elements for path, norm in norms.items()}
         return {path: add_seen(totals[path], part, how) for path, part in new.items()}
 
-    number = 0
-    for batch in batches:
-        totals = measure(copy, totals, *(batch if isinstance(batch, tuple) else (batch,)))
-        number += 1
-    if not number:
-        raise ValueError("batches must hold at least one batch, got none; pass some of the data.")
-    counts = [total.count for total in totals.values()]
-    if not any(isinstance(count, Tracer) or count.any() for count in counts):
-        raise ValueError(
-            "the model must have a batch norm that is called in training mode, got none; unfreeze "
-            "some, or choose use_running_average by train() and eval()."
-        )
+    for arguments in arguments_of(batches):
+        totals = measure(copy, totals, *arguments)
+    check_totals(totals, "unfreeze some, or pass what makes the model train")
     for path, (mean, var, count) in totals.items():
         for stat, value in ((originals[path].mean, mean), (originals[path].var, var)):
             stat.set_value(like(stat[...], jnp.where(count > 0, value, stat[...])))

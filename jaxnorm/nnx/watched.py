@@ -1,11 +1,14 @@
 """What each batch norm of an nnx model sees in training mode."""
 
 import functools
+import inspect
 from typing import Any
 
 from flax import nnx
+from flax.nnx.module import first_from
 
 from jaxnorm._seen import look, merge_seen, names_here, nothing_seen
+from jaxnorm.nnx.norms import BatchNorm
 from jaxnorm.nnx.replace import make_ours, modules_of
 
 
@@ -50,18 +53,31 @@ def norms_of(model: nnx.Module) -> dict[str, Any]:
     return {path: module for path, module in modules if isinstance(module, nnx.BatchNorm)}
 
 
+def _watched(base: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
+    """A class whose calls are watched."""
+
+    class Watched(base):
+        def __call__(self: Any, x, *arguments, **options):
+            self.axis_name = names_here(self.axis_name, self.axis_index_groups)
+            self.turn.take()
+            y = base.__call__(self, x, *arguments, **options)
+            call = inspect.signature(base.__call__).bind(self, x, *arguments, **options).arguments
+            chosen = first_from(
+                call.get("use_running_average"), self.use_running_average, error_msg=""
+            )
+            if not (chosen or getattr(self, "frozen", False)):
+                new = look(x, self.mean.shape, self.axis, call.get("mask"), self.axis_name)
+                self.seen.set_value(merge_seen(self.seen.get_value(), new))
+            return y
+
+    return Watched
+
+
+_OURS, _FLAX = _watched(BatchNorm), _watched(nnx.BatchNorm)
+
+
 @functools.cache
 def _watching(kind: type) -> type:
-    """The class whose calls are watched."""
-
-    def __call__(self, x, use_running_average=None, **options):  # noqa: N807
-        self.axis_name = names_here(self.axis_name, self.axis_index_groups)
-        self.turn.take()
-        y = kind.__call__(self, x, use_running_average, **options)
-        chosen = self.use_running_average if use_running_average is None else use_running_average
-        if not (chosen or getattr(self, "frozen", False)):
-            new = look(x, self.mean.shape, self.axis, options.get("mask"), self.axis_name)
-            self.seen.set_value(merge_seen(self.seen.get_value(), new))
-        return y
-
-    return type(kind.__name__, (kind,), {"__call__": __call__, "__doc__": kind.__doc__})
+    """A class with a watched one behind it, which sees what a subclass has normalized."""
+    base, watched = (BatchNorm, _OURS) if issubclass(kind, BatchNorm) else (nnx.BatchNorm, _FLAX)
+    return watched if kind is base else type(kind.__name__, (kind, watched), {})
