@@ -66,13 +66,28 @@ def picture(name: str, shape: tuple[int, ...] | None = None) -> str:
     )
 
 
+def said(name: str, layout: Layout) -> str:
+    """How many statistics there are, and of how many elements. axes.js says the same."""
+    count = math.prod(layout.statistics_shape)
+    size = math.prod(layout.shape) // count
+    one = "mean square" if name == "rms_norm" else "mean"
+    means = f"{count} {one}{'' if count == 1 else 's'}, each of "
+    if size > 1:
+        return f"{means}{size} elements"
+    result = "only the sign of x is left" if name == "rms_norm" else "the result is the bias"
+    return f"{means}1 element: {result}"
+
+
 def widget(name: str) -> str:
-    """The picture, and a field in which another shape can be typed."""
+    """The picture, and fields in which another shape and number of groups can be typed."""
     axes = " ".join(axis for axis, shared in shares(name).items() if shared)
     shape = ", ".join(map(str, SHAPES[name]))
-    groups = f' data-groups="{GROUPS}"' if name == "group_norm" else ""
+    field = '<label>{}: <input class="{}" value="{}" size="{}" spellcheck="false"></label> '
+    fields = field.format("shape of x", "shape", shape, 12)
+    if name == "group_norm":
+        fields += field.format("num_groups", "groups", GROUPS, 3)
     return (
-        f'<div class="axes-widget" data-norm="{name}" data-shares="{axes}"{groups}>'
-        f'{picture(name)}<label>shape of x: <input value="{shape}" size="12" '
-        'spellcheck="false"></label> <output></output></div>'
+        f'<div class="axes-widget" data-norm="{name}" data-shares="{axes}">'
+        f'<div class="picture">{picture(name)}</div>{fields}'
+        f"<output>{said(name, LAYOUTS[name](SHAPES[name]))}</output></div>"
     )

@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 project = "jaxnorm"
-author = "The jaxnorm authors"
+author = project_copyright = "The jaxnorm authors"
 version = release = jaxnorm.__version__
 extensions = [
     "myst_parser",
@@ -35,6 +35,7 @@ autodoc_member_order = "alphabetical"
 autodoc_typehints = "none"
 autodoc_default_options = {"show-inheritance": True}
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 copybutton_exclude = ".linenos, .gp, .go"
 html_theme = "furo"
 html_title = "jaxnorm"

@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,13 @@ OUTSIDE = {
     "how_it_works": "CONTRIBUTING.md",
     "changelog": "CHANGELOG.md",
 }
+TABLES = {"accelerators/table", "benchmarks/table"}
+NOT_SEARCHED = {"how_it_works", "changelog"} | TABLES
+SUMMARY = (
+    "Normalization for JAX: batch, layer, rms, group and instance norm and their family, as pure "
+    "functions and as drop-in modules for Flax, accurate where other layers cancel, and with the "
+    "same result on any number of devices."
+)
 
 
 class Axes(Directive):
@@ -47,12 +55,13 @@ def _answer(row: dict[str, Any], questions: dict[str, Any]) -> str:
     fits = " ".join(f'data-{name}="{" ".join(row[name])}"' for name in questions if name in row)
     options = {name: question["options"] for name, question in questions.items()}
     network = ", ".join(options["network"][value] for value in row["network"])
-    batch = [options["batch"][value] for value in row["batch"]]
-    examples = "any number of examples" if len(batch) > 2 else f"{' or '.join(batch)} examples"
+    sizes = {("few",): "1 to 4", ("some",): "5 to 32", ("many",): "more than 32"}
+    sizes |= {("some", "many"): "5 or more", ("few", "some", "many"): "any number of"}
+    examples = f"{sizes[tuple(row['batch'])]} examples"
     alone = {("yes",): "; results may depend on each other", ("no",): "; each by itself"}
     use = f"{network}; {examples}{alone.get(tuple(row['alone']), '')}"
     return (
-        f'<div class="answer" {fits}><h4>{html.escape(row["norm"])}</h4>'
+        f'<div class="answer" {fits}><p class="norm">{html.escape(row["norm"])}</p>'
         f'<p class="use">{html.escape(use)}</p>'
         f"<p>{html.escape(row['why'])}</p><pre>{html.escape(row['code'])}</pre>"
         f'<p class="several" data-devices="several">On several devices: '
@@ -71,13 +80,35 @@ def _block_math(self, node: nodes.Element) -> None:
     raise nodes.SkipNode
 
 
-def _constructor(app, what, name, obj, options, signature, returned):
-    """The arguments of a class are those of its constructor, not of Flax's metaclass."""
-    if what != "class" or not signature or "*args" not in signature:
+def _signature(app, what, name, obj, options, signature, returned):
+    """Arguments as in the source: of a class those of its constructor, and defaults by name."""
+    if not signature or not re.search(r"\*args|<", signature):
         return None
-    parameters = list(inspect.signature(obj.__init__).parameters.values())[1:]
-    plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+    is_class = what == "class"
+    call = obj.__init__ if is_class else obj
+    parameters = list(inspect.signature(call).parameters.values())[is_class:]
+    plain = [
+        p.replace(annotation=inspect.Parameter.empty, default=_named(p.default))
+        for p in parameters
+        if p.name != "parent"  # of linen, which sets it
+    ]
     return str(inspect.Signature(plain)), returned
+
+
+class _Name(str):
+    """What a signature shows for a default."""
+
+    __repr__ = str.__str__
+
+
+def _named(default: Any) -> Any:
+    """A default that is shown as in the source: by its name, if it is a function or a type."""
+    if default is inspect.Parameter.empty:
+        return default
+    if isinstance(default, Mapping):
+        return dict(default)
+    name = getattr(default, "__qualname__", "..." if "<" in repr(default) else None)
+    return default if name is None else _Name(name.partition(".<locals>")[0])
 
 
 def _skips(app, what, name, obj, skip, options) -> bool | None:
@@ -98,10 +129,16 @@ def _as_restructured_text(app, what, name, obj, options, lines: list[str]) -> No
             lines[place:place] = ["", "::"]
 
 
-def _read_from_outside(app, page: str, source: list[str]) -> None:
-    """A page that stands elsewhere in the repository, with its links as they are from here."""
-    if page not in OUTSIDE:
-        return
+def _read(app, page: str, source: list[str]) -> None:
+    """The text of a page, from elsewhere in the repository if it stands there."""
+    if page in OUTSIDE:
+        source[0] = _from_outside(page)
+    if page in NOT_SEARCHED:
+        source[0] = f"---\nnosearch: true\n---\n{source[0]}"
+
+
+def _from_outside(page: str) -> str:
+    """A file of the repository, with its links as they are from here."""
     file = HERE.parent / OUTSIDE[page]
     pages = {(HERE.parent / path).resolve(): f"{name}.md" for name, path in OUTSIDE.items()}
 
@@ -113,21 +150,28 @@ def _read_from_outside(app, page: str, source: list[str]) -> None:
         return match[1] + pages.get(target, os.path.relpath(target, HERE)) + hash_ + heading
 
     text = re.sub(r'<a href="[^"]*">(<img [^>]*>)</a>', r"\1", file.read_text())
-    source[0] = re.sub(r'(\]\(|src=")([^)"]+)', relative, text)
+    return re.sub(r'(\]\(|src=")([^)"]+)', relative, text)
 
 
 def _write_llms(app, error: Exception | None) -> None:
     """A list of all pages with their first sentences, for language models."""
     if error or app.builder.name != "html":
         return
-    lines = ["# jaxnorm", "", "> Normalization for JAX and Flax.", "", "## Pages", ""]
+    lines = ["# jaxnorm", "", f"> {SUMMARY}", "", "## Pages", ""]
     for page in sorted(app.env.found_docs):
-        doctree = app.env.get_doctree(page)
-        first = next((p.astext() for p in doctree.findall(nodes.paragraph)), "")
-        sentence = " ".join(first.split()).partition(". ")[0].rstrip(".:")
+        sentence = "" if page in TABLES else _first_sentence(app.env.get_doctree(page))
         title = app.env.titles[page].astext()
-        lines.append(f"- [{title}]({page}.html): {sentence}.")
+        lines.append(f"- [{title}]({page}.html)" + (f": {sentence}" if sentence else ""))
     (Path(app.outdir) / "llms.txt").write_text("\n".join(lines) + "\n")
+
+
+def _first_sentence(doctree: nodes.document) -> str:
+    """The first whole sentence of the text: no part of a table or list, no start of a block."""
+    for paragraph in doctree.findall(nodes.paragraph):
+        sentence = re.match(r".*?\.(?= |$)", " ".join(paragraph.astext().split()))
+        if isinstance(paragraph.parent, nodes.section) and sentence:
+            return sentence[0]
+    return ""
 
 
 def setup(app) -> dict[str, bool]:
@@ -138,7 +182,7 @@ def setup(app) -> dict[str, bool]:
     # Before napoleon, which moves the sections of a docstring.
     app.connect("autodoc-process-docstring", _as_restructured_text, priority=100)
     app.connect("autodoc-skip-member", _skips)
-    app.connect("autodoc-process-signature", _constructor)
-    app.connect("source-read", _read_from_outside)
+    app.connect("autodoc-process-signature", _signature)
+    app.connect("source-read", _read)
     app.connect("build-finished", _write_llms)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

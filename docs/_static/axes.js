@@ -2,23 +2,25 @@
 "use strict";
 (() => {
   const CELL = 26, GAP = 30, TOP = 40, LEFT = 14, MOST = 600;
+  const product = (sizes) => sizes.reduce((a, b) => a * b, 1);
 
-  // The numbers of the groups as nested arrays [example][position][feature].
-  function groups(shape, shared, parts) {
-    const examples = shape[0], features = shape[shape.length - 1];
-    const positions = shape.slice(1, -1).reduce((a, b) => a * b, 1);
-    const counts = [
+  // How many groups there are along examples, positions and features.
+  function counts([examples, positions, features], shared, parts) {
+    return [
       shared.has("examples") ? 1 : examples,
       shared.has("positions") ? 1 : positions,
       shared.has("features") ? parts : features,
     ];
-    const place = (index, axis, size) =>
-      counts[axis] === size ? index : Math.floor((index * counts[axis]) / size);
+  }
+
+  // The numbers of the groups as nested arrays [example][position][feature].
+  function groups(sizes, counts) {
+    const [examples, positions, features] = sizes;
+    const place = (index, axis) => Math.floor((index * counts[axis]) / sizes[axis]);
     return Array.from({ length: examples }, (_, e) =>
       Array.from({ length: positions }, (_, p) =>
         Array.from({ length: features }, (_, f) =>
-          (place(e, 0, examples) * counts[1] + place(p, 1, positions)) * counts[2] +
-          place(f, 2, features))));
+          (place(e, 0) * counts[1] + place(p, 1)) * counts[2] + place(f, 2))));
   }
 
   function svg(numbers, label) {
@@ -40,34 +42,54 @@
       `y="${TOP + height + 16}">rows: positions, columns: features</text></svg>`;
   }
 
+  // The sizes that are typed: (2, 3, 4), 2 3 4 or 2x3x4; NaN for what is no number.
+  function read(text) {
+    const parts = text.replace(/[()[\]]/g, " ").split(/[\s,x×]+/i).filter(Boolean);
+    return parts.map((part) => (/^\d+$/.test(part) ? Number(part) : NaN));
+  }
+
   // What is wrong with a shape, or null.
-  function problem(text, shape, parts) {
-    if (!/^\s*\(?\s*\d+(\s*,\s*\d+)*\s*,?\s*\)?\s*$/.test(text)) return "Type sizes, such as 2, 3, 4.";
+  function problem(shape, parts) {
+    const features = shape[shape.length - 1];
+    if (!shape.length || shape.some(Number.isNaN)) return "Type sizes, such as 2, 3, 4.";
     if (shape.length < 2) return "x needs two axes or more: examples first, features last.";
     if (shape.includes(0)) return "Each size must be 1 or more.";
-    if (shape[shape.length - 1] % parts)
-      return `${parts} groups must divide the ${shape[shape.length - 1]} features.`;
-    if (shape.reduce((a, b) => a * b, 1) > MOST) return `More than ${MOST} elements are too many to draw.`;
+    if (!(parts >= 1)) return "num_groups must be 1 or more.";
+    if (features % parts) return `${parts} groups must divide the ${features} features.`;
     return null;
   }
 
+  // How many statistics there are, and of how many elements: `said` of docs/axes.py.
+  function said(name, count, size) {
+    const one = name === "rms_norm" ? "mean square" : "mean";
+    const means = `${count} ${one}${count === 1 ? "" : "s"}, each of `;
+    if (size > 1) return `${means}${size} elements`;
+    const result = name === "rms_norm" ? "only the sign of x is left" : "the result is the bias";
+    return `${means}1 element: ${result}`;
+  }
+
   function start(widget) {
-    const input = widget.querySelector("input"), output = widget.querySelector("output");
+    const input = widget.querySelector("input.shape"), output = widget.querySelector("output");
+    const field = widget.querySelector("input.groups"), name = widget.dataset.norm;
     const shared = new Set(widget.dataset.shares.split(" "));
-    const parts = Number(widget.dataset.groups || 1);
     const update = () => {
-      const shape = (input.value.match(/\d+/g) || []).map(Number);
-      const wrong = problem(input.value, shape, parts);
-      input.toggleAttribute("aria-invalid", Boolean(wrong));
-      if (wrong) { output.textContent = wrong; return; }
-      const numbers = groups(shape, shared, parts);
-      const count = 1 + Math.max(...numbers.flat(2));
-      const size = shape.reduce((a, b) => a * b, 1) / count;
-      output.textContent = `${count} ${count === 1 ? "mean" : "means"}, each of ${size} elements`;
-      widget.querySelector("svg").outerHTML =
-        svg(numbers, `${widget.dataset.norm}, x of shape (${shape.join(", ")})`);
+      const shape = read(input.value), parts = field ? read(field.value)[0] : 1;
+      const wrong = problem(shape, parts);
+      input.setAttribute("aria-invalid", String(Boolean(wrong)));
+      const sizes = [shape[0], product(shape.slice(1, -1)), shape[shape.length - 1]];
+      const elements = product(shape), drawn = !wrong && elements <= MOST;
+      if (wrong) {
+        output.textContent = wrong;
+      } else {
+        const each = counts(sizes, shared, parts), count = product(each);
+        output.textContent = said(name, count, elements / count) + (drawn ? "" : "; too many to draw");
+        if (drawn)
+          widget.querySelector("svg").outerHTML =
+            svg(groups(sizes, each), `${name}, x of shape (${shape.join(", ")})`);
+      }
+      widget.querySelector(".picture").hidden = !drawn;
     };
-    input.addEventListener("input", update);
+    widget.addEventListener("input", update);
     update();
   }
 

@@ -1,4 +1,4 @@
-// Leaves those answers of "Which norm?" that fit what is chosen. Without a script all are shown.
+// Shows the answers of "Which norm?" that fit what is chosen. Without a script all are shown.
 "use strict";
 (() => {
   function start(choices) {
@@ -17,17 +17,19 @@
       return select;
     });
     const none = document.createElement("p");
-    none.textContent = "No run covers this.";
     const update = () => {
+      const chosen = selects.some((select) => select.value);
       let shown = 0;
       for (const part of choices.querySelectorAll(".answer, .several")) {
         const fits = selects.every(({ name, value }) => {
           const values = part.getAttribute(`data-${name}`);
           return !value || values === null || values.split(" ").includes(value);
         });
-        part.hidden = !fits;
-        shown += fits && part.matches(".answer");
+        const isAnswer = part.matches(".answer");
+        part.hidden = !fits || (isAnswer && !chosen);
+        shown += isAnswer && !part.hidden;
       }
+      none.textContent = chosen ? "No run covers this." : "Choose a network.";
       none.hidden = shown > 0;
     };
     controls.addEventListener("change", update);
