@@ -55,9 +55,9 @@ def _answer(row: dict[str, Any], questions: dict[str, Any]) -> str:
     fits = " ".join(f'data-{name}="{" ".join(row[name])}"' for name in questions if name in row)
     options = {name: question["options"] for name, question in questions.items()}
     network = ", ".join(options["network"][value] for value in row["network"])
-    sizes = {("few",): "1 to 4", ("some",): "5 to 32", ("many",): "more than 32"}
-    sizes |= {("some", "many"): "5 or more", ("few", "some", "many"): "any number of"}
-    examples = f"{sizes[tuple(row['batch'])]} examples"
+    sizes = {("some", "many"): "5 or more", tuple(options["batch"]): "any number of"}
+    either = " or ".join(options["batch"][value] for value in row["batch"])
+    examples = f"{sizes.get(tuple(row['batch']), either)} examples"
     alone = {("yes",): "; results may depend on each other", ("no",): "; each by itself"}
     use = f"{network}; {examples}{alone.get(tuple(row['alone']), '')}"
     return (

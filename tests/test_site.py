@@ -226,7 +226,8 @@ def test_a_picture_follows_the_shape_that_is_typed(browser_page):
     for text, said in wrong.items():
         page.fill("input.shape", text)
         assert said in page.inner_text(".axes-widget output")
-        assert page.get_attribute("input.shape", "aria-invalid") == "true"
+        where = "input.groups" if said == "must divide" else "input.shape"
+        assert page.get_attribute(where, "aria-invalid") == "true"
         assert not page.is_visible("svg.axes")
     page.fill("input.shape", "99, 6000")
     said = page.inner_text(".axes-widget output")

@@ -75,7 +75,9 @@
     const update = () => {
       const shape = read(input.value), parts = field ? read(field.value)[0] : 1;
       const wrong = problem(shape, parts);
-      input.setAttribute("aria-invalid", String(Boolean(wrong)));
+      const isGroups = Boolean(wrong && wrong.includes("groups"));
+      input.setAttribute("aria-invalid", String(Boolean(wrong) && !isGroups));
+      if (field) field.setAttribute("aria-invalid", String(isGroups));
       const sizes = [shape[0], product(shape.slice(1, -1)), shape[shape.length - 1]];
       const elements = product(shape), drawn = !wrong && elements <= MOST;
       if (wrong) {
