@@ -169,7 +169,9 @@ def _first_sentence(doctree: nodes.document) -> str:
     """The first whole sentence of the text: no part of a table or list, no start of a block."""
     for paragraph in doctree.findall(nodes.paragraph):
         sentence = re.match(r".*?\.(?= |$)", " ".join(paragraph.astext().split()))
-        if isinstance(paragraph.parent, nodes.section) and sentence:
+        before = paragraph.previous_sibling()
+        goes_on = isinstance(before, nodes.literal_block)
+        if isinstance(paragraph.parent, nodes.section) and sentence and not goes_on:
             return sentence[0]
     return ""
 

@@ -3,8 +3,6 @@
 import functools
 import http.server
 import importlib
-import itertools
-import json
 import os
 import re
 import subprocess
@@ -15,15 +13,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 import jaxnorm
-import jaxnorm.linen
-import jaxnorm.nnx
 from jaxnorm.core.layouts import group_layout
 
 DOCS = Path(__file__).parent.parent / "docs"
-ADVICE = json.loads((DOCS / "which_norm.json").read_text())
 OWN_TESTS = {"batch_norm_in_life", "devices", "left_out"}  # whose blocks others run
 BLOCKS = {
     path.relative_to(DOCS).with_suffix("").as_posix(): blocks
@@ -112,65 +106,6 @@ def test_cells_of_one_number_share_statistics(name):
     np.testing.assert_array_equal(numbers[:, None] == numbers, same_group(name, shape))
     svg = axes.picture(name, shape)
     assert re.findall(r">(\d+)</text>", svg) == [str(number) for number in numbers]
-
-
-def test_every_choice_has_an_answer_and_every_answer_a_script():
-    data = ADVICE
-    options = [question["options"] for question in data["questions"].values()]
-    for chosen in itertools.product(*options):
-        pairs = list(zip(data["questions"], chosen, strict=True))
-        fits = lambda row, pairs=pairs: all(value in row.get(name, value) for name, value in pairs)
-        assert any(map(fits, data["answers"]))
-    for row in data["answers"]:
-        scripts = re.findall(r"examples/\w+\.py", row["run"])
-        assert scripts
-        assert all((DOCS.parent / script).exists() for script in scripts)
-
-
-@pytest.mark.parametrize("code", sorted({row["code"] for row in ADVICE["answers"]}))
-def test_the_code_of_an_answer_runs(code):
-    x, label = jax.numpy.ones((2, 3, 3, 8)), np.array([0, 1])
-    scale, bias = jax.numpy.ones((2, 1, 1, 8)), jax.numpy.zeros((2, 1, 1, 8))
-    if "[label]" in code:  # one for each class
-        scale, bias = scale[:, 0, 0], bias[:, 0, 0]
-    names = {"jaxnorm": jaxnorm, "rngs": nnx.Rngs(0), "features": 8, "x": x, "label": label}
-    names |= {"scale": scale, "bias": bias, "params": jaxnorm.init_params(8)}
-    names["state"] = jaxnorm.init_batch_norm_state(8)
-    exec(code, names)
-    if "y" in names:
-        assert names["y"].shape == x.shape
-
-
-def error_of(call, *args, **keywords):
-    with pytest.raises(Exception) as caught:  # noqa: PT011
-        call(*args, **keywords)
-    return str(caught.value).partition(" (https://")[0]
-
-
-def test_the_page_of_errors_has_the_texts():
-    functions, linen, modules = jaxnorm, jaxnorm.linen, jaxnorm.nnx
-    rngs, x, images = nnx.Rngs(0), jax.numpy.ones((8, 3)), jax.numpy.ones((8, 3, 16, 16))
-    state, key = functions.init_batch_norm_state(3), jax.random.key(0)
-    training = linen.BatchNorm(use_running_average=False)
-    variables, norm = training.init(key, x), modules.BatchNorm(3, rngs=rngs)
-    batch_norm, layer_norm = functions.batch_norm, functions.layer_norm
-    texts = [
-        error_of(batch_norm, images, state),
-        error_of(norm, images),
-        error_of(training.apply, variables, images, mutable=["batch_stats"]),
-        error_of(modules.GroupNorm(3, 3, rngs=rngs), images),
-        error_of(functions.group_norm, images, num_groups=3),
-        error_of(layer_norm, x, eps=1e-5),
-        error_of(linen.LayerNorm, eps=1e-5),
-        error_of(training.apply, variables, x),
-        error_of(jax.jit(lambda x: norm(x)), x),
-        error_of(batch_norm, x, state, "data"),
-        error_of(jax.lax.pmean, x, "data"),
-        error_of(getattr, jaxnorm, "BatchNorm"),
-        error_of(jax.jit(lambda train: batch_norm(x, state, train=train)), True),
-    ]
-    page = (DOCS / "errors.md").read_text()
-    assert [text for text in texts if text not in page] == []
 
 
 @pytest.fixture
