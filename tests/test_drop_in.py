@@ -98,9 +98,11 @@ def test_signatures_are_those_of_flax(flavour, name, method):
     assert ours == first + own + after
     every = {"__init__": ["scale_offset"], "__call__": ["scale", "bias"]}[method]
     before = ["virtual_batch_size"] if method == "__init__" else []
-    extra = [*before, *every, "renorm"] if name == "BatchNorm" else every
+    # nnx freezes by jaxnorm.nnx.freeze.
+    last = ["frozen"] if method == "__init__" and flavour[1] is jaxnorm.linen else []
+    extra = [*before, *every, "renorm", *last] if name == "BatchNorm" else every
     assert [p[0] for p in own] == extra
-    assert all(p[2] in (None, 0.0) for p in own)  # changes nothing when left alone
+    assert all(p[2] in (None, 0.0, False) for p in own)  # changes nothing when left alone
 
 
 @pytest.mark.parametrize(
