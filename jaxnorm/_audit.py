@@ -123,7 +123,7 @@ def _measured(norm: Given) -> Measured:
 def _testable(one: Measured) -> np.ndarray:
     """Which features of the batch can be compared with the running statistics."""
     finite = _finite(one.running_mean, one.running_var) & _finite(one.batch_mean, one.batch_var)
-    return finite & ~_constant(one) & ~_untouched(one)
+    return finite & ~_constant(one) & (not _untouched(one))
 
 
 def _finite(mean: np.ndarray, var: np.ndarray) -> np.ndarray:
