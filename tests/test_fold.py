@@ -256,6 +256,8 @@ def test_a_wrong_pair_is_found(small, rng):
         jnnx.fold(small, x, pairs=[("layers.7", "layers.2")])
     with pytest.raises(ValueError, match="two paths each"):
         jnnx.fold(small, x, pairs=("layers.3", "layers.4"))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"each layer and norm once, got .layers\.0. twice"):
+        jnnx.fold(small, x, pairs=[("layers.0", "layers.2")] * 2)
     with pytest.raises(ValueError, match="inputs must be given, got none"):
         jnnx.fold(small)
     with pytest.raises(TypeError, match="model must be an nnx module, got dict"):

@@ -135,6 +135,7 @@ def _named(
 ) -> Iterator[tuple[Path, Path]]:
     """The paths that were named, checked."""
     by_name = {".".join(map(str, path)): path for path in modules}
+    named: list[str] = []
     for pair in pairs:
         if isinstance(pair, str) or len(pair) != 2:
             raise ValueError(
@@ -157,6 +158,11 @@ def _named(
                     "jaxnorm.fold_batch_norm if that is right."
                 )
             paths.append(by_name[name])
+        if twice := [name for name in pair if name in named]:
+            raise ValueError(
+                f"pairs must name each layer and norm once, got {twice[0]!r} twice; leave one out."
+            )
+        named += pair
         layer, norm = (modules[path] for path in paths)
         if not _fits(layer, norm):
             raise ValueError(
