@@ -77,13 +77,11 @@ __all__ = [
 if not TYPE_CHECKING:
 
     def __getattr__(name: str):
-        if name in ("linen", "nnx") or name.startswith("_"):
-            raise AttributeError(
-                f"module 'jaxnorm' has no attribute {name!r}: import jaxnorm.{name}"
+        text = f"module 'jaxnorm' has no attribute {name!r}"
+        if name in ("convert", "equinox", "linen", "nnx"):
+            text += f": import jaxnorm.{name}"
+        elif name[:1].isupper():
+            text += (
+                ": modules are in jaxnorm.nnx and jaxnorm.linen, for example jaxnorm.nnx.LayerNorm"
             )
-        if name[:1].isupper():
-            raise AttributeError(
-                f"module 'jaxnorm' has functions, and no attribute {name!r}: modules are in "
-                "jaxnorm.nnx and jaxnorm.linen, for example jaxnorm.nnx.LayerNorm"
-            )
-        raise AttributeError(f"module 'jaxnorm' has no attribute {name!r}")
+        raise AttributeError(text)

@@ -10,7 +10,8 @@ from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxnorm._modules import like
-from jaxnorm._seen import add_seen, arguments_of, check_how, check_totals, nothing_seen
+from jaxnorm._recalibrate import add_seen, arguments_of, check_how, check_totals
+from jaxnorm._seen import nothing_seen
 from jaxnorm.linen.watched import watched_call
 
 

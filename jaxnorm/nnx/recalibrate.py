@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxnorm._modules import like
-from jaxnorm._seen import add_seen, arguments_of, check_how, check_totals, nothing_seen
+from jaxnorm._recalibrate import add_seen, arguments_of, check_how, check_totals
+from jaxnorm._seen import nothing_seen
 from jaxnorm.nnx.replace import modules_of
 from jaxnorm.nnx.watched import norms_of, watched
 

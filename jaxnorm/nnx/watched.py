@@ -25,7 +25,7 @@ class Turn:
         self.order = order
 
     def take(self) -> None:
-        """Get in line; a norm that is called again keeps its place."""
+        """Take the next place; a norm that is called again keeps its own."""
         self.order.setdefault(self.path)
 
 
