@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.chips import CHIPS
+
 OURS, KERNEL, PEER = "jaxnorm", "jaxnorm, kernel", "Flax"
 COLORS = {"before": "#999999", "now": "#D55E00"}  # of Okabe and Ito
 LIMIT = 1.02  # of Flax's bytes
@@ -84,9 +86,9 @@ def overview(rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[s
 def norm_table(rows: list[dict[str, Any]]) -> list[str]:
     """Forward and backward over the least that must move; scratch, passes, and what is kept."""
     lines = [
-        "| case | library | forward | backward | context, over x | passes in context | "
+        "| case | library | forward | backward | context, over x | passes in context | kernels | "
         "scratch: forward | backward | kept over x |",
-        "|---|---|" + "---:|" * 7,
+        "|---|---|" + "---:|" * 8,
     ]
     found = {key(row)[1:]: row for row in rows}
     for case, library in dict.fromkeys(
@@ -100,6 +102,7 @@ def norm_table(rows: list[dict[str, Any]]) -> list[str]:
             f"{backward['bytes'] / backward['least']:.2f}",
             f"{context['bytes'] / context['x']:.2f}",
             f"{context['passes']:g}",
+            _kernels(context),
             f"{forward['scratch'] / forward['x']:.2f}",
             f"{backward['scratch'] / backward['x']:.2f}",
             f"{forward['kept'] / forward['x']:.2f}",
@@ -109,14 +112,14 @@ def norm_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def step_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Whole training steps: bytes and scratch."""
+    """Whole training steps: bytes, kernels and scratch."""
     if not rows:
         return []
-    lines = ["", "| training step | library | GiB moved | GiB in VMEM | MiB of scratch |"]
-    lines.append("|---|---|---:|---:|---:|")
+    lines = ["", "| training step | library | GiB moved | GiB in VMEM | kernels | MiB of scratch |"]
+    lines.append("|---|---|---:|---:|---:|---:|")
     for row in rows:
         moved, on_chip = row["bytes"] / 2**30, row["on_chip"] / 2**30
-        cells = f"{moved:.2f} | {on_chip:.2f} | {row['scratch'] / 2**20:,.0f}"
+        cells = f"{moved:.2f} | {on_chip:.2f} | {_kernels(row)} | {row['scratch'] / 2**20:,.0f}"
         lines.append(f"| {row['case']} | {row['library']} | {cells} |")
     return lines
 
@@ -212,6 +215,12 @@ def draw(rows: list[dict[str, Any]], before: list[dict[str, Any]], path: Path) -
     new = path.with_suffix(".new")
     figure.savefig(new, format="png")
     os.replace(new, path)
+
+
+def _kernels(row: dict[str, Any]) -> str:
+    """How many kernels a GPU starts; a TPU starts its program once."""
+    counted = "kernels" in row and CHIPS[row["chip"]].platform == "cuda"
+    return f"{row['kernels']:,g}" if counted else ""
 
 
 def _replace(path: Path, text: str) -> None:

@@ -81,6 +81,7 @@ def measure(executable: Any, x: Any, least: float, **row: Any) -> dict[str, Any]
         "scratch": memory.temp_size_in_bytes,
         "x": size_of(x),
         "passes": traffic.passes(x.size),
+        "kernels": traffic.kernels,
         "vmem": vmem(text),
         "collectives": [
             {"kind": each.kind, "bytes": each.bytes, "sent": each.bytes_sent}

@@ -79,12 +79,14 @@ class Traffic(NamedTuple):
       chip: bytes to and from VMEM.
       reads: for each array that a kernel reads from main memory, its elements and how often.
       writes: the same for those that are written.
+      kernels: how many there are; a GPU needs a few microseconds to start each.
     """
 
     main: float = 0.0
     chip: float = 0.0
     reads: tuple[tuple[float, float], ...] = ()
     writes: tuple[tuple[float, float], ...] = ()
+    kernels: float = 0.0
 
     def plus(self, other: "Traffic") -> "Traffic":
         """Both, one after the other."""
@@ -93,12 +95,19 @@ class Traffic(NamedTuple):
             self.chip + other.chip,
             self.reads + other.reads,
             self.writes + other.writes,
+            self.kernels + other.kernels,
         )
 
     def times(self, count: float) -> "Traffic":
         """That of a loop."""
         many = lambda moves: tuple((size, count * times) for size, times in moves)
-        return Traffic(count * self.main, count * self.chip, many(self.reads), many(self.writes))
+        return Traffic(
+            count * self.main,
+            count * self.chip,
+            many(self.reads),
+            many(self.writes),
+            count * self.kernels,
+        )
 
     def passes(self, elements: int) -> float:
         """How many arrays of at least so many elements are read."""
@@ -161,7 +170,7 @@ class Program:
         if said := re.search(r'"bytes_accessed":"(\d+)"', kernel.attributes):
             # Beside each array once.
             main += int(said[1]) - sum(a.elements * a.bits // 8 for a in reads + writes)
-        return Traffic(main, total(True), moves(reads), moves(writes))
+        return Traffic(main, total(True), moves(reads), moves(writes), 1.0)
 
     def _reads(self, computation: str, kernel: Instruction) -> Iterator[Array]:
         scope = self.computations[computation]

@@ -67,6 +67,13 @@ def test_passes_are_reads_of_arrays_as_large_as_x():
     assert traffic(scan_sum, ROWS).passes(N) == 20
 
 
+def test_kernels_count_as_often_as_they_are_started():
+    assert traffic(lambda x: x + 1, X).kernels == 1
+    assert traffic(lambda x: x / jnp.sum(x), X).kernels >= 2
+    once = traffic(lambda rows: scan_sum(rows[:1]), ROWS).kernels
+    assert traffic(scan_sum, ROWS).kernels >= 10 > once
+
+
 TPU = """\
 HloModule tiles
 

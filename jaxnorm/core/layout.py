@@ -9,6 +9,7 @@ divided. A part that does not fill a tile of a TPU's memory would make XLA copy 
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxnorm.core.arithmetic import as_array
+from jaxnorm.core.sums import repeat, sums
 
 SAMPLE = 8  # one of so many elements is in the sample
 LEAST = 128  # of fewer elements there is no sample
@@ -116,17 +118,24 @@ class Layout:
         return blocks
 
     def sum(self, a: jax.Array, where: jax.Array | None = None) -> jax.Array:
-        """Sums of an array of the shape of x, over the elements that share statistics.
+        """Sums of an array of the shape of x, over the elements that share statistics."""
+        return self.sums((a,), where)[0]
 
-        They are taken in steps that XLA does not merge: of each example, of all examples, of the
-        parts of an axis. Of all elements at once, XLA for GPUs divides a sum over a number of
-        positions that suits no kernel by itself, and writes what it sums to memory.
-        """
-        axes = tuple(axis for axis in self.reduction_axes if axis != self.split)
-        if axes[:1] == (0,) and len(axes) > 1:
-            a, where = jnp.sum(a, axes[1:], where=where, keepdims=True), None
-            a, axes = lax.optimization_barrier(a), (0,)
-        total = jnp.sum(a, axes, where=where, keepdims=True)
+    def sums(
+        self, arrays: Sequence[jax.Array], where: jax.Array | None = None
+    ) -> tuple[jax.Array, ...]:
+        """The same of several arrays."""
+        return tuple(map(self._of_parts, sums(arrays, self._whole_axes, where)))
+
+    def repeat(self, a: jax.Array, x: jax.Array) -> jax.Array:
+        """What is equal for the elements of such a sum, so that it broadcasts against x."""
+        return repeat(a, x, self._whole_axes)
+
+    @property
+    def _whole_axes(self) -> tuple[int, ...]:
+        return tuple(axis for axis in self.reduction_axes if axis != self.split)
+
+    def _of_parts(self, total: jax.Array) -> jax.Array:
         if self.split is None:
             return total
         before, after = total.shape[: self.split], total.shape[self.split + 1 :]

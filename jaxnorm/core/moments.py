@@ -145,16 +145,24 @@ def _at_once(spec, x, where, count) -> tuple[jax.Array, jax.Array, jax.Array]:
     k (p - mean)**2, and over the others, whose sum of distances is the same but for the sign, at
     least k**2 / (n - k) times that.
     """
-    # The sample is taken before the cast, or XLA writes x in float32.
-    sample = x if where is not None else spec.layout.sample(x)
-    part = count if sample is x else count * (sample.size / x.size)
-    pivot = drop_last_bit(_average(spec, spec.prepare(sample), where, part))
+    if where is None:
+        # The sample is taken before the cast, or XLA writes x in float32. It is divided before it
+        # is summed, so that the pivot is a sum and nothing that LLVM might contract with what it is
+        # subtracted from (`drop_last_bit`): that rounding would be one more kernel on a GPU.
+        sample = spec.layout.sample(x)
+        part = count if sample is x else count * (sample.size / x.size)
+        share = spec.prepare(1 / _positive(part))
+        pivot = spec.layout.sum(spec.prepare(sample) * spec.layout.spread(share))
+    else:
+        pivot = drop_last_bit(_average(spec, spec.prepare(x), where, count))
     d = spec.prepare(x) - spec.layout.spread(pivot)
-    low = _average(spec, d, where, count)
+    squares, scaled_count = _squares(spec, d, count)
+    total, power = spec.layout.sums((d, squares), where)
+    low = total / _positive(count).astype(d.dtype)
     # The mean is pivot + near. Of `low` itself, XLA would take the square of the sum before it is
     # divided, which may overflow.
     near = drop_last_bit(low)
-    var = _mean_square(spec, d, where, count) - real_product(near, low + (low - near))
+    var = power / scaled_count - real_product(near, low + (low - near))
     rounding = 8 * jnp.finfo(var.dtype).eps * square(near)
     high = pivot + near
     return high, (pivot - high) + near, jnp.where(var > rounding, var, 0)
@@ -182,11 +190,17 @@ def computed_again(spec: NormSpec, tangent: Callable, kept: Kept, tangents: Any)
 
     The barrier keeps XLA from finding that the forward pass has computed the same, and keeping
     that. It holds back what is kept and not the tangents: their transpose, dy, may be fused with
-    whatever computes it, such as a matmul.
+    whatever computes it, such as a matmul. Nor the count, which is mostly a constant, and would
+    have to be written to memory.
     """
     if spec.devices.under_vmap:
         return tangent(kept, tangents)  # JAX could not differentiate its `psum` again
-    function = lambda kept, tangents: tangent(lax.optimization_barrier(kept), tangents)
+
+    def function(kept, tangents):
+        count = kept.stats.count
+        kept = lax.optimization_barrier(kept._replace(stats=kept.stats._replace(count=None)))
+        return tangent(kept._replace(stats=kept.stats._replace(count=count)), tangents)
+
     return jax.checkpoint(function, prevent_cse=False)(kept, tangents)
 
 
@@ -262,17 +276,27 @@ def _count(spec: NormSpec, where: jax.Array | None) -> Count:
     if where is None:
         return count_all(spec)
     # Summed as integers: float32 stops counting at 2**24.
-    counted = jnp.broadcast_to(where, spec.layout.shape).astype(jnp.int32)
-    return spec.layout.sum(counted).astype(real_dtype(spec.compute_dtype))
+    counted = spec.layout.sum(jnp.ones(spec.layout.shape, jnp.int32), where)
+    return counted.astype(real_dtype(spec.compute_dtype))
 
 
 def _average(spec: NormSpec, a: jax.Array, where: jax.Array | None, count: Count) -> jax.Array:
-    return spec.layout.sum(a, where) / jnp.where(count > 0, count, 1).astype(a.dtype)
+    return spec.layout.sum(a, where) / _positive(count).astype(a.dtype)
 
 
 def _mean_square(spec, a, where, count):
+    squares, scaled_count = _squares(spec, a, count)
+    return spec.layout.sum(squares, where) / scaled_count
+
+
+def _squares(spec, a, count):
+    """The squares of a, scaled so that their sum does not overflow, and what divides that sum."""
     scale = _square_scale(spec)
-    return _average(spec, square(a * scale.astype(a.dtype)), where, count * scale**2)
+    return square(a * scale.astype(a.dtype)), _positive(count) * scale**2
+
+
+def _positive(count: Count) -> jax.Array:
+    return jnp.where(count > 0, count, 1)
 
 
 def _square_scale(spec: NormSpec) -> jax.Array:

@@ -246,12 +246,18 @@ def _tangents(spec, kept, tangents):
     factor = spread(prepare(stats.rstd))
     if params.scale is not None:
         factor = factor * whole_scale(spec, params.scale)
-    # As one sum each, sum(g) and sum(g h) would not be fused with what computes g on a GPU.
-    of_h = factor * spread(prepare(q))
+    # ty is factor * tx + slope * h + offset. Slope and offset have the size of the statistics and
+    # parameters together, so the transpose takes the sums over positions of g h and of g once, for
+    # both.
+    slope, offset = -(factor * spread(prepare(q))), None
     if params.scale is not None:
-        of_h = of_h - param(tparams.scale)
-    tx = prepare(tx) if t_mean is None else prepare(tx) - spread(t_mean)
-    ty = factor * tx - of_h * standardized(spec, kept.x, stats)
+        slope = param(tparams.scale) + slope
+    if t_mean is not None:
+        offset = -(factor * spread(t_mean))
     if params.bias is not None:
-        ty = ty + param(tparams.bias)
+        t_bias = param(tparams.bias)
+        offset = t_bias if offset is None else t_bias + offset
+    repeat = lambda a: spec.layout.repeat(a, kept.x)
+    ty = factor * prepare(tx) + repeat(slope) * standardized(spec, kept.x, stats)
+    ty = ty if offset is None else ty + repeat(offset)
     return ty.astype(spec.dtype), t_mean, q
