@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 Axes = tuple[int, ...]
-ENOUGH = 2**14  # sums at a time keep a GPU busy
+ENOUGH = 2**15  # sums at a time keep a GPU busy
 LONG = 256  # elements; pieces of fewer are too many numbers
 
 
