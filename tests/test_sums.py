@@ -18,9 +18,20 @@ SHAPE = (2, 16, 64, 4)
 POSITIONS = (1, 2)
 
 
-def steps(f, *args):
+@pytest.fixture(params=["cpu", "cuda"])
+def platform(request, monkeypatch):
+    """The CPU runs what it has no reason to, too."""
+    if request.param == "cuda":
+        chosen = lambda *args, cuda, **_: cuda(*args)
+        monkeypatch.setattr("jaxnorm.core.sums.lax.platform_dependent", chosen)
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
+
+
+def steps(f, *args, platform="cuda"):
     """The shapes of the sums in a program that was not optimized, less axes of size one."""
-    text = jax.jit(f).lower(*args).as_text()
+    text = jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
     found = re.findall(r"stablehlo\.reduce\(.*?\) -> tensor<([\dx]+)xf32>", text, re.DOTALL)
     return [tuple(int(n) for n in shape.split("x") if n != "1") for shape in found]
 
@@ -28,7 +39,7 @@ def steps(f, *args):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64, jnp.int32])
 @pytest.mark.parametrize("axes", [POSITIONS, (0, 1, 2), (0,), (3,), (2, 3), (0, 1, 2, 3), ()])
 @pytest.mark.parametrize("masked", [False, True])
-def test_numbers(axes, dtype, masked, rng):
+def test_numbers(axes, dtype, masked, platform, rng):
     a = jnp.asarray(rng.integers(-9, 9, SHAPE), dtype)
     where = jnp.asarray(rng.random((2, 16, 1, 1)) < 0.5) if masked else None
     exact = np.sum(np.asarray(a), axes, keepdims=True, where=True if where is None else where)
@@ -37,9 +48,11 @@ def test_numbers(axes, dtype, masked, rng):
     chex.assert_trees_all_equal(found[1], jnp.asarray(2 * exact.real))
 
 
-def test_few_sums_are_taken_of_pieces_first_and_many_at_once():
+def test_on_gpus_few_sums_are_taken_of_pieces_first_and_many_at_once():
     few = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
     assert steps(lambda a: sums((a,), POSITIONS), few) == [(2, 4, 4), (2, 4)]
+    for other in ("cpu", "tpu"):
+        assert steps(lambda a: sums((a,), POSITIONS), few, platform=other) == [(2, 4)]
     many = jax.ShapeDtypeStruct((64, 16, 16, 256), jnp.float32)
     assert steps(lambda a: sums((a,), POSITIONS), many) == [(64, 256)]
     # A prime number of rows can't be divided, and single rows would be too many.
@@ -52,7 +65,7 @@ def test_the_second_step_is_one_sum_of_all_arrays():
     assert steps(lambda a: sums((a, a * a), (0, 1)), a) == [(4, 6), (4, 6), (2, 6)]
 
 
-def test_repeat_is_the_transpose_of_a_sum(rng):
+def test_repeat_is_the_transpose_of_a_sum(platform, rng):
     a = jnp.asarray(rng.normal(size=(2, 1, 1, 4)), jnp.float32)
     x = jnp.asarray(rng.normal(size=SHAPE), jnp.float32)
     chex.assert_trees_all_equal(repeat(a, x, POSITIONS), jnp.broadcast_to(a, SHAPE))
@@ -75,7 +88,7 @@ DIVIDED = [norm for norm in NORMS if norm.name in ("batch", "group", "instance")
 
 
 @pytest.mark.parametrize("norm", DIVIDED, ids=norm_id)
-def test_norms_whose_sums_have_pieces(norm, rng):
+def test_norms_whose_sums_have_pieces(norm, platform, rng):
     x = rng.normal(1e3, 1, SHAPE).astype(np.float32)
     dy = rng.normal(size=SHAPE).astype(np.float32)
     scale, bias = rng.normal(size=(2, 4)).astype(np.float32)

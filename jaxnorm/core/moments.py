@@ -190,16 +190,19 @@ def computed_again(spec: NormSpec, tangent: Callable, kept: Kept, tangents: Any)
 
     The barrier keeps XLA from finding that the forward pass has computed the same, and keeping
     that. It holds back what is kept and not the tangents: their transpose, dy, may be fused with
-    whatever computes it, such as a matmul. Nor the count, which is mostly a constant, and would
-    have to be written to memory.
+    whatever computes it, such as a matmul. Nor the count: it is mostly a constant, which would have
+    to be written to memory. The mean's low part has no tangent; from jax 0.11 on, JAX can't
+    transpose a barrier if some tangents are zeros that it does not know of.
     """
     if spec.devices.under_vmap:
         return tangent(kept, tangents)  # JAX could not differentiate its `psum` again
 
     def function(kept, tangents):
-        count = kept.stats.count
-        kept = lax.optimization_barrier(kept._replace(stats=kept.stats._replace(count=None)))
-        return tangent(kept._replace(stats=kept.stats._replace(count=count)), tangents)
+        low = lax.stop_gradient(kept.stats.mean_low)
+        stats = kept.stats._replace(mean_low=low, count=None)
+        x, stats, params = lax.optimization_barrier((kept.x, stats, kept.params))
+        stats = stats._replace(count=kept.stats.count)
+        return tangent(kept._replace(x=x, stats=stats, params=params), tangents)
 
     return jax.checkpoint(function, prevent_cse=False)(kept, tangents)
 

@@ -35,7 +35,7 @@ class Rows(Tile):
 
     def store(self, ref: Any, start: Any, a: jax.Array) -> None:
         """The inverse of `load`."""
-        ref[self._slice(start), :] = a.astype(ref.dtype)
+        store(ref.at[self._slice(start), :], a.astype(ref.dtype))
 
     def load_param(self, ref: Any) -> jax.Array:
         """A number for each feature, for each element."""
@@ -52,7 +52,7 @@ class Rows(Tile):
     def store_statistic(self, ref: Any, start: Any, a: jax.Array) -> None:
         """The inverse of `load_statistic`."""
         if self.segments == 1:
-            ref[pl.ds(start, self.rows)] = a
+            store(ref.at[pl.ds(start, self.rows)], a)
             return
 
         @pl.when(lax.axis_index("warpgroup") == 0)  # all have the same
@@ -95,3 +95,15 @@ class Rows(Tile):
 def _load(ref: Any, layout: Any) -> jax.Array:
     load: Any = plgpu.load  # the oldest jax that jaxnorm supports types it otherwise
     return load(ref, layout=layout, optimized=False)  # only shared memory has optimized loads
+
+
+def store(ref: Any, a: jax.Array) -> None:
+    """Write to memory; from jax 0.12 on, a store is an error unless it fills sectors of 32 bytes.
+
+    Statistics of four rows have 16.
+    """
+    pallas: Any = plgpu
+    if hasattr(pallas, "store"):
+        pallas.store(ref, a, optimized=False)
+    else:
+        ref[...] = a

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxnorm.kernels.gpu.registers import Rows
+from jaxnorm.kernels.gpu.registers import Rows, store
 from jaxnorm.kernels.gpu.tiles import VECTOR_BYTES, WARPS, tile
 
 interpret: Any = None  # tests run the kernels without a GPU
@@ -142,9 +142,9 @@ def backward(
         for name in names:
             own = results[name].at[part * programs + program]
             if t.segments > 1:
-                own[pl.ds(t.segment(), WARPS), :] = sums[name]
+                store(own.at[pl.ds(t.segment(), WARPS), :], sums[name])
             else:
-                own[0, :] = jnp.sum(sums[name], axis=0)
+                store(own.at[0, :], jnp.sum(sums[name], axis=0))
 
     of_features = jax.ShapeDtypeStruct((batch * programs, t.segments, k // t.segments), jnp.float32)
     found = _call(
