@@ -181,6 +181,8 @@ def test_errors(settled, rng):
         jlinen.audit(LinenModel(), {"params": variables["params"]}, x, train=True)
     with pytest.raises(TypeError, match="must be an nnx module, got PReLU; of a linen model"):
         jnnx.audit(nn.PReLU(), x)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="variables must be what init returns, got ArrayImpl"):
+        jlinen.audit(LinenModel(), x)  # pyright: ignore[reportArgumentType]
 
 
 def test_the_figure(settled, rng, tmp_path):

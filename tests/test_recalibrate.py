@@ -292,6 +292,10 @@ def test_what_is_wrong_is_said(variables, batches):
         jaxnorm.nnx.recalibrate(model.dense, batches)
     with pytest.raises(TypeError, match="model must be an nnx module, got function"):
         jaxnorm.nnx.recalibrate(lambda x: x, batches)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="must be a linen module, got Nnx; of an nnx model, use"):
+        jaxnorm.linen.recalibrate(model, {}, batches)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="variables must be what init returns, got list; pass it"):
+        jaxnorm.linen.recalibrate(nn.BatchNorm(), batches, [])  # pyright: ignore[reportArgumentType]
 
 
 def test_a_subclass_is_measured_where_it_normalizes(batches):

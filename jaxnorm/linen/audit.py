@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from jaxnorm._audit import Given, check_options
 from jaxnorm._audit import audit as audit_norms
 from jaxnorm._findings import Findings
-from jaxnorm.linen.watched import watched_call
+from jaxnorm.linen.watched import check_model, watched_call
 
 
 def audit(
@@ -40,6 +40,7 @@ def audit(
       `norms` has what was measured of every batch norm that is called, and its `plot` draws it.
 
     Raises:
+      TypeError: the model is not a linen module, or the variables are no mapping.
       ValueError: the model calls no batch norm, or none in training mode, the variables have no
         running statistics, or the level is not between 0 and 1.
 
@@ -53,6 +54,7 @@ def audit(
       >>> print(jn.audit(model, jn.recalibrate(model, variables, [x]), x))
       No findings in 1 batch norm, at level 0.001.
     """
+    check_model(model, variables)
     check_options(level, batch_size)
     modules: dict[Any, Any] = {}
 

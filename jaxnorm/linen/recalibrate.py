@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxnorm._modules import like
 from jaxnorm._recalibrate import add_seen, arguments_of, check_how, check_totals
 from jaxnorm._seen import nothing_seen
-from jaxnorm.linen.watched import watched_call
+from jaxnorm.linen.watched import check_model, watched_call
 
 
 def recalibrate(
@@ -47,7 +47,8 @@ def recalibrate(
       New variables of the same structure, dtypes and shardings.
 
     Raises:
-      TypeError: batches are an array.
+      TypeError: the model is not a linen module, the variables are no mapping, or batches are an
+        array.
       ValueError: there are no batches, no batch norm is called in training mode, what it sees is
         not finite, or `how` is neither.
 
@@ -64,6 +65,7 @@ def recalibrate(
       arXiv:1803.05407; Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, arXiv:2105.07576
       (pooled statistics).
     """
+    check_model(model, variables)
     check_how(how)
     rngs = call.pop("rngs", {})
 

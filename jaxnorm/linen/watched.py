@@ -1,6 +1,6 @@
 """What each batch norm of a linen model sees in training mode."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +13,20 @@ from jaxnorm.linen.replaced import made, replaced
 
 _NAME = "seen by jaxnorm"
 Path = tuple[str, ...]
+
+
+def check_model(model: Any, variables: Any) -> None:
+    """A model of linen, and its variables."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a linen module, got {type(model).__name__}; of an nnx model, use "
+            "jaxnorm.nnx."
+        )
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            f"variables must be what init returns, got {type(variables).__name__}; pass it as the "
+            "second argument."
+        )
 
 
 def watched_call(
