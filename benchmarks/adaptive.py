@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 import jaxnorm as jn
-from benchmarks import accelerators, jax_calls
+from benchmarks import jax_calls
+from benchmarks.accelerator_rows import measure
 from benchmarks.chips import CHIPS, compiled
 from benchmarks.timing import take_turns
 
@@ -106,7 +107,7 @@ def rows_of_chip(name: str, problem: Problem, dtype: str) -> Iterator[str]:
     args = tuple(map(like, (problem.shape, problem.leaf, problem.leaf, problem.shape)))
     for part in ("forward", "both passes"):
         found = [
-            accelerators.measure(compiled(CHIPS[name], programs(f)[part], args), args[0], 1)
+            measure(compiled(CHIPS[name], programs(f)[part], args), args[0], 1)
             for f in ways(problem.norm, problem.shape[-1]).values()
         ]
         numbers = " | ".join(f"{row['bytes'] / row['x']:.2f}" for row in found)

@@ -68,6 +68,31 @@ class ResNet(nn.Module):
         return nn.Dense(1000)(jnp.mean(x, (1, 2)).astype(jnp.float32))
 
 
+class AddLayerNorm(nn.Module):
+    """Layer norm of a residual sum, and the sum: what Flax has for it."""
+
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x, residual):
+        total = x + residual
+        return nn.LayerNorm(dtype=self.dtype)(total), total
+
+
+def attention(h: jax.Array, heads: int) -> jax.Array:
+    """Attention with its projections; for a module's `__call__`."""
+    width = h.shape[-1]
+    dense = functools.partial(nn.DenseGeneral, use_bias=False, dtype=h.dtype)
+    q, k, v = (dense((heads, width // heads))(h) for _ in range(3))
+    return dense(width, axis=(-2, -1))(jax.nn.dot_product_attention(q, k, v, is_causal=True))
+
+
+def dense_layers(h: jax.Array) -> jax.Array:
+    """Two dense layers; for a module's `__call__`."""
+    dense = functools.partial(nn.Dense, use_bias=False, dtype=h.dtype)
+    return dense(h.shape[-1])(nn.gelu(dense(4 * h.shape[-1])(h)))
+
+
 class Layer(nn.Module):
     """A layer of a transformer that normalizes before attention and before its two dense layers."""
 
@@ -76,16 +101,25 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, _):
-        width, dtype = x.shape[-1], x.dtype
-        dense = functools.partial(nn.DenseGeneral, use_bias=False, dtype=dtype)
-        h = self.norm()(x)
-        q, k, v = (dense((self.heads, width // self.heads))(h) for _ in range(3))
-        x = x + dense(width, axis=(-2, -1))(jax.nn.dot_product_attention(q, k, v, is_causal=True))
-        return x + dense(width)(nn.gelu(dense(4 * width)(self.norm()(x)))), None
+        x = x + attention(self.norm()(x), self.heads)
+        return x + dense_layers(self.norm()(x)), None
+
+
+class AddingLayer(nn.Module):
+    """The same with norms that add: what a branch computes is added by the norm that follows."""
+
+    norm: Callable
+    heads: int
+
+    @nn.compact
+    def __call__(self, x, branch):
+        h, x = self.norm()(branch, x)
+        h, x = self.norm()(attention(h, self.heads), x)
+        return x, dense_layers(h)
 
 
 class Transformer(nn.Module):
-    """A language model: tokens to logits."""
+    """A language model: tokens to logits. With norms that add, the positions are a first branch."""
 
     library: str
     norm: str = "LayerNorm"
@@ -97,16 +131,26 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens):
-        dtype = jnp.bfloat16
-        norm = functools.partial(getattr(LIBRARIES[self.library], self.norm), dtype=dtype)
-        layer = nn.remat(Layer, prevent_cse=not self.scan) if self.remat else Layer
+        dtype, heads = jnp.bfloat16, self.width // 64
+        adds = self.norm == "AddLayerNorm"
+        of_flax = adds and self.library == "Flax"
+        module: Any = AddLayerNorm if of_flax else getattr(LIBRARIES[self.library], self.norm)
+        norm = functools.partial(module, dtype=dtype)
+        layer = AddingLayer if adds else Layer
+        if self.remat:
+            layer = nn.remat(layer, prevent_cse=not self.scan)
         if self.scan:
             axes: Any = {"params": 0}
             layer = nn.scan(layer, axes, split_rngs={"params": True}, length=self.layers)
         x = nn.Embed(self.vocabulary, self.width, dtype=dtype)(tokens)
+        branch = None
+        if adds:
+            positions = nn.Embed(tokens.shape[1], self.width, dtype=dtype)
+            branch = jnp.broadcast_to(positions(jnp.arange(tokens.shape[1])), x.shape)
         for _ in range(1 if self.scan else self.layers):
-            x, _ = layer(norm, self.width // 64)(x, None)
-        return nn.Dense(self.vocabulary, use_bias=False, dtype=dtype)(norm()(x))
+            x, branch = layer(norm, heads)(x, branch)
+        h = norm()(branch, x)[0] if adds else norm()(x)
+        return nn.Dense(self.vocabulary, use_bias=False, dtype=dtype)(h)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +171,11 @@ class Step:
     labels: tuple[int, ...]
     axis_name: str | None = None
 
+    @property
+    def rows(self) -> bool:
+        """Whether all its norms are of rows, which are what the kernels of TPUs and GPUs take."""
+        return self.name.startswith("transformer")
+
 
 def steps(small: bool = False) -> list[Step]:
     """The training steps; small ones are for tests."""
@@ -146,6 +195,7 @@ def steps(small: bool = False) -> list[Step]:
         text("transformer, layer norm", norm="LayerNorm"),
         text("transformer, layer norm, scan", norm="LayerNorm", scan=True),
         text("transformer, layer norm, scan and remat", norm="LayerNorm", scan=True, remat=True),
+        text("transformer, add layer norm", norm="AddLayerNorm"),
         text("transformer, rms norm", norm="RMSNorm"),
         text("transformer, rms norm, remat", norm="RMSNorm", remat=True),
     ]

@@ -1,16 +1,21 @@
 """What the compiler for TPUs makes of the norms; it is in the extra `tpu` and needs no TPU."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import accelerator_page as page
-from benchmarks import accelerators, training_steps
+from benchmarks import accelerator_rows, accelerators, training_steps
 from benchmarks.cases import Problem
 from benchmarks.chips import CHIPS, Chip, compiled
+from benchmarks.jax_norms import jaxnorm_norm
+from benchmarks.programs import arguments, size_of
 
 CHIP = CHIPS["v5e"]
+SMALL = {step.name: step for step in training_steps.steps(small=True)}
 # Too large for VMEM. Rms norm is layer norm with less, instance norm is batch norm of an example.
 PROBLEMS = {
     "batch": (256, 28, 28, 256),
@@ -37,8 +42,8 @@ def tpu():
 @pytest.mark.parametrize("norm", PROBLEMS)
 def test_a_norm_passes_over_x_once_and_keeps_nothing_but_x(norm, tpu):
     problem = Problem(norm, "any", PROBLEMS[norm], "bfloat16")
-    forward, backward, context = accelerators.norm_rows(tpu, problem, ["jaxnorm"])
-    (flax,) = accelerators.norm_rows(tpu, problem, ["Flax"], ["context"])
+    forward, backward, context = accelerator_rows.norm_rows(tpu, problem, ["jaxnorm"])
+    (flax,) = accelerator_rows.norm_rows(tpu, problem, ["Flax"], ["context"])
     assert forward["passes"] == 2  # once for the statistics, once for y
     assert backward["passes"] == 4  # x and dy, for the sums and for dx
     assert forward["scratch"] <= 0.05 * forward["x"]
@@ -49,7 +54,7 @@ def test_a_norm_passes_over_x_once_and_keeps_nothing_but_x(norm, tpu):
 
 def test_the_kernel_moves_the_least(tpu):
     problem = Problem("layer", "any", (256, 197, 768), "bfloat16")
-    rows = list(accelerators.kernel_rows(tpu, problem, ["forward", "backward"]))
+    rows = list(accelerator_rows.kernel_rows(tpu, problem, ["forward", "backward"]))
     assert len(rows) == 4  # forward and backward, with and without a residual
     for row in rows:
         assert row["bytes"] <= 1.05 * row["least"]
@@ -58,9 +63,17 @@ def test_the_kernel_moves_the_least(tpu):
     assert lines[-1].startswith("| layer/any/bfloat16 | 1.0")
 
 
+def test_the_kernel_computes_every_norm_of_a_training_step(tpu, monkeypatch):
+    monkeypatch.setenv("JAXNORM_IMPLEMENTATION", "xla")
+    (row,) = accelerator_rows.kernel_step_rows(tpu, SMALL["transformer, add layer norm"])
+    assert row["library"] == page.KERNEL
+    assert row["vmem"] > 0  # of kernels of Pallas
+    assert os.environ["JAXNORM_IMPLEMENTATION"] == "xla"
+
+
 def test_collectives_of_batch_norm(tpu):
     found = {}
-    for row in accelerators.device_rows(tpu, ["jaxnorm"]):
+    for row in accelerator_rows.device_rows(tpu, ["jaxnorm"]):
         how = row["case"].rpartition(", ")[2]
         kinds = [each["kind"] for each in row["collectives"]]
         found[row["library"], how, row["program"]] = kinds
@@ -76,18 +89,18 @@ def test_y_alone_is_one_kernel_of_a_row_for_gpus():
     if chip.missing:
         pytest.skip("the compiler for NVIDIA GPUs is in the extra 'cuda'")
     for norm in ("layer", "rms"):
-        x, params, _ = accelerators.arguments(Problem(norm, "any", (8192, 4096), "bfloat16"))
-        call = accelerators.jaxnorm_norm(Problem(norm, "any", x.shape, "bfloat16")).apply
+        x, params, _ = arguments(Problem(norm, "any", (8192, 4096), "bfloat16"))
+        call = jaxnorm_norm(Problem(norm, "any", x.shape, "bfloat16")).apply
         program = compiled(chip, lambda x, params, call=call: call(x, params, None)[0], (x, params))
-        row = accelerators.measure(program, x, 2 * accelerators.size_of(x))
+        row = accelerator_rows.measure(program, x, 2 * size_of(x))
         assert row["bytes"] <= 1.01 * row["least"]
 
 
-SMALL = {step.name: step for step in training_steps.steps(small=True)}
-
-
 @pytest.mark.usefixtures("unoptimized")
-@pytest.mark.parametrize("name", ["ResNet-50", "transformer, layer norm, scan and remat"])
+@pytest.mark.parametrize(
+    "name",
+    ["ResNet-50", "transformer, add layer norm", "transformer, layer norm, scan and remat"],
+)
 def test_training_steps_run_and_learn_the_same_in_both_libraries(name):
     losses = {}
     for library in training_steps.LIBRARIES:

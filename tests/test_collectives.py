@@ -65,8 +65,10 @@ def test_batch_norm_exchanges_once_forward_and_once_backward(how, masked):
     table = ("all-gather", (4 if masked else 3) * C, 8)
     assert forward == [table]
     assert backward == [table, ("all-reduce", 2 * C, 8)]
-    # With check_vma the gradients of scale and bias are sums, in the same exchange.
-    assert training == [table, ("all-reduce", (4 if how == "checked" else 2) * C, 8)]
+    # With check_vma the gradients of scale and bias are sums, in the same exchange. The XLA of jax
+    # 0.12 finds that they are those for dx, but for a factor.
+    of_params = [2, 4] if how == "checked" else [2]
+    assert training in [[table, ("all-reduce", n * C, 8)] for n in of_params]
 
 
 @masked_or_not

@@ -13,6 +13,7 @@ from benchmarks.chips import CHIPS, compiled
 from benchmarks.hlo import Program
 from benchmarks.kernel_calls import with_residual
 from benchmarks.pallas_bytes import calls_of, moved, said
+from benchmarks.programs import arguments
 from jaxnorm.kernels import tpu
 
 # conftest.py keeps compiled programs; those of a chip that is not there can't be loaded again.
@@ -62,7 +63,7 @@ def test_a_program_counts_what_its_kernel_moves(f, sizes):
 
 def kernels_of(problem):
     """All calls of our kernels for a problem."""
-    x, params, _ = accelerators.arguments(problem)
+    x, params, _ = arguments(problem)
     forward, backward = with_residual(tpu, problem)
     kept = jax.eval_shape(forward, x, x, params)[1:]
     alone = lambda x, params: forward(x, None, params)

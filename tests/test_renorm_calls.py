@@ -37,8 +37,8 @@ def over_devices(shards, params, groups=None):
 @pytest.mark.parametrize(
     ("how", "groups", "exchanged"),
     [
-        # What batch norm exchanges: statistics and counts, then two sums, and those that are the
-        # gradients of scale and bias.
+        # What batch norm exchanges: statistics and counts, then two sums, and at most as many that
+        # are the gradients of scale and bias.
         ("checked", ALL, [("all-gather", 4 * 4, 8), ("all-reduce", 4 * 4, 8)]),
         (
             "unchecked",
@@ -61,7 +61,11 @@ def test_eight_devices_are_as_one_and_exchange_as_little_as_batch_norm(how, grou
 
     program: Any = jax.jit(run).lower(x, where, params).compile()
     found = collectives_of(program.as_text())
-    assert sorted((c.kind, c.numbers, c.devices) for c in found) == exchanged
+    for one, (kind, most, devices) in zip(
+        sorted(found, key=lambda c: c.kind), exchanged, strict=True
+    ):
+        assert (one.kind, one.devices) == (kind, devices)
+        assert one.numbers <= most
     y, dx, params, state = jax.device_get(program(x, where, params))
     sums = np.zeros((2, 4))
     for group in map(list, groups):
