@@ -174,6 +174,7 @@ def measure_and_standardize(
 def _norm(spec, x, residual, params, where, group):
     total = None
     if residual is not None:
+        # Or XLA lets the matmul that makes x write it in float32, as the sum reads it.
         x, residual = lax.optimization_barrier((x, residual))
         exact = spec.prepare(x) + spec.prepare(residual)
         x, total = exact, exact.astype(x.dtype)

@@ -109,10 +109,9 @@ def _of_pieces(a, axes, pieces, where):
 
 def _repeated(steps, shape, a):
     """The transpose of `_in_steps` for one array."""
-    first = steps.others[0]
-    before, size, after = shape[:first], shape[first], shape[first + 1 :]
+    first, count = steps.others[0], steps.pieces
     one = [1 if axis in steps.others else size for axis, size in enumerate(shape)]
-    pieces = jnp.broadcast_to(a, (*before, steps.pieces, *one[first + 1 :]))
+    pieces = jnp.broadcast_to(a, (*shape[:first], count, *one[first + 1 :]))
     pieces = jnp.expand_dims(lax.optimization_barrier(pieces), first + 1)
-    divided = (*before, steps.pieces, size // steps.pieces, *after)
+    divided = (*shape[:first], count, shape[first] // count, *shape[first + 1 :])
     return jnp.broadcast_to(pieces, divided).reshape(shape)
