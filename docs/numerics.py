@@ -236,9 +236,9 @@ The tables show the largest error of the output and of the gradients (of x, scal
 compared with NumPy in float64. The unit is the last place of a float32 of the size of the largest
 exact element. 1 is as accurate as float32 can be; 8e6 means that no digit is correct; more means
 that the result is larger than it should be. All libraries get the same input and gradient, epsilon
-{epsilon}, and otherwise run with their defaults. The columns "jaxnorm" are its CPU kernel, and
-"jaxnorm (XLA)" is what computes the norms otherwise. Made by `python docs/numerics.py --write` with
-{versions}.
+{epsilon}, and otherwise run with their defaults. The columns "jaxnorm" are its CPU kernel ({kernel}
+here), and "jaxnorm (XLA)" is what computes the norms otherwise. Made by
+`python docs/numerics.py --write` with {versions}.
 
 ## Layer norm: 64 rows of 1024 or 4096 elements (2 of 2^18)
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from jax import export
+from jax.sharding import AxisType, NamedSharding
 from norms import NORMS, norm_id
 
 import jaxnorm as jn
@@ -55,7 +57,7 @@ def test_on_gpus_few_sums_are_taken_of_pieces_first_and_many_at_once():
         assert steps(lambda a: sums((a,), POSITIONS), few, platform=other) == [(2, 4)]
     many = jax.ShapeDtypeStruct((64, 16, 16, 256), jnp.float32)
     assert steps(lambda a: sums((a,), POSITIONS), many) == [(64, 256)]
-    # A prime number of rows can't be divided, and single rows would be too many.
+    # 67 rows are no multiple of anything, and one row is too short.
     prime = jax.ShapeDtypeStruct((2, 67, 8, 4), jnp.float32)
     assert steps(lambda a: sums((a,), POSITIONS), prime) == [(2, 4)]
 
@@ -73,15 +75,48 @@ def test_repeat_is_the_transpose_of_a_sum(platform, rng):
     chex.assert_trees_all_equal(cotangent, sums((x,), POSITIONS)[0])
 
 
-@pytest.mark.parametrize("mode", list(jax.sharding.AxisType)[:2], ids=str)
-def test_a_sharded_axis_is_not_divided(mode):
+@pytest.mark.parametrize("spec", [(None, "data"), (None, None, "data"), ("data",)], ids=str)
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_where_an_axis_is_sharded_nothing_is_gathered(mode, spec, platform):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(mode,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.P(None, "data"))
     with jax.set_mesh(mesh):
-        x = jax.device_put(jnp.ones(SHAPE), sharding)
-        y, back = jax.vjp(lambda x: jn.instance_norm(2 * x), x)
-        (dx,) = back(x)
-    chex.assert_trees_all_equal((y, dx), (jnp.zeros(SHAPE), jnp.zeros(SHAPE)))
+        x = jax.device_put(jnp.ones(SHAPE), NamedSharding(mesh, jax.P(*spec)))
+
+        @jax.jit
+        def both(x):
+            y, back = jax.vjp(lambda x: jn.instance_norm(2 * x, implementation="xla"), x)
+            return y, *back(x)
+
+        text = both.lower(x).compile().as_text() or ""
+        chex.assert_trees_all_equal(both(x), (jnp.zeros(SHAPE), jnp.zeros(SHAPE)))
+    assert "all-gather" not in text
+
+
+def test_every_transformation(platform, rng):
+    x = jnp.asarray(rng.normal(size=SHAPE), jnp.float32)
+    norm = lambda x: jn.instance_norm(x, implementation="xla")
+    plain = lambda x: (
+        (x - x.mean(POSITIONS, keepdims=True)) / jnp.sqrt(x.var(POSITIONS, keepdims=True) + 1e-6)
+    )
+    loss = lambda f: lambda x: jnp.sum(jnp.sin(f(x)))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    spec = jax.P("data")
+    over_devices = lambda f: jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
+    results = [
+        [
+            jax.grad(loss(f))(x),
+            jax.jvp(jax.grad(loss(f)), (x,), (jnp.cos(x),))[1],
+            jax.grad(lambda x, f=f: jnp.vdot(jax.grad(loss(f))(x), jnp.cos(x)))(x),
+            jax.vmap(jax.grad(loss(f)))(jnp.stack([x, 2 * x])),
+            jax.grad(loss(over_devices(f)))(x),
+            jax.grad(loss(jax.checkpoint(f)))(x),
+            export.export(jax.jit(jax.grad(loss(f))), platforms=("cpu", "cuda"))(x).call(x),
+        ]
+        for f in (norm, plain)
+    ]
+    # Both are float32, and second derivatives add up what the first have rounded.
+    for ours, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
 
 
 DIVIDED = [norm for norm in NORMS if norm.name in ("batch", "group", "instance")]

@@ -166,7 +166,7 @@ def test_what_is_masked_does_not_touch_the_rest(norm, garbage, rng):
     np.testing.assert_array_equal(np.where(where, ours, 0), np.where(where, expected, 0))
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 200, 4), (200, 3, 0)])
 @pytest.mark.parametrize("norm", NORMS, ids=norm_id)
 def test_empty_input(norm, shape):
     x = jnp.zeros(shape)

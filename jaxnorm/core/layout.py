@@ -157,12 +157,12 @@ class Layout:
 
         Along the last axis these are the eighth in the middle, because memory is read in pieces of
         32 bytes or more; along another axis every eighth index. It is all of x if the shape is
-        symbolic, if each axis is split or sharded explicitly, and if the elements are few, because
-        the mean of a small sample may be far off.
+        symbolic, if each axis is split or sharded explicitly, and if the elements are few or none,
+        because the mean of a small sample may be far off.
         """
         sharding = jax.typeof(x).sharding.spec
         axes = [axis for axis in self.reduction_axes if axis != self.split and not sharding[axis]]
-        if not axes or not isinstance(self.count, int) or self.count < LEAST:
+        if not axes or not isinstance(self.count, int) or self.count < LEAST or 0 in self.shape:
             return x
         last = x.ndim - 1
         # The batch comes last but for the features: it may be sharded.

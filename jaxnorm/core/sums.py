@@ -21,35 +21,39 @@ from jax import lax
 Axes = tuple[int, ...]
 Arrays = tuple[jax.Array, ...]
 ENOUGH = 2**15  # sums at a time keep a GPU busy
-LONG = 256  # elements; pieces of fewer are too many numbers
+LONG = 256  # elements that a piece should have
+SHORT = 32  # elements that it must have
 
 
 def sums(arrays: Sequence[jax.Array], axes: Axes, where: jax.Array | None = None) -> Arrays:
     """Sums of arrays of one shape, over axes that are kept with size one.
 
-    The second step is one kernel for all arrays. Masked arrays are not divided.
+    The second step is one kernel for all arrays. Masked arrays are not divided into pieces.
     """
-    steps = _steps(arrays[0], axes)
-    whole = functools.partial(_in_steps, steps._replace(pieces=1), where)
-    if where is not None:
+    plan = _plan(arrays[0], axes)
+    whole = functools.partial(_in_steps, plan._replace(pieces=1), where)
+    if plan.pieces == 1 or where is not None:
         return whole(*arrays)
-    return _on_gpus(steps, functools.partial(_in_steps, steps, None), whole, *arrays)
+    divided = functools.partial(_in_steps, plan, None)
+    return lax.platform_dependent(*arrays, cuda=divided, rocm=divided, default=whole)
 
 
 def repeat(a: jax.Array, x: jax.Array, axes: Axes) -> jax.Array:
     """`a`, of size one along the axes, so that it broadcasts against x.
 
-    Its transpose is a sum, in pieces where `sums` takes them. Over the batch it is of one step: XLA
-    for GPUs divides such sums by itself, and XLA for TPUs fuses them with convolutions.
+    Its transpose is a sum of all elements, in pieces where `sums` takes them. Over the batch it is
+    of one step: XLA for GPUs divides such sums by itself, and XLA for TPUs fuses them with
+    convolutions.
     """
-    steps = _steps(x, axes)
-    if steps.batch or steps.pieces == 1:
+    plan = _plan(x, axes)
+    if plan.batch or plan.pieces == 1:
         return a
     whole = lambda a: jnp.broadcast_to(a, x.shape)
-    return _on_gpus(steps, functools.partial(_repeated, steps, x.shape), whole, a)
+    divided = functools.partial(_repeated, plan, x.shape)
+    return lax.platform_dependent(a, cuda=divided, rocm=divided, default=whole)
 
 
-class _Steps(NamedTuple):
+class _Plan(NamedTuple):
     """The axes of a sum: the batch, if it is summed last, and the others.
 
     On GPUs the first of the others is divided into `pieces`.
@@ -60,35 +64,32 @@ class _Steps(NamedTuple):
     pieces: int
 
 
-def _steps(a: jax.Array, axes: Axes) -> _Steps:
+def _plan(a: jax.Array, axes: Axes) -> _Plan:
     batch = axes[:1] if axes[:1] == (0,) and len(axes) > 1 else ()
     others = axes[len(batch) :]
-    return _Steps(batch, others, _pieces(a, others))
+    return _Plan(batch, others, _pieces(a, others))
 
 
 def _pieces(a: jax.Array, axes: Axes) -> int:
     static = all(isinstance(size, int) for size in a.shape)
     if not axes or axes[0] == 0 or a.ndim - 1 in axes or not static or not a.size:
         return 1  # nothing to sum, or the batch alone, or rows
-    if jax.typeof(a).sharding.spec[axes[0]]:
+    if any(jax.typeof(a).sharding.spec[axis] for axis in axes):
         return 1
     size, length = a.shape[axes[0]], math.prod(a.shape[axis] for axis in axes)
-    least = max(1, math.ceil(min(ENOUGH * length / a.size, length / LONG)))
-    divisors = (n for n in range(least, min(size, 8 * least) + 1) if size % n == 0)
-    return next(divisors, 1)
+    least = math.ceil(min(ENOUGH * length / a.size, length / LONG))
+    if least <= 1:
+        return 1
+    # Like a power of two: then no element has to be moved should the axis be sharded.
+    divisors = [n for n in range(least, min(size, length // SHORT) + 1) if size % n == 0]
+    return min(divisors, key=lambda n: (n.bit_count(), n % 2, n), default=1)
 
 
-def _on_gpus(steps, divided, whole, *args):
-    if steps.pieces == 1:
-        return whole(*args)
-    return lax.platform_dependent(*args, cuda=divided, rocm=divided, default=whole)
-
-
-def _in_steps(steps, where, *arrays):
+def _in_steps(plan, where, *arrays):
     """Sums of pieces, and then of all pieces and of the batch."""
-    batch, others, pieces = steps
+    batch, others, pieces = plan
     done = tuple(_of_pieces(a, others, pieces, where) for a in arrays)
-    last = (*batch, *others[: pieces > 1])
+    last = batch if pieces == 1 else (*batch, others[0])
     if not last:
         return done
     done = lax.optimization_barrier(done)
@@ -107,10 +108,10 @@ def _of_pieces(a, axes, pieces, where):
     return jnp.sum(divided, [axis + 1 for axis in axes], keepdims=True).squeeze(first + 1)
 
 
-def _repeated(steps, shape, a):
+def _repeated(plan, shape, a):
     """The transpose of `_in_steps` for one array."""
-    first, count = steps.others[0], steps.pieces
-    one = [1 if axis in steps.others else size for axis, size in enumerate(shape)]
+    first, count = plan.others[0], plan.pieces
+    one = [1 if axis in plan.others else size for axis, size in enumerate(shape)]
     pieces = jnp.broadcast_to(a, (*shape[:first], count, *one[first + 1 :]))
     pieces = jnp.expand_dims(lax.optimization_barrier(pieces), first + 1)
     divided = (*shape[:first], count, shape[first] // count, *shape[first + 1 :])
