@@ -11,6 +11,7 @@ N = 4096
 X = jax.ShapeDtypeStruct((N,), jnp.float32)
 ROWS = jax.ShapeDtypeStruct((10, N), jnp.float32)
 SIZE = 4 * N  # bytes of X
+PARTS = SIZE / 10  # XLA may take a sum of parts, and write them
 
 
 def traffic(f, *args, donate=()):
@@ -50,7 +51,7 @@ def test_known_programs(f, args, donate, sizes):
     if sizes is None:  # XLA may make one or two kernels of it
         assert found.main >= 2 * SIZE
     else:
-        assert found.main == pytest.approx(sizes * SIZE, rel=0.01)
+        assert found.main == pytest.approx(sizes * SIZE, abs=PARTS)
     assert found.chip == 0
 
 
@@ -58,7 +59,7 @@ def test_a_branch_that_is_not_taken_is_not_counted():
     def f(x):
         return lax.cond(jnp.sum(x) > 0, lambda x: jnp.sort(jnp.sin(x)) + x, lambda x: x + 1, x)
 
-    assert traffic(f, X).main == pytest.approx((1 + 2) * SIZE, rel=0.01)
+    assert traffic(f, X).main == pytest.approx((1 + 2) * SIZE, abs=PARTS)
 
 
 def test_passes_are_reads_of_arrays_as_large_as_x():
