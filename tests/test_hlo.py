@@ -11,13 +11,21 @@ N = 4096
 X = jax.ShapeDtypeStruct((N,), jnp.float32)
 ROWS = jax.ShapeDtypeStruct((10, N), jnp.float32)
 SIZE = 4 * N  # bytes of X
-PARTS = SIZE / 10  # XLA may take a sum of parts, and write them
 
 
 def traffic(f, *args, donate=()):
     return Program(
         jax.jit(f, donate_argnums=donate).lower(*args).compile().as_text() or ""
     ).traffic()
+
+
+def is_about(found, arrays, sums=0):
+    """Whether so many arrays are moved, to a hundredth.
+
+    The XLA of jax 0.10.0 takes a sum of each 32 elements first, and writes and reads these.
+    """
+    in_two = arrays + sums * 2 / 32
+    return any(found.main == pytest.approx(n * SIZE, rel=0.01) for n in (arrays, in_two))
 
 
 def scan_sum(rows):
@@ -51,7 +59,7 @@ def test_known_programs(f, args, donate, sizes):
     if sizes is None:  # XLA may make one or two kernels of it
         assert found.main >= 2 * SIZE
     else:
-        assert found.main == pytest.approx(sizes * SIZE, abs=PARTS)
+        assert is_about(found, sizes, sums=f is jnp.sum)
     assert found.chip == 0
 
 
@@ -59,7 +67,7 @@ def test_a_branch_that_is_not_taken_is_not_counted():
     def f(x):
         return lax.cond(jnp.sum(x) > 0, lambda x: jnp.sort(jnp.sin(x)) + x, lambda x: x + 1, x)
 
-    assert traffic(f, X).main == pytest.approx((1 + 2) * SIZE, abs=PARTS)
+    assert is_about(traffic(f, X), 1 + 2, sums=1)
 
 
 def test_passes_are_reads_of_arrays_as_large_as_x():

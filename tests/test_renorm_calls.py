@@ -37,15 +37,15 @@ def over_devices(shards, params, groups=None):
 @pytest.mark.parametrize(
     ("how", "groups", "exchanged"),
     [
-        # What batch norm exchanges: statistics and counts, then two sums, and at most as many that
-        # are the gradients of scale and bias.
-        ("checked", ALL, [("all-gather", 4 * 4, 8), ("all-reduce", 4 * 4, 8)]),
+        # What batch norm exchanges: statistics and counts, then two sums, and those that are the
+        # gradients of scale and bias; the XLA of jax 0.12 finds that these are the two sums, too.
+        ("checked", ALL, [[("all-gather", 4 * 4, 8), ("all-reduce", n * 4, 8)] for n in (2, 4)]),
         (
             "unchecked",
             EVEN,
-            [("all-gather", 16, 4), ("all-reduce", 2 * 4, 8), ("reduce-scatter", 4 * 2 * 4, 4)],
+            [[("all-gather", 16, 4), ("all-reduce", 2 * 4, 8), ("reduce-scatter", 4 * 2 * 4, 4)]],
         ),
-        ("vmap", EVEN, []),
+        ("vmap", EVEN, [[]]),
     ],
     ids=["checked", "unchecked-groups", "vmap-groups"],
 )
@@ -61,11 +61,7 @@ def test_eight_devices_are_as_one_and_exchange_as_little_as_batch_norm(how, grou
 
     program: Any = jax.jit(run).lower(x, where, params).compile()
     found = collectives_of(program.as_text())
-    for one, (kind, most, devices) in zip(
-        sorted(found, key=lambda c: c.kind), exchanged, strict=True
-    ):
-        assert (one.kind, one.devices) == (kind, devices)
-        assert one.numbers <= most
+    assert sorted((c.kind, c.numbers, c.devices) for c in found) in exchanged
     y, dx, params, state = jax.device_get(program(x, where, params))
     sums = np.zeros((2, 4))
     for group in map(list, groups):

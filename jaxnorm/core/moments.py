@@ -25,28 +25,24 @@ statistics' terms flow only to positions that were counted.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import export, lax
 
 from jaxnorm.core.arithmetic import (
     drop_last_bit,
-    real_dtype,
     real_product,
     reciprocal_or_zero,
     reciprocal_std,
     square,
 )
+from jaxnorm.core.counts import at_least_one, average, count_of, mean_square, squares
 from jaxnorm.core.devices import LOCAL, Devices, over_rows
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.spec import NormSpec
-
-Count = jax.Array | np.ndarray  # a NumPy array is the same on all devices
 
 
 @functools.partial(export.register_namedtuple_serialization, serialized_name="jaxnorm.Moments")
@@ -118,10 +114,10 @@ def measured(
     spec: NormSpec, x: jax.Array, where: jax.Array | None, group: jax.Array | None
 ) -> Statistics:
     """The statistics; their derivative is not that of this function, but `averages`."""
-    count = _count(spec, where)
+    count = count_of(spec, where)
     high = low = None
     if not spec.subtract_mean:
-        var = _mean_square(spec, spec.prepare(x), where, count)
+        var = mean_square(spec, spec.prepare(x), where, count)
     elif where is None and spec.layout.rows and not spec.differentiated:
         # If nothing but y is wanted, XLA for GPUs keeps each row in one kernel, and reads it once:
         # not for a part of the row, but for any number of sums that follow each other.
@@ -151,18 +147,18 @@ def _at_once(spec, x, where, count) -> tuple[jax.Array, jax.Array, jax.Array]:
         # subtracted from (`drop_last_bit`): that rounding would be one more kernel on a GPU.
         sample = spec.layout.sample(x)
         part = count if sample is x else count * (sample.size / x.size)
-        share = spec.prepare(1 / _positive(part))
+        share = spec.prepare(1 / at_least_one(part))
         pivot = spec.layout.sum(spec.prepare(sample) * spec.layout.spread(share))
     else:
-        pivot = drop_last_bit(_average(spec, spec.prepare(x), where, count))
+        pivot = drop_last_bit(average(spec, spec.prepare(x), where, count))
     d = spec.prepare(x) - spec.layout.spread(pivot)
-    squares, scaled_count = _squares(spec, d, count)
-    total, power = spec.layout.sums((d, squares), where)
-    low = total / _positive(count).astype(d.dtype)
+    scaled, divisor = squares(spec, d, count)
+    total, power = spec.layout.sums((d, scaled), where)
+    low = total / at_least_one(count).astype(d.dtype)
     # The mean is pivot + near. Of `low` itself, XLA would take the square of the sum before it is
     # divided, which may overflow.
     near = drop_last_bit(low)
-    var = power / scaled_count - real_product(near, low + (low - near))
+    var = power / divisor - real_product(near, low + (low - near))
     rounding = 8 * jnp.finfo(var.dtype).eps * square(near)
     high = pivot + near
     return high, (pivot - high) + near, jnp.where(var > rounding, var, 0)
@@ -170,9 +166,9 @@ def _at_once(spec, x, where, count) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def _in_three_sums(spec, x, where, count) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same, each by a pass of its own."""
-    high = drop_last_bit(_average(spec, spec.prepare(x), where, count))
-    low = _average(spec, less_mean(spec, x, high, None), where, count)
-    return high, low, _mean_square(spec, less_mean(spec, x, high, low), where, count)
+    high = drop_last_bit(average(spec, spec.prepare(x), where, count))
+    low = average(spec, less_mean(spec, x, high, None), where, count)
+    return high, low, mean_square(spec, less_mean(spec, x, high, low), where, count)
 
 
 class Kept(NamedTuple):
@@ -211,8 +207,8 @@ def averages(spec: NormSpec, kept: Kept, tx: jax.Array) -> tuple[jax.Array | Non
     """avg(tx), or None if the mean is not subtracted, and avg(tx h)."""
     x, where, group, stats, _ = kept
     tx = spec.prepare(tx)
-    q = _average(spec, real_product(tx, standardized(spec, x, stats)), where, stats.count)
-    t_mean = _average(spec, tx, where, stats.count) if spec.subtract_mean else None
+    q = average(spec, real_product(tx, standardized(spec, x, stats)), where, stats.count)
+    t_mean = average(spec, tx, where, stats.count) if spec.subtract_mean else None
     return spec.statistics_devices.sum((t_mean, q), group)
 
 
@@ -264,48 +260,3 @@ def merge(add: Callable, parts: tuple) -> tuple[Any, Any, jax.Array, jax.Array]:
     powers = share * var + square(root * delta)
     low_of_all, power = add((share.astype(delta.dtype) * delta, powers))
     return high_of_all, low_of_all, jnp.maximum(power - square(low_of_all), 0), total
-
-
-def count_all(spec: NormSpec) -> Count:
-    """The count where nothing is masked."""
-    dtype, count = real_dtype(spec.compute_dtype), spec.layout.count
-    if isinstance(count, int):
-        return np.full([1] * len(spec.layout.shape), count, dtype)  # the same on all devices
-    # A symbolic shape, of jax.export.
-    return jnp.broadcast_to(jnp.asarray(count, dtype), spec.layout.statistics_shape)
-
-
-def _count(spec: NormSpec, where: jax.Array | None) -> Count:
-    if where is None:
-        return count_all(spec)
-    # Summed as integers: float32 stops counting at 2**24.
-    counted = spec.layout.sum(jnp.ones(spec.layout.shape, jnp.int32), where)
-    return counted.astype(real_dtype(spec.compute_dtype))
-
-
-def _average(spec: NormSpec, a: jax.Array, where: jax.Array | None, count: Count) -> jax.Array:
-    return spec.layout.sum(a, where) / _positive(count).astype(a.dtype)
-
-
-def _mean_square(spec, a, where, count):
-    squares, scaled_count = _squares(spec, a, count)
-    return spec.layout.sum(squares, where) / scaled_count
-
-
-def _squares(spec, a, count):
-    """The squares of a, scaled so that their sum does not overflow, and what divides that sum."""
-    scale = _square_scale(spec)
-    return square(a * scale.astype(a.dtype)), _positive(count) * scale**2
-
-
-def _positive(count: Count) -> jax.Array:
-    return jnp.where(count > 0, count, 1)
-
-
-def _square_scale(spec: NormSpec) -> jax.Array:
-    """About 1 / sqrt(n), so that sums of scaled squares don't overflow; exact, a power of two."""
-    n, dtype = spec.layout.count, real_dtype(spec.compute_dtype)
-    if isinstance(n, int):
-        return jnp.asarray(2.0 ** -math.ceil(math.log2(max(n, 1)) / 2), dtype)
-    # A symbolic shape, of jax.export.
-    return lax.rsqrt(jnp.maximum(jnp.asarray(n, dtype), 1))

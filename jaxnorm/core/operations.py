@@ -21,7 +21,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxnorm.core.moments import Kept, Statistics, count_all
+from jaxnorm.core.counts import count_all
+from jaxnorm.core.moments import Kept, Statistics
 from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.standardize import NormParams, measure_and_standardize, norm_tangents
 from jaxnorm.kernels import Kernel
