@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import types
 from typing import Any
 
 import jax
@@ -174,6 +175,14 @@ def test_refusals(monkeypatch):
 
 def test_without_a_gpu_it_has_to_be_asked_for():
     assert "no NVIDIA GPU here" in (gpu.unproven() or "")
+
+
+def test_the_devices_decide_each_time_whether_it_is_used_unasked(monkeypatch):
+    gpus = lambda *kinds: lambda backend: [types.SimpleNamespace(device_kind=k) for k in kinds]
+    monkeypatch.setattr(jax, "devices", gpus(gpu.PROVEN, gpu.PROVEN))
+    assert gpu.unproven() is None
+    monkeypatch.setattr(jax, "devices", gpus(gpu.PROVEN, "NVIDIA A100"))
+    assert "here is an NVIDIA A100" in (gpu.unproven() or "")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -126,6 +126,32 @@ def test_what_the_kernel_does_not_take_is_said(kind):
         jn.instance_norm(x, jn.NormParams(scale, bias), implementation="kernel")
 
 
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("kind", ["mixed", "elements"])
+def test_each_platform_decides_what_is_applied_to_a_kernel_s_result(kind):
+    """One traced program; on GPUs and TPUs the formula is one pass."""
+    x, scale, bias, dy = draw((X, *LEAVES[kind], X))
+    traced = compute.trace(NORMS[1], None, x, scale, bias, dy)
+    text = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu", "cuda")}
+    assert [text[p].count("custom_call @jaxnorm") for p in text] == [2, 0, 0]
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("kind", ["mixed", "elements"])
+@pytest.mark.parametrize("norm", [NORMS[1], NORMS[4]], ids=norm_id)
+def test_examples_of_vmap_have_their_own_gradients(norm, kind):
+    """Of a scale and bias that the kernel does not take."""
+    xs, scale, bias, dys = draw(((3, *X), *leaves(norm, kind), (3, *X)))
+    each = jax.vmap(compute, (None, None, 0, None, None, 0))(norm, "kernel", xs, scale, bias, dys)
+    for i in range(3):
+        right, sizes = truth(norm, xs[i], scale, bias, dys[i], 1e-6)
+        for result, expected, size in zip(each, right, sizes, strict=True):
+            # As above, of one example.
+            limit = 4 * EPS * max(size, np.abs(expected).max())
+            limit *= np.sqrt(xs[i].size / expected.size)
+            assert np.abs(oracle.wide(result[i]) - expected).max() <= limit
+
+
 # A norm of columns by the formula, one of rows by the kernel where there is one.
 @pytest.mark.usefixtures("x64", "unoptimized")
 @pytest.mark.parametrize("norm", [NORMS[0], NORMS[1]], ids=norm_id)

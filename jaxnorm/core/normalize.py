@@ -22,7 +22,6 @@ from jaxnorm.core.moments import Moments, Statistics
 from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.standardize import (
     NormParams,
-    apply_params,
     measure_and_standardize,
     standardize_by,
     undo_standardize,
@@ -84,9 +83,6 @@ def checked(
     )
     if spec.implementation != "xla":
         request = operations.request(spec, x.dtype, arrays.params, masked=where is not None)
-        spec = spec._replace(params_apart=operations.can_be_apart(spec, request))
-        if spec.params_apart:
-            request = request._replace(param_blocks=1)
         if not kernels.supported(request, required=spec.implementation == "kernel"):
             spec = spec._replace(implementation="xla")
     return spec, arrays
@@ -98,10 +94,7 @@ def compute(spec: NormSpec, arrays: Arrays) -> tuple[jax.Array, Statistics, jax.
     with jax.named_scope(spec.name):
         if spec.implementation == "xla":
             return measure_and_standardize(spec, x, residual, params, where)
-        if not spec.params_apart:
-            return primitives.normalize(spec, x, residual, params)
-        h, stats, total = primitives.normalize(spec, x, residual, NormParams())
-        return apply_params(spec, h, x if total is None else total, stats, params), stats, total
+        return primitives.normalize(spec, x, residual, params)
 
 
 @program

@@ -15,16 +15,18 @@ arrays and numbers that kernels take.
 All functions take a `NormSpec` first, and return lists of arrays.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxnorm.core.counts import count_all
-from jaxnorm.core.moments import Kept, Statistics
+from jaxnorm.core.moments import Kept, Statistics, standardized
 from jaxnorm.core.spec import NormSpec
-from jaxnorm.core.standardize import NormParams, measure_and_standardize, norm_tangents
+from jaxnorm.core.standardize import NormParams, affine, measure_and_standardize, norm_tangents
 from jaxnorm.kernels import Kernel
 from jaxnorm.kernels.request import Request
 
@@ -82,13 +84,11 @@ def request(spec: NormSpec, dtype: jnp.dtype, params: NormParams, masked: bool =
     )
 
 
-def can_be_apart(spec: NormSpec, request: Request) -> bool:
-    """Whether a scale and bias that no kernel takes can be applied to what a kernel standardizes.
-
-    In half precision that would round twice. On a GPU or TPU the formula is one pass over x too.
-    """
-    wide = request.dtype == spec.compute_dtype == spec.dtype
-    return request.param_blocks is None and wide and jax.default_backend() == "cpu"
+def over_batch(spec: NormSpec, function: Callable, in_axes: Any) -> Callable:
+    """The function of one example, for all the examples that `vmap` has added."""
+    for _ in range(spec.batch_dims):
+        function = jax.vmap(function, in_axes)
+    return function
 
 
 def value_by_kernel(
@@ -98,7 +98,14 @@ def value_by_kernel(
     residual: jax.Array | None,
     params: NormParams,
 ) -> list[jax.Array]:
-    """The value; the axes that `vmap` has added are more examples of the block."""
+    """The value; the axes that `vmap` has added are more examples of the block.
+
+    Parameters that differ within every block are applied to what the kernel standardizes.
+    """
+    if _param_blocks(spec, params) is None:
+        h, *others = value_by_kernel(kernel, spec, x, residual, NormParams())
+        y = over_batch(spec, functools.partial(affine, spec), (0, None))(h, params)
+        return [y, *others]
     scale, bias, blocks, block = _divided(spec, x, params)
     batch = x.shape[: spec.batch_dims]
     if blocks == math.prod(batch):
@@ -128,6 +135,15 @@ def cotangent_by_kernel(
     dtotal: jax.Array | None,
 ) -> list[jax.Array]:
     """The cotangents; along the axes that `vmap` has added, those of the parameters differ too."""
+    if _param_blocks(spec, params) is None:
+
+        def outside(x, stats, dy):
+            h = standardized(spec, x, statistics_of(spec, stats))
+            return jax.vjp(functools.partial(affine, spec), h, params)[1](dy)
+
+        dh, dparams = over_batch(spec, outside, 0)(x, stats, dy)
+        dx = cotangent_by_kernel(kernel, spec, x, NormParams(), stats, dh, dtotal)
+        return [*dx, *(jax.tree.leaves(dparams) if spec.param_gradients else ())]
     scale, _, blocks, block = _divided(spec, x, params)
     batch = x.shape[: spec.batch_dims]
     n, _, g, _ = block

@@ -80,9 +80,7 @@ class Operation:
             return self.formula(spec, *tree.unflatten(leaves))
 
         axes = [0 if batched else None for batched in self._batched_leaves(tree)]
-        for _ in range(spec.batch_dims):
-            function = jax.vmap(function, axes)
-        return function
+        return operations.over_batch(spec, function, axes)
 
     def _batched_leaves(self, tree: Any) -> list[bool]:
         pairs = zip(self.batched, tree.children(), strict=True)

@@ -25,7 +25,6 @@ class NormSpec(NamedTuple):
       implementation: "xla" for the formula; None for a kernel if one supports this, else the
         formula; "kernel" if it is an error that none does.
       differentiated: whether the statistics are kept for a derivative, or y alone is wanted.
-      params_apart: whether scale and bias are applied to what a kernel has standardized.
       batch_dims: how many leading axes `vmap` has added to x, to the statistics and to the
         (co)tangents of both; the parameters have none of them.
       param_gradients: whether the cotangents of the parameters are wanted.
@@ -42,7 +41,6 @@ class NormSpec(NamedTuple):
     devices: Devices = LOCAL
     implementation: str | None = None
     differentiated: bool = False
-    params_apart: bool = False
     batch_dims: int = 0
     param_gradients: bool = True
 

@@ -16,7 +16,9 @@ be asked for.
 
 What the kernel supports is decided twice. The call is traced with the formula alone if no platform
 has a kernel for it. Otherwise each platform decides when the program is lowered for it, so one
-traced program may run by a kernel on one platform and by the formula on another.
+traced program may run by a kernel on one platform and by the formula on another. Which devices
+there are is looked up only when a program is lowered: to trace a call must not start JAX's
+backends, because `jax.distributed.initialize` has to come first.
 
 The formulas always compute forward mode, second derivatives, and `vmap` over the parameters; asking
 for a kernel does not make them an error.
@@ -54,7 +56,11 @@ class Kernel(Protocol):
         ...
 
     def unproven(self) -> str | None:
-        """Why it has to be asked for here, or None if it is used unasked."""
+        """Why it has to be asked for here, or None if it is used unasked.
+
+        It may look at the devices: it is called when a program is lowered, never while a call is
+        traced.
+        """
         ...
 
     def declines(self, request: Request) -> str | None:
@@ -115,6 +121,8 @@ KERNELS: dict[str, Kernel] = {"cpu": cpu, "tpu": tpu, "cuda": gpu}
 def implementations() -> dict[str, str]:
     """What computes the norms on each platform, and why.
 
+    This looks for devices, so call it after `jax.distributed.initialize`.
+
     Returns:
       For each platform "kernel: " and what hardware the kernel is compiled for, or "xla: " or
       "none: " and the reason. "xla: " is also said of a kernel that has to be asked for.
@@ -130,9 +138,11 @@ def implementations() -> dict[str, str]:
         if wanted == "xla":
             return f"xla: {VARIABLE}=xla"
         kernel = KERNELS.get(platform)
-        reason = _not_here(kernel, required=wanted == "kernel")
+        reason = kernel.missing() if kernel else "there is no kernel"
         if reason and wanted == "kernel":
             return f"none: {VARIABLE} asks for the kernel, but {reason}"
+        if kernel and wanted is None:
+            reason = reason or kernel.unproven()
         return f"xla: {reason}" if reason or not kernel else f"kernel: {kernel.level()}"
 
     return {"cpu": told("cpu"), "gpu": told("cuda"), "tpu": told("tpu")}
@@ -156,20 +166,19 @@ def check_implementation(implementation: str | None) -> str | None:
 
 
 def supported(request: Request, *, required: bool) -> bool:
-    """Whether a kernel of any platform supports the request.
+    """Whether a kernel of any platform supports the request, on some device.
 
     Raises:
       ValueError: none does, and one is required.
     """
-    reasons = {
-        platform: _declines(kernel, request, required=required)
-        for platform, kernel in KERNELS.items()
-    }
-    if None in reasons.values():
-        return True
+    platforms: dict[str, list[str]] = {}
+    for platform, kernel in KERNELS.items():
+        reason = kernel.missing() or kernel.declines(request)
+        if reason is None:
+            return True
+        platforms.setdefault(reason, []).append(platform)
     if required:
-        backend = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
-        refuse(reasons.get(backend) or f"there is no kernel for {backend}")
+        refuse("; ".join(f"{reason} ({', '.join(on)})" for reason, on in platforms.items()))
     return False
 
 
@@ -191,21 +200,11 @@ def for_program(
     else:
         exported = ctx.module_context.lowering_parameters.for_export
         request = request._replace(exported=exported)
-        reason = _declines(kernel, request, required=required) or _sharded(ctx)
+        reason = kernel.missing() or kernel.declines(request) or _sharded(ctx)
+        reason = reason or (None if required else kernel.unproven())
     if reason and required:
         refuse(reason)
     return None if reason else kernel
-
-
-def _not_here(kernel: Kernel | None, *, required: bool) -> str | None:
-    """Why the kernel is not used at all, whatever the input."""
-    if kernel is None:
-        return "there is no kernel"
-    return kernel.missing() or (None if required else kernel.unproven())
-
-
-def _declines(kernel: Kernel, request: Request, *, required: bool) -> str | None:
-    return _not_here(kernel, required=required) or kernel.declines(request)
 
 
 def _sharded(ctx: mlir.LoweringRuleContext) -> str | None:

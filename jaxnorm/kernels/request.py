@@ -15,7 +15,8 @@ class Request(NamedTuple):
       result_dtype: of y.
       subtract_mean: whether the mean is subtracted.
       param_blocks: into how many such blocks of fewer examples x is divided if each is to have one
-        scale and bias; None if no such division does that.
+        scale and bias; None if no such division does that. Then the kernel gets neither: they are
+        applied to its result.
       adds: whether a residual is added to x, and the sum is normalized.
       masked: whether some elements do not count.
       over_devices: whether the statistics are shared over devices.
@@ -44,11 +45,6 @@ def common_refusal(request: Request) -> str | None:
         return (
             f"it takes float32 or bfloat16, for x and the result alike, and x is of {dtype}, the "
             f"result of {result_dtype}"
-        )
-    if request.block and request.param_blocks is None:
-        return (
-            "scale and bias must be those of features, or of features and one run of examples, and "
-            "here they differ along other axes"
         )
     if request.block and not math.prod(request.block):
         return "x has no elements"

@@ -31,15 +31,15 @@ def level() -> str:
     return "NVIDIA GPUs, by Pallas (Mosaic GPU)"
 
 
-@functools.cache
 def unproven() -> str | None:
     """Why it has to be asked for here, or None if it is used unasked."""
     try:
-        device = jax.devices("cuda")[0]
+        devices = jax.devices("cuda")
     except RuntimeError:
         return "there is no NVIDIA GPU here to run it by default"
-    if device.device_kind != PROVEN:
-        return f"it was measured on an {PROVEN} only, and this is an {device.device_kind}"
+    for device in devices:
+        if device.device_kind != PROVEN:
+            return f"it was measured on an {PROVEN} only, and here is an {device.device_kind}"
     return None
 
 

@@ -1,0 +1,14 @@
+"""Tracing starts none of JAX's backends: `jax.distributed.initialize` may come after it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize("programs", ["functions", "linen", "nnx"])
+def test_tracing_starts_no_backend(programs):
+    command = [sys.executable, str(Path(__file__).with_name("traced.py")), programs]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
