@@ -114,34 +114,6 @@ def affine(spec: NormSpec, h: jax.Array, params: NormParams) -> jax.Array:
     return h.astype(spec.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def apply_params(
-    spec: NormSpec, h: jax.Array, x: jax.Array, stats: Statistics, params: NormParams
-) -> jax.Array:
-    """Scale and bias of h, which is x standardized by the statistics.
-
-    The tangent computes h again from x, so that the backward pass keeps no array but x.
-    """
-    return affine(spec, h, params)
-
-
-@apply_params.defjvp
-def _apply_params_jvp(spec, primals, tangents):
-    _, x, stats, params = primals
-    th, _, _, tparams = tangents
-    param = lambda a: spec.prepare(spec.layout.broadcast(a))
-
-    def tangent(kept, tangents):
-        ty, tparams = tangents
-        if params.scale is not None:
-            ty = ty * whole_scale(spec, kept.params.scale)
-            ty = ty + standardized(spec, kept.x, kept.stats) * param(tparams.scale)
-        return ty if params.bias is None else ty + param(tparams.bias)
-
-    ty = computed_again(spec, tangent, Kept(x, None, None, stats, params), (th, tparams))
-    return apply_params(spec, *primals), ty.astype(spec.dtype)
-
-
 @functools.partial(jax.checkpoint, static_argnums=0)
 def undo_standardize(
     spec: NormSpec, y: jax.Array, mean: jax.Array, rstd: jax.Array, params: NormParams
