@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from jaxnorm._internals import is_sharded
 from jaxnorm.core.arithmetic import as_array
 from jaxnorm.core.sums import repeat, sums
 
@@ -160,8 +161,8 @@ class Layout:
         symbolic, if each axis is split or sharded explicitly, and if the elements are few or none,
         because the mean of a small sample may be far off.
         """
-        sharding = jax.typeof(x).sharding.spec
-        axes = [axis for axis in self.reduction_axes if axis != self.split and not sharding[axis]]
+        whole = lambda axis: axis != self.split and not is_sharded(x, axis)
+        axes = [axis for axis in self.reduction_axes if whole(axis)]
         if not axes or not isinstance(self.count, int) or self.count < LEAST or 0 in self.shape:
             return x
         last = x.ndim - 1

@@ -14,10 +14,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from jaxnorm import kernels
+from jaxnorm._internals import (
+    Primitive,
+    Zero,
+    add_tangents,
+    instantiate_zeros,
+    is_undefined_primal,
+    lower_fun,
+    primitive_batchers,
+    primitive_jvps,
+    primitive_transposes,
+    register_lowering,
+    varying_axes,
+    zeros_like_aval,
+)
 from jaxnorm.core import operations
 from jaxnorm.core.moments import Statistics
 from jaxnorm.core.spec import NormSpec
@@ -36,10 +48,10 @@ def normalize(
 def _equally_varying(tree: Any) -> Any:
     """In shard_map the operands of a primitive must vary over the same axes."""
     leaves = jax.tree.leaves(tree)
-    axes = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in leaves))
+    axes = frozenset().union(*map(varying_axes, leaves))
 
     def cast(leaf):
-        missing = tuple(axes - jax.typeof(leaf).manual_axis_type.varying)
+        missing = tuple(axes - varying_axes(leaf))
         return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(cast, tree)
@@ -62,12 +74,12 @@ class Operation:
         self.primitive.multiple_results = True
         self.primitive.def_impl(self._run)
         self.primitive.def_abstract_eval(self._types)
-        ad.primitive_jvps[self.primitive] = self._derivative
-        batching.primitive_batchers[self.primitive] = self._batch
-        mlir.register_lowering(self.primitive, functools.partial(self._lower, None))
+        primitive_jvps[self.primitive] = self._derivative
+        primitive_batchers[self.primitive] = self._batch
+        register_lowering(self.primitive, functools.partial(self._lower, None))
         for platform in kernels.PLATFORMS:
             lower = functools.partial(self._lower, platform)
-            mlir.register_lowering(self.primitive, lower, platform=platform)
+            register_lowering(self.primitive, lower, platform=platform)
 
     def __call__(self, spec: NormSpec, *trees: Any) -> list[jax.Array]:
         leaves, tree = jax.tree.flatten(trees)
@@ -94,7 +106,7 @@ class Operation:
         return jax.make_jaxpr(self.on_leaves(tree, spec))(*avals).out_avals
 
     def _derivative(self, primals, tangents, *, tree, spec):
-        tangents = tuple(map(ad.instantiate_zeros, tangents))
+        tangents = tuple(map(instantiate_zeros, tangents))
         return jax.jvp(self.on_leaves(tree, spec), primals, tangents)
 
     def _batch(self, leaves, dims, *, tree, spec):
@@ -120,7 +132,7 @@ class Operation:
             if kernel:
                 by_kernel = functools.partial(self.by_kernel, kernel, spec)
                 function = lambda *leaves: by_kernel(*tree.unflatten(leaves))
-        return mlir.lower_fun(function, multiple_results=True)(ctx, *leaves)
+        return lower_fun(function, multiple_results=True)(ctx, *leaves)
 
 
 value = Operation(operations.value, (True, True, False), operations.value_by_kernel)
@@ -136,22 +148,22 @@ def _value_derivative(primals, tangents, *, tree, spec):
     stats = results[1:]
     tx, *tparams = tangents
     if spec.adds:
-        x, tx = stats.pop(), ad.add_tangents(tx, tparams.pop(0))
-    if all(type(t) is ad.Zero for t in tparams):
+        x, tx = stats.pop(), add_tangents(tx, tparams.pop(0))
+    if all(type(t) is Zero for t in tparams):
         tparams = None
     else:
-        tparams = jax.tree.structure(params).unflatten(map(ad.instantiate_zeros, tparams))
-    return results, tangent(spec, x, params, stats, ad.instantiate_zeros(tx), tparams)
+        tparams = jax.tree.structure(params).unflatten(map(instantiate_zeros, tparams))
+    return results, tangent(spec, x, params, stats, instantiate_zeros(tx), tparams)
 
 
 def _tangent_transpose(cotangents, *leaves, tree, spec):
-    linear = [ad.is_undefined_primal(leaf) for leaf in leaves]
+    linear = [is_undefined_primal(leaf) for leaf in leaves]
     x, params, stats, _, tparams = tree.unflatten(leaves)
     dy, *dstats = cotangents
     dtotal = dstats.pop() if spec.adds else None
-    if type(dy) is not ad.Zero and all(type(d) is ad.Zero for d in dstats):
+    if type(dy) is not Zero and all(type(d) is Zero for d in dstats):
         spec = spec._replace(param_gradients=tparams is not None)
-        dtotal = None if type(dtotal) is ad.Zero else dtotal
+        dtotal = None if type(dtotal) is Zero else dtotal
         dx, *dparams = cotangent(spec, x, params, stats, dy, dtotal)
         # All examples that `vmap` has added share one tangent of the parameters.
         grads = [dx, *(jnp.sum(d, range(spec.batch_dims)) for d in dparams)]
@@ -166,11 +178,11 @@ def _tangent_transpose(cotangents, *leaves, tree, spec):
             ]
             return tangent.on_leaves(tree, spec)(*filled)
 
-        zeros = [ad.zeros_like_aval(leaf.aval) for leaf in leaves if ad.is_undefined_primal(leaf)]
-        found = iter(jax.vjp(function, *zeros)[1]([*map(ad.instantiate_zeros, cotangents)]))
+        zeros = [zeros_like_aval(leaf.aval) for leaf in leaves if is_undefined_primal(leaf)]
+        found = iter(jax.vjp(function, *zeros)[1]([*map(instantiate_zeros, cotangents)]))
         grads = [next(found) if is_linear else None for is_linear in linear]
     return [grad if is_linear else None for grad, is_linear in zip(grads, linear, strict=True)]
 
 
-ad.primitive_jvps[value.primitive] = _value_derivative
-ad.primitive_transposes[tangent.primitive] = _tangent_transpose
+primitive_jvps[value.primitive] = _value_derivative
+primitive_transposes[tangent.primitive] = _tangent_transpose

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxnorm._internals import is_sharded
+
 Axes = tuple[int, ...]
 Arrays = tuple[jax.Array, ...]
 ENOUGH = 2**15  # sums at a time keep a GPU busy
@@ -74,7 +76,7 @@ def _pieces(a: jax.Array, axes: Axes) -> int:
     static = all(isinstance(size, int) for size in a.shape)
     if not axes or axes[0] == 0 or a.ndim - 1 in axes or not static or not a.size:
         return 1  # nothing to sum, or the batch alone, or rows
-    if any(jax.typeof(a).sharding.spec[axis] for axis in axes):
+    if any(is_sharded(a, axis) for axis in axes):
         return 1
     size, length = a.shape[axes[0]], math.prod(a.shape[axis] for axis in axes)
     least = math.ceil(min(ENOUGH * length / a.size, length / LONG))

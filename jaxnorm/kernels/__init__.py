@@ -25,11 +25,11 @@ for a kernel does not make them an error.
 """
 
 import os
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 import jax
-from jax.interpreters import mlir
 
+from jaxnorm._internals import LoweringRuleContext, devices_of, is_exported
 from jaxnorm.kernels import cpu, gpu, tpu
 from jaxnorm.kernels.request import Request
 
@@ -184,7 +184,7 @@ def supported(request: Request, *, required: bool) -> bool:
 
 def for_program(
     platform: str | None,
-    ctx: mlir.LoweringRuleContext,
+    ctx: LoweringRuleContext,
     request: Request,
     *,
     required: bool,
@@ -198,8 +198,7 @@ def for_program(
     if kernel is None:
         reason = f"there is no kernel for {platform or 'the platform of this program'}"
     else:
-        exported = ctx.module_context.lowering_parameters.for_export
-        request = request._replace(exported=exported)
+        request = request._replace(exported=is_exported(ctx))
         reason = kernel.missing() or kernel.declines(request) or _sharded(ctx)
         reason = reason or (None if required else kernel.unproven())
     if reason and required:
@@ -207,13 +206,12 @@ def for_program(
     return None if reason else kernel
 
 
-def _sharded(ctx: mlir.LoweringRuleContext) -> str | None:
+def _sharded(ctx: LoweringRuleContext) -> str | None:
     """Why no kernel can be called in a program over several devices, if that is so."""
-    axes: Any = ctx.module_context.axis_context
-    # Under jit there is a number of devices; in shard_map a mesh, and each device calls its own.
-    manual = getattr(axes, "manual_axes", frozenset())
-    devices = getattr(axes, "num_devices", 1)
-    if manual == frozenset(axes.mesh.axis_names) if manual else devices <= 1:
+    devices = devices_of(ctx)
+    if devices is None:
+        return f"jax {jax.__version__} does not tell over how many devices arrays are sharded"
+    if devices <= 1:
         return None
     return (
         "XLA would gather the arrays that are sharded over devices to call it; map over the "

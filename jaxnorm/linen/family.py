@@ -6,9 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen import initializers
-from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype, Initializer
 
+from jaxnorm._internals import canonicalize_dtype
 from jaxnorm._modules import called
 from jaxnorm.core.axes import canonical_axes
 from jaxnorm.core.standardize import NormParams

@@ -5,9 +5,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype
 
+from jaxnorm._internals import canonicalize_dtype
 from jaxnorm._modules import add_params, checked_call, initial_scale, update_running_statistics
 from jaxnorm.core.axes import count_groups
 from jaxnorm.core.layout import Layout

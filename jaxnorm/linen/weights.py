@@ -6,9 +6,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Initializer
 
+from jaxnorm._internals import canonicalize_dtype
 from jaxnorm._modules import (
     check_matrix,
     check_no_mask,

@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.module import first_from
-from flax.nnx.nn.dtypes import canonicalize_dtype
 from flax.typing import Dtype
 
+from jaxnorm._internals import canonicalize_dtype, first_from
 from jaxnorm._modules import add_params, checked_call, initial_scale, update_running_statistics
 from jaxnorm.core.arithmetic import promote
 from jaxnorm.core.layout import Layout

@@ -5,8 +5,8 @@ import inspect
 from typing import Any
 
 from flax import nnx
-from flax.nnx.module import first_from
 
+from jaxnorm._internals import first_from
 from jaxnorm._seen import look, merge_seen, names_here, nothing_seen
 from jaxnorm.nnx.norms import BatchNorm
 from jaxnorm.nnx.replace import make_ours, modules_of

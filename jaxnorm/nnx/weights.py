@@ -4,10 +4,9 @@ from typing import Any
 
 import jax
 from flax import nnx
-from flax.nnx.module import first_from
-from flax.nnx.nn.dtypes import canonicalize_dtype
 from flax.typing import Initializer
 
+from jaxnorm._internals import canonicalize_dtype, first_from
 from jaxnorm._modules import (
     check_matrix,
     check_no_mask,

@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxnorm._internals import manual_axis_type
 from jaxnorm.kernels.tpu import rows
 from jaxnorm.kernels.tpu.blocks import LANES, LIMIT, SUBLANES, Plan
 
@@ -62,7 +63,7 @@ def _call(
         return lax.div(block, jnp.int32(along)), lax.rem(block, jnp.int32(along))
 
     x = given["x"]
-    typed = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(x).manual_axis_type)
+    typed = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=manual_axis_type(x))
     # The block of each kind of array, and the type of a result.
     of_rows = (
         pl.BlockSpec(
