@@ -34,6 +34,7 @@ __all__ = [
     "add_tangents",
     "canonicalize_dtype",
     "devices_of",
+    "explicit_spec",
     "first_from",
     "instantiate_zeros",
     "is_exported",
@@ -74,6 +75,12 @@ def is_sharded(x: jax.Array, axis: int) -> bool:
     """Whether an explicit mesh divides the axis; to slice or split it would move x."""
     sharding: Any = getattr(jax.typeof(x), "sharding", None)
     return not hasattr(sharding, "spec") or bool(sharding.spec[axis])
+
+
+def explicit_spec(x: jax.Array) -> Any:
+    """How an explicit mesh divides the axes of x, or None if it divides none."""
+    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", None)
+    return spec if spec and any(spec) else None
 
 
 def manual_axis_type(x: jax.Array) -> Any:

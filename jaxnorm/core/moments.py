@@ -43,6 +43,7 @@ from jaxnorm.core.counts import at_least_one, average, count_of, mean_square, sq
 from jaxnorm.core.devices import LOCAL, Devices, over_rows
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.spec import NormSpec
+from jaxnorm.core.sums import expand
 
 
 @functools.partial(export.register_namedtuple_serialization, serialized_name="jaxnorm.Moments")
@@ -191,16 +192,28 @@ def computed_again(spec: NormSpec, tangent: Callable, kept: Kept, tangents: Any)
     transpose a barrier if some tangents are zeros that it does not know of.
     """
     if spec.devices.under_vmap:
-        return tangent(kept, tangents)  # JAX could not differentiate its `psum` again
+        # JAX could not differentiate a `psum` in jax.checkpoint again.
+        return tangent(_finite(spec, kept), tangents)
 
     def function(kept, tangents):
         low = lax.stop_gradient(kept.stats.mean_low)
         stats = kept.stats._replace(mean_low=low, count=None)
         x, stats, params = lax.optimization_barrier((kept.x, stats, kept.params))
         stats = stats._replace(count=kept.stats.count)
-        return tangent(kept._replace(x=x, stats=stats, params=params), tangents)
+        return tangent(_finite(spec, kept._replace(x=x, stats=stats, params=params)), tangents)
 
     return jax.checkpoint(function, prevent_cse=False)(kept, tangents)
+
+
+def _finite(spec: NormSpec, kept: Kept) -> Kept:
+    """What is kept, with a number where x does not count and can't be standardized.
+
+    A cotangent there may be zero, but zero times NaN or infinity is NaN, in each sum over x.
+    """
+    if kept.where is None:
+        return kept
+    h = lax.stop_gradient(standardized(spec, kept.x, kept.stats))
+    return kept._replace(x=jnp.where(kept.where | jnp.isfinite(h), kept.x, 0))
 
 
 def averages(spec: NormSpec, kept: Kept, tx: jax.Array) -> tuple[jax.Array | None, jax.Array]:
@@ -222,7 +235,7 @@ def tangents_of(stats: Statistics, t_mean: jax.Array | None, q: jax.Array) -> St
 def standardized(spec: NormSpec, x: jax.Array, stats: Statistics) -> jax.Array:
     """h = (x - mean) * rstd."""
     e = less_mean(spec, x, stats.mean_high, stats.mean_low)
-    return e * spec.layout.spread(spec.prepare(stats.rstd))
+    return e * expand(spec.layout.spread(spec.prepare(stats.rstd)), x.shape, x)
 
 
 def less_mean(
@@ -232,7 +245,7 @@ def less_mean(
     e = spec.prepare(x)
     for part in (high, low):
         if part is not None:
-            e = e - spec.layout.spread(part)
+            e = e - expand(spec.layout.spread(spec.prepare(part)), x.shape, x)
     return e
 
 

@@ -28,6 +28,7 @@ from jaxnorm.core.moments import (
     tangents_of,
 )
 from jaxnorm.core.spec import NormSpec
+from jaxnorm.core.sums import expand, in_float64_on_cpus, repeat
 
 
 @functools.partial(export.register_namedtuple_serialization, serialized_name="jaxnorm.NormParams")
@@ -95,8 +96,8 @@ def standardize(
         # them in each matmul that needs y, and writes y out.
         low = spread(mean_low) * factor
         offset, mean_low = (-low if offset is None else offset - low), None
-    y = less_mean(spec, x, mean_high, mean_low) * factor
-    return (y if offset is None else y + offset).astype(spec.dtype)
+    y = less_mean(spec, x, mean_high, mean_low) * expand(factor, x.shape, x)
+    return (y if offset is None else y + expand(offset, x.shape, x)).astype(spec.dtype)
 
 
 def whole_scale(spec: NormSpec, scale: jax.Array) -> jax.Array:
@@ -108,9 +109,9 @@ def whole_scale(spec: NormSpec, scale: jax.Array) -> jax.Array:
 def affine(spec: NormSpec, h: jax.Array, params: NormParams) -> jax.Array:
     """Scale and bias of what is standardized, or stands in its place."""
     if params.scale is not None:
-        h = h * whole_scale(spec, params.scale)
+        h = h * expand(whole_scale(spec, params.scale), h.shape, h)
     if params.bias is not None:
-        h = h + spec.prepare(spec.layout.broadcast(params.bias))
+        h = h + expand(spec.prepare(spec.layout.broadcast(params.bias)), h.shape, h)
     return h.astype(spec.dtype)
 
 
@@ -121,10 +122,11 @@ def undo_standardize(
     """The equation solved for x."""
     x = spec.prepare(y)
     if params.bias is not None:
-        x = x - spec.prepare(spec.layout.broadcast(params.bias))
+        x = x - expand(spec.prepare(spec.layout.broadcast(params.bias)), x.shape, x)
     if params.scale is not None:
-        x = x / whole_scale(spec, params.scale)
-    return (x * spec.prepare(reciprocal_or_zero(rstd)) + mean).astype(spec.dtype)
+        x = x / expand(whole_scale(spec, params.scale), x.shape, x)
+    std = spec.prepare(reciprocal_or_zero(rstd))
+    return (x * expand(std, x.shape, x) + expand(mean, x.shape, x)).astype(spec.dtype)
 
 
 # With statistics that are given. The backward pass computes again what this computes.
@@ -213,25 +215,33 @@ def norm_tangents(
 
 def _tangents(spec, kept, tangents):
     tx, tparams = tangents
-    stats, params = kept.stats, kept.params
-    spread, prepare = spec.layout.spread, spec.prepare
+    x, stats, params = kept.x, kept.stats, kept.params
     t_mean, q = averages(spec, kept, tx)
-    param = lambda a: prepare(spec.layout.broadcast(a))
-    factor = spread(prepare(stats.rstd))
-    if params.scale is not None:
-        factor = factor * whole_scale(spec, params.scale)
     # ty is factor * tx + slope * h + offset. Slope and offset have the size of the statistics and
     # parameters together, so the transpose takes the sums over positions of g h and of g once, for
     # both.
-    slope, offset = -(factor * spread(prepare(q))), None
+    statistic = lambda a: spec.layout.spread(spec.prepare(a), repeat)
+    param = lambda a: spec.prepare(spec.layout.broadcast(a))
+    rstd = statistic(stats.rstd)
+    shapes = (rstd.shape, *(param(a).shape for a in params if a is not None))
+    together = lambda a: repeat(a, jnp.broadcast_shapes(*shapes), x)
+    factor = rstd if params.scale is None else rstd * whole_scale(spec, params.scale)
+    slope, offset = -(factor * together(statistic(q))), None
     if params.scale is not None:
-        slope = param(tparams.scale) + slope
-    if t_mean is not None:
-        offset = -(factor * spread(t_mean))
+        slope = together(param(tparams.scale)) + slope
     if params.bias is not None:
-        t_bias = param(tparams.bias)
-        offset = t_bias if offset is None else t_bias + offset
-    repeat = lambda a: spec.layout.repeat(a, kept.x)
-    ty = factor * prepare(tx) + repeat(slope) * standardized(spec, kept.x, stats)
-    ty = ty if offset is None else ty + repeat(offset)
+        offset = together(param(tparams.bias))
+    if t_mean is not None:
+        shift = factor * together(statistic(t_mean))
+        offset = -shift if offset is None else offset - shift
+    ty = factor * spec.prepare(tx) + in_float64_on_cpus(_sloped, spec, slope, x, stats)
+    ty = ty if offset is None else ty + repeat(offset, x.shape, x)
     return ty.astype(spec.dtype), t_mean, q
+
+
+def _sloped(spec, slope, x, stats):
+    """slope * h. In the transpose, a sum of g h, h has to be more exact than float32 can hold.
+
+    Its rounding does not average out: where |h| is 1 or more, the mean's low part is lost.
+    """
+    return repeat(spec.prepare(slope), x.shape, x) * standardized(spec, x, stats)

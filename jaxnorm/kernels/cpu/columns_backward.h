@@ -6,36 +6,34 @@
 namespace jaxnorm {
 namespace JAXNORM_LEVEL {
 
-// Adds, for each column, dy to `own` and dy * (x - mean) * rstd to `along`.
+// Adds, for each column, dy to `own` and dy * (x - mean) to `along`. All is added in float64: both
+// are gradients of bias and scale as they are, and where they cancel, as sums of 2^18 terms of both
+// signs do, the rounding of a float32 would be some units of what is left.
 template <class T>
-static void add_gradients(double* own, double* along, const float* mean, const float* rstd,
-                          const T* x, const T* dy, int64_t width, int64_t rows) {
+static void add_gradients(double* own, double* along, const float* mean, const T* x, const T* dy,
+                          int64_t width, int64_t rows) {
   for (int64_t start = 0; start < rows; start += kTileRows) {
-    const int64_t n = min(kTileRows, rows - start);
+    const int64_t end = min(rows, start + kTileRows);
     strips<2>(width, [&](int64_t j, auto count, auto lanes) BODY {
       constexpr int N = decltype(count)::value;
-      const int64_t at = start * width + j;
-      VF32 m[N], r[N], sum_d[N] = {}, sum_dh[N] = {};
-      for (int v = 0; v < N; ++v) {
-        m[v] = LoadN(mean + j + v * kLanes, lanes);
-        r[v] = LoadN(rstd + j + v * kLanes, lanes);
-      }
-      for (int64_t run = 0; run < n; run += kRunRows) {
-        VF32 run_d[N] = {}, run_dh[N] = {};
-        for (int64_t row = run; row < min(n, run + kRunRows); ++row) {
-          for (int v = 0; v < N; ++v) {
-            VF32 d = LoadN(dy + at + row * width + v * kLanes, lanes);
-            VF32 h = (LoadN(x + at + row * width + v * kLanes, lanes) - m[v]) * r[v];
-            run_d[v] += d;
-            run_dh[v] += d * h;
-          }
+      VF32 m[N];
+      Half64 d[2][N] = {}, de[2][N] = {};
+      for (int v = 0; v < N; ++v) m[v] = LoadN(mean + j + v * kLanes, lanes);
+      for (int64_t row = start; row < end; ++row) {
+        for (int v = 0; v < N; ++v) {
+          const int64_t at = row * width + j + v * kLanes;
+          const VF32 dys = LoadN(dy + at, lanes), e = LoadN(x + at, lanes) - m[v];
+          const Half64 lower = PromoteLowerTo(dys), upper = PromoteUpperTo(dys);
+          d[0][v] += lower;
+          d[1][v] += upper;
+          de[0][v] += lower * PromoteLowerTo(e);
+          de[1][v] += upper * PromoteUpperTo(e);
         }
-        for (int v = 0; v < N; ++v) sum_d[v] += run_d[v], sum_dh[v] += run_dh[v];
       }
       for (int v = 0; v < N; ++v) {
         const int64_t column = j + v * kLanes;
-        add_to(own + column, PromoteTo(sum_d[v]), lanes);
-        add_to(along + column, PromoteTo(sum_dh[v]), lanes);
+        add_to(own + column, Combine(d[1][v], d[0][v]), lanes);
+        add_to(along + column, Combine(de[1][v], de[0][v]), lanes);
       }
     });
   }
@@ -82,9 +80,8 @@ static void columns_backward(const Backward& f, Pool& pool) {
     if (m.chunks == 1) fill_columns(slot, e);
     double* own = sums(slot, chunk);
     for (int64_t i = 0; i < 2 * width; ++i) own[i] = 0;
-    const float *mean = floats + slot * 5 * width, *rstd = mean + width;
     const int64_t at = e * b.example() + m.begin(chunk) * width;
-    add_gradients(own, own + width, mean, rstd, x + at, dy + at, width,
+    add_gradients(own, own + width, floats + slot * 5 * width, x + at, dy + at, width,
                   m.begin(chunk + 1) - m.begin(chunk));
   };
   auto finish_groups = [&](int64_t slot, int64_t e, int64_t begin, int64_t end) {
@@ -94,20 +91,20 @@ static void columns_backward(const Backward& f, Pool& pool) {
       const double rstd = f.rstd[e * b.g + g];
       double group_own = 0, group_along = 0;
       for (int64_t i = g * b.k; i < (g + 1) * b.k; ++i) {
-        double d = 0, dh = 0;
+        double d = 0, de = 0;
         for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
           const double* from = sums(slot, chunk);
           for (int64_t j = i; j < width; j += features) {
             d += from[j];
-            dh += from[width + j];
+            de += from[width + j];
           }
         }
         for (int64_t row = m.rows * m.fold; row < b.s; ++row) {
           const int64_t at = e * b.example() + row * features + i;
           d += load_scalar(dy + at);
-          dh += load_scalar(dy + at) * ((load_scalar(x + at) - mean) * rstd);
+          de += load_scalar(dy + at) * (load_scalar(x + at) - mean);
         }
-        dh -= mean_low * rstd * d;
+        const double dh = (de - mean_low * d) * rstd;
         totals[slot * 2 * features + i] += dh;
         totals[(slot * 2 + 1) * features + i] += d;
         const double factor = f.scale ? f.scale[i] : 1;

@@ -99,24 +99,40 @@ static inline VF32 canonical_nan(VF32 v) {
   return v == v ? v : Zero() + __builtin_nanf("");
 }
 
-// The sum of the two halves of v, in float64. GCC keeps a VF64 in memory, this in a register.
-static inline Half64 promote_halves(VF32 v) {
+// The two halves of v in float64. GCC keeps a VF64 in memory, and these in registers.
+static inline Half64 PromoteLowerTo(VF32 v) {
 #if defined(__AVX512F__)
-  const __m512 wide = (__m512)v;
-  return (Half64)_mm512_cvtps_pd(_mm512_castps512_ps256(wide)) +
-         (Half64)_mm512_cvtps_pd(_mm512_extractf32x8_ps(wide, 1));
+  return (Half64)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v));
 #elif defined(__AVX2__)
-  const __m256 wide = (__m256)v;
-  return (Half64)_mm256_cvtps_pd(_mm256_castps256_ps128(wide)) +
-         (Half64)_mm256_cvtps_pd(_mm256_extractf128_ps(wide, 1));
+  return (Half64)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v));
 #elif defined(__SSE2__)
-  const __m128 wide = (__m128)v;
-  return (Half64)_mm_cvtps_pd(wide) + (Half64)_mm_cvtps_pd(_mm_movehl_ps(wide, wide));
+  return (Half64)_mm_cvtps_pd((__m128)v);
 #else
-  Half64 sums = {};
-  for (int i = 0; i < kLanes / 2; ++i) sums[i] = static_cast<double>(v[i]) + v[i + kLanes / 2];
-  return sums;
+  Half64 half = {};
+  for (int i = 0; i < kLanes / 2; ++i) half[i] = v[i];
+  return half;
 #endif
+}
+static inline Half64 PromoteUpperTo(VF32 v) {
+#if defined(__AVX512F__)
+  return (Half64)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1));
+#elif defined(__AVX2__)
+  return (Half64)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1));
+#elif defined(__SSE2__)
+  return (Half64)_mm_cvtps_pd(_mm_movehl_ps((__m128)v, (__m128)v));
+#else
+  Half64 half = {};
+  for (int i = 0; i < kLanes / 2; ++i) half[i] = v[i + kLanes / 2];
+  return half;
+#endif
+}
+static inline Half64 promote_halves(VF32 v) { return PromoteLowerTo(v) + PromoteUpperTo(v); }
+
+static inline VF64 Combine(Half64 upper, Half64 lower) {
+  const Half64 halves[] = {lower, upper};
+  VF64 d;
+  std::memcpy(&d, halves, sizeof d);
+  return d;
 }
 
 static inline double ReduceSum(Half64 d) {
