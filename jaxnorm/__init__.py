@@ -34,12 +34,13 @@ from jaxnorm.functional.standardized_weight import standardize_weight
 from jaxnorm.functional.state import BatchNormState, init_batch_norm_state, update_batch_norm_state
 from jaxnorm.functional.unit import unit_norm
 from jaxnorm.functional.weight import init_weight_norm, weight_norm
-from jaxnorm.kernels import implementations
+from jaxnorm.kernels import KernelUnavailableError, implementations
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BatchNormState",
+    "KernelUnavailableError",
     "Moments",
     "NormParams",
     "Renorm",

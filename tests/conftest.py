@@ -12,6 +12,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+from changes import changes
 
 from jaxnorm.core import network
 from jaxnorm.kernels import cpu
@@ -57,15 +58,21 @@ def x64():
 
 
 @pytest.fixture
-def slow_network(monkeypatch):
+def change():
+    """Change a global that programs depend on, for one test."""
+    with changes() as change:
+        yield change
+
+
+@pytest.fixture
+def slow_network(change):
     """A network on which eight devices gather up to 1,200 bytes each, and sum what is more.
 
     An all-reduce starts in 3,150 us and an all-gather in none, at 1 byte/us: 7 * 1200 is
-    2 * 3150 + 2 * 7 / 8 * 1200. JAX keeps programs that it has traced, so a test that uses this
-    has shapes that no test without it has.
+    2 * 3150 + 2 * 7 / 8 * 1200.
     """
     machine = network.Machine(lambda devices: 0, lambda devices: 3150, lambda devices: 1)
-    monkeypatch.setattr(network, "MACHINES", {"slow": machine})
+    change(network, "MACHINES", {"slow": machine})
 
 
 @pytest.fixture

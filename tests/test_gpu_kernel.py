@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from changes import with_kernels
 from contract import Results, assert_kept, compute, example_of
 from norms import NORMS
 
@@ -26,7 +27,7 @@ ROWS = [norm for norm in NORMS if norm.name in ("layer", "rms") and norm.options
 
 
 @pytest.fixture
-def interpreted(monkeypatch, capfd):
+def interpreted(change, capfd):
     """The kernel's functions run on the CPU, and no two warpgroups may race.
 
     They are called directly: what interprets them calls back to Python in order, which JAX does not
@@ -39,7 +40,7 @@ def interpreted(monkeypatch, capfd):
     from jaxnorm.kernels.gpu import rows
 
     plgpu: Any = mosaic_gpu  # older versions of JAX lack the interpreter
-    monkeypatch.setattr(rows, "interpret", plgpu.InterpretGPUParams(detect_races=True))
+    change(rows, "interpret", plgpu.InterpretGPUParams(detect_races=True))
     yield
     assert "RACE DETECTED" not in capfd.readouterr().out
 
@@ -157,9 +158,9 @@ def test_tiles():
             assert t.programs >= 132
 
 
-def test_refusals(monkeypatch):
+def test_refusals(monkeypatch, change):
     monkeypatch.setattr(gpu, "missing", lambda: None)
-    monkeypatch.setitem(kernels.KERNELS, "cpu", gpu)
+    change(kernels, "KERNELS", with_kernels(cpu=gpu))
     huge = Request((2**20, 1, 1, 4096), jnp.dtype("float32"), jnp.dtype("float32"))
     assert "fewer than 2**31 elements" in (gpu.declines(huge) or "")
     x = jnp.ones((8, 128))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from changes import with_kernels
 from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from maps import DATA, shard_map
@@ -143,18 +144,17 @@ def test_flax_s_choices():
     ],
     ids=["nothing", "other names", "other names of manual axes"],
 )
-def test_a_kernel_declines_what_can_t_be_told(context):
+def test_a_kernel_declines_what_can_t_be_told(context, change):
     """JAX has renamed what tells whether arrays are sharded, and whether a program is exported."""
     always = {"missing": lambda: None, "unproven": lambda: None, "declines": lambda request: None}
     kernel: Any = types.SimpleNamespace(**always)
     ctx: Any = types.SimpleNamespace(module_context=types.SimpleNamespace(**context))
     request = Request((8, 1, 1, 64), np.dtype("float32"), np.dtype("float32"))
     assert _internals.is_exported(ctx)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(kernels.KERNELS, "tpu", kernel)
-        assert kernels.for_program("tpu", ctx, request, required=False) is None
-        with pytest.raises(ValueError, match=r"implementation='kernel' must.*over .*devices"):
-            kernels.for_program("tpu", ctx, request, required=True)
+    change(kernels, "KERNELS", with_kernels(tpu=kernel))
+    assert kernels.for_program("tpu", ctx, request, required=False) is None
+    with pytest.raises(ValueError, match=r"implementation='kernel' must.*over .*devices"):
+        kernels.for_program("tpu", ctx, request, required=True)
 
 
 def test_what_is_sharded_can_t_be_told(monkeypatch):

@@ -1,6 +1,7 @@
 """Who computes: chosen by argument or variable, and refused in one sentence."""
 
 import functools
+import pickle
 import threading
 
 import jax
@@ -53,8 +54,12 @@ def calls(f, *args):
     ],
 )
 def test_what_no_kernel_takes_is_an_error_where_one_is_asked_for(f, reason):
-    with pytest.raises(ValueError, match=f"(?s)implementation='kernel' must.*{reason}"):
+    sentence = f"(?s)implementation='kernel' must.*{reason}"
+    with pytest.raises(jn.KernelUnavailableError, match=sentence) as caught:
         f()
+    assert isinstance(caught.value, ValueError)
+    assert reason in caught.value.reason
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 @pytest.mark.usefixtures("x64")

@@ -71,6 +71,7 @@ def test_the_page_of_errors_has_the_texts():
         error_of(jax.lax.pmean, x, "data"),
         error_of(getattr, jaxnorm, "BatchNorm"),
         error_of(jax.jit(lambda train: batch_norm(x, state, train=train)), True),
+        error_of(batch_norm, x, state, renorm=functions.Renorm(3, 5), implementation="kernel"),
     ]
     page = (DOCS / "errors.md").read_text()
     assert [text for text in texts if text not in page] == []

@@ -21,14 +21,12 @@ POSITIONS = (1, 2)
 
 
 @pytest.fixture(params=["cpu", "cuda"])
-def platform(request, monkeypatch):
+def platform(request, change):
     """The CPU runs what it has no reason to, too."""
     if request.param == "cuda":
         chosen = lambda *args, default, cuda=None, **_: (cuda or default)(*args)
-        monkeypatch.setattr("jaxnorm.core.sums.lax.platform_dependent", chosen)
-    jax.clear_caches()
-    yield request.param
-    jax.clear_caches()
+        change(jax.lax, "platform_dependent", chosen)
+    return request.param
 
 
 def steps(f, *args, platform="cuda"):

@@ -1,6 +1,5 @@
 """The TPU's kernel, interpreted on the CPU: the contract, its blocks, races, devices, refusals."""
 
-import dataclasses
 import functools
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from changes import changes, with_kernels
 from contract import EPS, assert_kept, compute, example_of
 from jax import export
 from jax.experimental.pallas import tpu as pltpu
@@ -23,8 +23,7 @@ from jaxnorm.kernels.tpu import blocks
 
 # The interpreter is slow to compile, and its programs do not resemble those of a TPU.
 pytestmark = pytest.mark.usefixtures("unoptimized")
-# Objects of their own, so that no program is found that another test has compiled.
-ROWS = {norm.name: dataclasses.replace(norm) for norm in (NORMS[1], NORMS[3])}
+ROWS = {norm.name: norm for norm in (NORMS[1], NORMS[3])}
 EACH_NORM = pytest.mark.parametrize("norm", ROWS.values(), ids=ROWS)
 SHAPES = {
     "1-feature": (2, 3, 1),
@@ -38,21 +37,23 @@ SHAPES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def interpreted():
     """The kernel is in the table as the CPU's, without a TPU."""
-    monkeypatch.setitem(kernels.KERNELS, "cpu", tpu)
-    monkeypatch.setattr(tpu, "interpret", True)
+    with changes() as change:
+        change(kernels, "KERNELS", with_kernels(cpu=tpu))
+        change(tpu, "interpret", True)
+        yield
 
 
 @pytest.fixture
-def small_vmem(monkeypatch):
+def small_vmem(change):
     """As if the chip held few rows."""
 
     def hold(rows, k):
         needs = tpu._FORWARD | {"arrays": tpu._BACKWARD["arrays"]}
         a_row, fixed = blocks._bytes(k, 4, **needs)
-        monkeypatch.setattr(blocks, "DEFAULT_LIMIT", blocks._SPARE + fixed + rows * a_row)
+        change(blocks, "DEFAULT_LIMIT", blocks._SPARE + fixed + rows * a_row)
 
     return hold
 
@@ -94,7 +95,7 @@ def test_an_example_may_be_larger_than_a_block(small_vmem):
     small_vmem(16, 256)
     plan = blocks.plan((3, 150, 256), 4, batch=1, k=256, arrays=3, features=4)
     assert (plan.examples, plan.rows, plan.steps) == (1, 16, (3, 10))
-    norm = dataclasses.replace(ROWS["layer"])
+    norm = ROWS["layer"]
     check(norm, example_of(norm, (3, 150, 256)))
 
 
@@ -141,14 +142,14 @@ def test_a_residual(norm, dtype):
 
 
 @pytest.mark.parametrize("shape", [(9, 7, 40)], ids=str)
-def test_no_core_touches_what_another_copies(shape, monkeypatch):
+def test_no_core_touches_what_another_copies(shape, change):
     """With two cores, as of v5p, and their blocks in any order."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # where races are told
 
     args = residual_arguments(shape, jnp.float32)
     expected = with_residual(ROWS["layer"], *args)
     params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, random_seed=1)
-    monkeypatch.setattr(tpu, "interpret", params)
+    change(tpu, "interpret", params)
     for ours, plain in zip(with_residual(ROWS["layer"], *args), expected, strict=True):
         assert oracle.units(ours, np.asarray(plain)) <= 4
     assert interpret_pallas_call.races is not None
@@ -190,7 +191,7 @@ def test_without_scale_or_bias(given):
 
 @pytest.mark.parametrize(
     ("norm", "batch"),
-    [(ROWS["layer"], (3,)), (ROWS["rms"], (2, 3)), (dataclasses.replace(NORMS[2]), (3,))],
+    [(ROWS["layer"], (3,)), (ROWS["rms"], (2, 3)), (NORMS[2], (3,))],
     ids=["layer", "rms", "layer-two-axes"],
 )
 def test_vmap_gives_each_example_gradients_of_its_own(norm, batch):

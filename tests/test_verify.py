@@ -3,6 +3,7 @@
 import types
 
 import pytest
+from changes import with_kernels
 
 from jaxnorm import kernels, verify
 from jaxnorm.kernels import cpu
@@ -33,35 +34,32 @@ def test_the_kernel_of_this_machine_is_right(capsys):
 
 
 @pytest.mark.usefixtures("kernel", "few")
-def test_a_wrong_kernel_is_found(capsys, monkeypatch):
+def test_a_wrong_kernel_is_found(capsys, change):
     def value(*args, **options):
         y, *others = cpu.value(*args, **options)
         return (1 + 1e-5) * y, *others
 
     names = ("missing", "level", "unproven", "declines", "cotangent")
     wrong = types.SimpleNamespace(value=value, **{name: getattr(cpu, name) for name in names})
-    monkeypatch.setitem(kernels.KERNELS, "cpu", wrong)
-    verify.jax.clear_caches()
+    change(kernels, "KERNELS", with_kernels(cpu=wrong))
     assert verify.main([]) == 1
     assert "The kernel's errors are NOT within the limit." in capsys.readouterr().out
-    verify.jax.clear_caches()
 
 
-def test_without_a_kernel_there_is_nothing_to_verify(capsys, monkeypatch):
-    monkeypatch.setitem(
-        kernels.KERNELS, "cpu", types.SimpleNamespace(missing=lambda: "no compiler was found")
-    )
+def test_without_a_kernel_there_is_nothing_to_verify(capsys, change):
+    none = types.SimpleNamespace(missing=lambda: "no compiler was found")
+    change(kernels, "KERNELS", with_kernels(cpu=none))
     assert verify.main([]) == 2
     assert "cpu: no kernel to verify, no compiler was found." in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("few")
-def test_where_all_is_declined_nothing_is_verified(capsys, monkeypatch):
+def test_where_all_is_declined_nothing_is_verified(capsys, change):
     names = ("missing", "level", "unproven", "value", "cotangent")
     shy = types.SimpleNamespace(declines=lambda request: "it is shy")
     vars(shy).update({name: getattr(cpu, name) for name in names} | {"missing": lambda: None})
     vars(shy)["level"] = lambda: "none"
-    monkeypatch.setattr(kernels, "KERNELS", {"cpu": shy})
+    change(kernels, "KERNELS", {"cpu": shy})
     assert verify.main([]) == 2
     said = capsys.readouterr().out
     assert "declined: it is shy" in said

@@ -16,7 +16,8 @@ microseconds and bandwidths in bytes per microsecond: 1000 are 1 GB/s.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 # How NCCL estimates its low-latency protocol (LL), which it uses for small messages: baseLat,
@@ -94,17 +95,20 @@ def _across_torus(chips: int) -> float:
     return 3 * chips ** (1 / 3) / 2 * TORUS_HOP
 
 
-MACHINES = {
-    # NCCL has no tree for an all-gather (its PAT is for nodes of one GPU, and not logarithmic).
-    "GPUs": Machine(
-        gather_latency=lambda gpus: RING_START + _around_gpus(gpus),
-        sum_latency=_sum_of_gpus,
-        bandwidth=lambda gpus: NVLINK_BANDWIDTH if _nodes(gpus) == 1 else NETWORK_BANDWIDTH,
-    ),
-    # An all-reduce is a reduce-scatter and an all-gather.
-    "TPUs": Machine(
-        gather_latency=lambda chips: TORUS_START + _across_torus(chips),
-        sum_latency=lambda chips: TORUS_START + 2 * _across_torus(chips),
-        bandwidth=lambda chips: TORUS_BANDWIDTH,
-    ),
-}
+# Read-only, because programs that are compiled depend on it.
+MACHINES: Mapping[str, Machine] = MappingProxyType(
+    {
+        # NCCL has no tree for an all-gather (its PAT is for nodes of one GPU, and not logarithmic).
+        "GPUs": Machine(
+            gather_latency=lambda gpus: RING_START + _around_gpus(gpus),
+            sum_latency=_sum_of_gpus,
+            bandwidth=lambda gpus: NVLINK_BANDWIDTH if _nodes(gpus) == 1 else NETWORK_BANDWIDTH,
+        ),
+        # An all-reduce is a reduce-scatter and an all-gather.
+        "TPUs": Machine(
+            gather_latency=lambda chips: TORUS_START + _across_torus(chips),
+            sum_latency=lambda chips: TORUS_START + 2 * _across_torus(chips),
+            bandwidth=lambda chips: TORUS_BANDWIDTH,
+        ),
+    }
+)

@@ -16,7 +16,7 @@ from jaxnorm.core.moments import Moments, Statistics, statistics
 from jaxnorm.core.normalize import Arrays, normalize_and_measure, program
 from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.standardize import NormParams, standardize_measured, whole_scale
-from jaxnorm.kernels import check_implementation, refuse
+from jaxnorm.kernels import KernelUnavailableError, check_implementation
 
 
 @functools.partial(export.register_namedtuple_serialization, serialized_name="jaxnorm.Renorm")
@@ -89,12 +89,14 @@ def without_kernel(renorm: Renorm | None, implementation: str | None = None) -> 
     """The implementation; if there is renorm, the formula.
 
     Raises:
-      ValueError: there is renorm, and the kernel is asked for.
+      KernelUnavailableError: there is renorm, and the kernel is asked for.
     """
     if renorm is None:
         return implementation
     if check_implementation(implementation) == "kernel":
-        refuse("no kernel does batch renormalization, unless the limits are the numbers 1 and 0")
+        raise KernelUnavailableError(
+            "no kernel does batch renormalization, unless the limits are the numbers 1 and 0"
+        )
     return "xla"
 
 

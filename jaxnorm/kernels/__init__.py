@@ -25,7 +25,9 @@ for a kernel does not make them an error.
 """
 
 import os
-from typing import NoReturn, Protocol
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Protocol
 
 import jax
 
@@ -35,6 +37,33 @@ from jaxnorm.kernels.request import Request
 
 VARIABLE = "JAXNORM_IMPLEMENTATION"
 CHOICES = ("xla", "kernel")
+
+
+class KernelUnavailableError(ValueError):
+    """Raised where `implementation="kernel"` is given and no kernel can compute the call.
+
+    Attributes:
+      reason: why, for example "it takes no mask".
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxnorm as jn
+      >>> x = jnp.ones((2, 3))
+      >>> try:
+      ...     jn.layer_norm(x, where=x > 0, implementation="kernel")
+      ... except jn.KernelUnavailableError as error:
+      ...     "it takes no mask" in error.reason
+      True
+    """
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            "implementation='kernel' must be given inputs that the kernel supports, but "
+            f"{self.reason}; pass implementation='xla', or unset {VARIABLE} if it was that."
+        )
 
 
 class Kernel(Protocol):
@@ -115,7 +144,8 @@ class Kernel(Protocol):
 
 
 PLATFORMS = ("cpu", "tpu", "cuda")  # that may have one
-KERNELS: dict[str, Kernel] = {"cpu": cpu, "tpu": tpu, "cuda": gpu}
+# Read-only: programs that are compiled depend on it, and JAX would find them after a change.
+KERNELS: Mapping[str, Kernel] = MappingProxyType({"cpu": cpu, "tpu": tpu, "cuda": gpu})
 
 
 def implementations() -> dict[str, str]:
@@ -169,7 +199,7 @@ def supported(request: Request, *, required: bool) -> bool:
     """Whether a kernel of any platform supports the request, on some device.
 
     Raises:
-      ValueError: none does, and one is required.
+      KernelUnavailableError: none does, and one is required.
     """
     platforms: dict[str, list[str]] = {}
     for platform, kernel in KERNELS.items():
@@ -178,7 +208,9 @@ def supported(request: Request, *, required: bool) -> bool:
             return True
         platforms.setdefault(reason, []).append(platform)
     if required:
-        refuse("; ".join(f"{reason} ({', '.join(on)})" for reason, on in platforms.items()))
+        raise KernelUnavailableError(
+            "; ".join(f"{reason} ({', '.join(on)})" for reason, on in platforms.items())
+        )
     return False
 
 
@@ -192,7 +224,7 @@ def for_program(
     """The kernel to call in a program that is lowered for the platform, or None for the formula.
 
     Raises:
-      ValueError: there is none that supports the request, and one is required.
+      KernelUnavailableError: there is none that supports the request, and one is required.
     """
     kernel = KERNELS.get(platform or "")
     if kernel is None:
@@ -202,7 +234,7 @@ def for_program(
         reason = kernel.missing() or kernel.declines(request) or _sharded(ctx)
         reason = reason or (None if required else kernel.unproven())
     if reason and required:
-        refuse(reason)
+        raise KernelUnavailableError(reason)
     return None if reason else kernel
 
 
@@ -216,14 +248,6 @@ def _sharded(ctx: LoweringRuleContext) -> str | None:
     return (
         "XLA would gather the arrays that are sharded over devices to call it; map over the "
         "devices with jax.shard_map"
-    )
-
-
-def refuse(reason: str) -> NoReturn:
-    """Raise that the kernel that was asked for can't run."""
-    raise ValueError(
-        f"implementation='kernel' must be given inputs that the kernel supports, but {reason}; "
-        f"pass implementation='xla', or unset {VARIABLE} if it was that."
     )
 
 

@@ -67,7 +67,10 @@ def level() -> str:
 
 
 def use_level(name: str) -> bool:
-    """Use another level in all calls from now on; False if it doesn't run here."""
+    """Use another level in all calls from now on; False if it doesn't run here.
+
+    It is chosen when a program runs, so this holds for programs that are compiled, too.
+    """
     return _library().jaxnorm_use_level(name.encode())
 
 
