@@ -4,10 +4,14 @@ Each case runs by the kernel and by XLA. Results are compared with NumPy in floa
 float32: an error of 1 is the distance to the next float32 of the largest result, or of what it is
 the sum or difference of. Times are medians of interleaved rounds; a rate is the least that must be
 moved, over the time, over the rate of a copy of the same array.
+
+By default it takes up to two minutes and 1 GB: no case is started that may end later, and those
+that are timed are small. `--full` runs all cases, and times arrays that no cache holds.
 """
 
 import argparse
 import functools
+import math
 import statistics
 import sys
 import time
@@ -24,6 +28,9 @@ from jaxnorm import kernels
 LIMIT = 4.0  # units: rounding of the mean, of rstd, and of the operations of the formula
 RESULTS = ("y", "total", "dx", "dscale", "dbias")
 ROUNDS, CALLS = 7, 10
+ROUND_SECONDS = 0.05  # longer calls are fewer
+SECONDS = 110.0  # without --full; the rest of two minutes is for what starts before
+MEGABYTES, FULL_MEGABYTES = 4, 256  # of x, when timed
 
 
 class Case(NamedTuple):
@@ -83,24 +90,27 @@ def _drawn(case: Case, key: jax.Array) -> tuple[tuple[jax.Array, ...], Any]:
 
 def right_cases() -> Iterator[Case]:
     """Data that is hard for a norm, in shapes that are hard for a kernel."""
-    for norm in ("layer", "rms"):
-        for rows, k in ((64, 128), (7, 768), (1, 4096), (1000, 1024), (96, 8192), (5, 1000)):
-            yield Case(norm, rows, k, "float32")
-        for dtype in ("bfloat16", "float32"):
+    norms = ("layer", "rms")
+    for dtype in ("bfloat16", "float32"):
+        for norm in norms:
             yield Case(norm, 4096, 768, dtype, mean=1.0)
             yield Case(f"add_{norm}", 4096, 768, dtype, mean=1.0)
+    for norm in norms:
         yield Case(norm, 64, 2048, "float32", mean=1e4)
+        yield Case(f"add_{norm}", 96, 1024, "float32", mean=1e4)
         yield Case(norm, 64, 2048, "float32", std=1e18, epsilon=0.0)
         yield Case(norm, 64, 2048, "float32", std=1e-15, epsilon=0.0)
         yield Case(norm, 64, 2048, "float32", mean=3.0, std=0.0)
-        yield Case(f"add_{norm}", 96, 1024, "float32", mean=1e4)
+    for rows, k in ((64, 128), (7, 768), (1, 4096), (1000, 1024), (96, 8192), (5, 1000)):
+        for norm in norms:
+            yield Case(norm, rows, k, "float32")
 
 
 def fast_cases(megabytes: int) -> Iterator[Case]:
     """Rows of many lengths; x has so many MiB."""
-    for norm in ("layer", "rms", "add_layer", "add_rms"):
+    for k in (768, 4096, 1024, 2048, 5120, 8192):
         for dtype in ("bfloat16", "float32"):
-            for k in (768, 4096) if norm.startswith("add") else (768, 1024, 2048, 4096, 5120, 8192):
+            for norm in ("layer", "rms", *(("add_layer", "add_rms") if k in (768, 4096) else ())):
                 rows = (megabytes << 20) // (k * jnp.dtype(dtype).itemsize)
                 yield Case(norm, rows // 8 * 8, k, dtype)
 
@@ -173,17 +183,22 @@ def programs(case: Case, implementation: str) -> dict[str, Callable]:
 
 
 def medians(calls: dict[str, Callable]) -> dict[str, float]:
-    """Seconds of a call of each; calls are queued, as in training."""
-    seconds = {name: [] for name in calls}
-    for call in calls.values():
+    """Seconds of a call of each; short calls are queued, as in training."""
+
+    def timed(call, count):
+        start, results = time.perf_counter(), None
+        for _ in range(count):
+            results = call()
+        jax.block_until_ready(results)
+        return (time.perf_counter() - start) / count
+
+    counts, seconds = {}, {name: [] for name in calls}
+    for name, call in calls.items():
         jax.block_until_ready(call())
+        counts[name] = round(min(CALLS, max(1, ROUND_SECONDS / timed(call, 1))))
     for _ in range(ROUNDS):
         for name, call in calls.items():
-            start, results = time.perf_counter(), None
-            for _ in range(CALLS):
-                results = call()
-            jax.block_until_ready(results)
-            seconds[name].append((time.perf_counter() - start) / CALLS)
+            seconds[name].append(timed(call, counts[name]))
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
@@ -226,11 +241,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--megabytes", type=int, default=256, metavar="N", help="of x, when timed; default: 256")
+    add("--full", action="store_true", help="run all cases, however long it takes")
+    sizes = f"of x, when timed; default: {MEGABYTES}, with --full {FULL_MEGABYTES}"
+    add("--megabytes", type=int, metavar="N", help=sizes)
     options = parser.parse_args(argv)
-    if options.megabytes < 1:
-        print(f"--megabytes must be at least 1, got {options.megabytes}.", file=sys.stderr)
+    megabytes = options.megabytes
+    if megabytes is None:
+        megabytes = FULL_MEGABYTES if options.full else MEGABYTES
+    if megabytes < 1:
+        print(f"--megabytes must be at least 1, got {megabytes}.", file=sys.stderr)
         return 2
+    started = time.monotonic()
     backend = jax.default_backend()
     try:
         status = jn.implementations()[backend]
@@ -243,43 +264,63 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{backend}: no kernel to verify, {why}.", file=sys.stderr)
         return 2
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {status}")
+    if options.full:
+        print("All cases: many minutes, and some 30 times the memory of x.", flush=True)
+    else:
+        print("Up to two minutes and 1 GB; --full runs all cases, of larger arrays.", flush=True)
     try:
-        return verify(options.megabytes)
+        return verify(megabytes, math.inf if options.full else started + SECONDS)
     except KeyboardInterrupt:
         print("Interrupted: what stands above is all that was verified.", file=sys.stderr)
         return 130
 
 
-def verify(megabytes: int) -> int:
-    """Print what was found; 0 if the kernel is right, 1 if it is not, 2 if no case was run."""
+def verify(megabytes: int, deadline: float) -> int:
+    """Print what was found; 0 if the kernel is right, 1 if it is not, 2 if no case was run.
+
+    The errors get half of the time until the deadline.
+    """
+    middle = (time.monotonic() + deadline) / 2
     print(
         f"\nErrors in units of float32, at most {LIMIT:g}. On the right the largest of XLA, which"
     )
     print("adds up the gradients of x in bfloat16 where x is:")
-    print(f"{'':<54} {' '.join(f'{name:>6}' for name in RESULTS)}   {'XLA':>8}")
-    right = list(_told(right_cases(), report))
+    print(f"{'':<64} {' '.join(f'{name:>6}' for name in RESULTS)}   {'XLA':>8}")
+    right = list(_told(right_cases(), report, middle))
     print("\nTimes:")
-    gains = [gain for pair in _told(fast_cases(megabytes), speed) for gain in pair]
+    gains = [gain for pair in _told(fast_cases(megabytes), speed, deadline) for gain in pair]
     if not right or not gains:
         print("\nThe kernel declined all cases: nothing was verified.")
         return 2
     verdict = "within the limit" if all(right) else "NOT within the limit"
     gain, slower = statistics.geometric_mean(gains), sum(each < 1 for each in gains)
-    print(f"\nThe kernel's errors are {verdict}. It is {gain:.2f} times as fast as XLA (geometric")
-    print(f"mean), and slower in {slower} of {len(gains)} programs.")
+    print(
+        f"\nThe kernel's errors are {verdict} in {len(right)} cases. It is {gain:.2f} times as fast"
+    )
+    print(f"as XLA (geometric mean), and slower in {slower} of {len(gains)} programs.")
     return 0 if all(right) else 1
 
 
-def _told(cases: Iterator[Case], tell: Callable) -> Iterator[Any]:
-    """Print a line for each case; yield what else `tell` returns."""
-    for case in cases:
+def _told(cases: Iterator[Case], tell: Callable, deadline: float) -> Iterator[Any]:
+    """Print a line for each case; yield what else `tell` returns.
+
+    No case is started that would end after the deadline if it took as long as the longest before.
+    """
+    todo, longest = list(cases), 0.0
+    for number, case in enumerate(todo):
+        start = time.monotonic()
+        if start + longest > deadline:
+            print(f"{len(todo) - number} more cases were not run: pass --full.", flush=True)
+            return
+        print(f"{number + 1:>2} of {len(todo)}  ", end="", flush=True)
         try:
             line, result = tell(case)
         except jn.KernelUnavailableError as error:
             print(f"{case!s:<54} declined: {error.reason}", flush=True)
-            continue
-        print(line, flush=True)
-        yield result
+        else:
+            print(line, flush=True)
+            yield result
+        longest = max(longest, time.monotonic() - start)
 
 
 if __name__ == "__main__":

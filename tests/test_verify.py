@@ -1,5 +1,8 @@
 """python -m jaxnorm.verify tells right kernels from wrong ones."""
 
+import os
+import subprocess
+import sys
 import types
 
 import pytest
@@ -29,8 +32,10 @@ def test_the_kernel_of_this_machine_is_right(capsys):
     assert "layer_norm 8 x 64 float32, 10000 ± 1" in said
     assert "add_rms_norm 4 x 32768 bfloat16" in said
     assert "declined: it adds a residual to rows of bfloat16 of up to 16384" in said
-    assert "The kernel's errors are within the limit." in said
+    assert "The kernel's errors are within the limit in 1 cases." in said
     assert "of 2 programs." in said
+    start, timed = said.index("Up to two minutes and 1 GB"), said.index(" 1 of 1  add_layer")
+    assert start < said.index(" 1 of 2  layer_norm") < said.index(" 2 of 2  add_rms_norm") < timed
 
 
 @pytest.mark.usefixtures("kernel", "few")
@@ -43,7 +48,7 @@ def test_a_wrong_kernel_is_found(capsys, change):
     wrong = types.SimpleNamespace(value=value, **{name: getattr(cpu, name) for name in names})
     change(kernels, "KERNELS", with_kernels(cpu=wrong))
     assert verify.main([]) == 1
-    assert "The kernel's errors are NOT within the limit." in capsys.readouterr().out
+    assert "The kernel's errors are NOT within the limit in 1 cases." in capsys.readouterr().out
 
 
 def test_without_a_kernel_there_is_nothing_to_verify(capsys, change):
@@ -68,7 +73,7 @@ def test_where_all_is_declined_nothing_is_verified(capsys, change):
 
 @pytest.mark.usefixtures("kernel")
 def test_ctrl_c_is_one_sentence(capsys, monkeypatch):
-    def interrupt(megabytes):
+    def interrupt(megabytes, deadline):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(verify, "verify", interrupt)
@@ -85,6 +90,64 @@ def test_a_wrong_variable_is_one_sentence(capsys, monkeypatch):
 def test_a_wrong_flag_is_one_sentence(capsys):
     assert verify.main(["--megabytes", "0"]) == 2
     assert "--megabytes must be at least 1, got 0." in capsys.readouterr().err
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A machine on which each case takes 20 seconds; the lines of `main`, and the seconds."""
+    now = [0.0]
+
+    def told(line):
+        now[0] += 20
+        return line
+
+    monkeypatch.setattr(verify.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(verify, "report", lambda case: (told("right"), True))
+    monkeypatch.setattr(verify, "speed", lambda case: (told("fast"), [1.0, 1.0]))
+    return now
+
+
+@pytest.mark.usefixtures("kernel")
+def test_it_ends_before_two_minutes_and_counts_what_is_left(capsys, clock):
+    assert verify.main([]) == 0
+    assert clock == [100]  # a sixth case would end after SECONDS
+    said = capsys.readouterr().out
+    assert said.count("right") == 2
+    assert "28 more cases were not run: pass --full." in said
+    assert said.count("fast\n") == 3
+    assert "29 more cases were not run: pass --full." in said
+    assert "in 2 cases" in said
+
+
+@pytest.mark.usefixtures("kernel")
+def test_all_cases_are_run_if_one_wants_that(capsys, clock):
+    assert verify.main(["--full"]) == 0
+    assert clock == [20 * (30 + 32)]
+    said = capsys.readouterr().out
+    assert said.index("All cases: many minutes") < said.index("right")
+    assert "more cases" not in said
+
+
+@pytest.mark.usefixtures("kernel")
+def test_the_largest_cases_take_less_than_a_gigabyte():
+    """In a process of its own, which tells the most memory that it had."""
+    code = """if True:
+        import resource
+        from jaxnorm import verify
+        for case in verify.right_cases():
+            if case.rows == 4096:
+                assert verify.report(case)[1]
+        cases = list(verify.fast_cases(verify.MEGABYTES))
+        for case in [case for case in cases if case.norm == "add_layer"][:2]:
+            verify.speed(case)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+    # With the eight devices of conftest.py there would be eight of what belongs to one.
+    env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True
+    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert int(ran.stdout) * unit < 1e9
 
 
 def test_the_cases_are_what_a_kernel_is_for():
