@@ -57,6 +57,8 @@ NORMS = {
     "batch-2d": ((5, 4, 3, 2), lambda nn: nn.BatchNorm2d(4, eps=1e-3, momentum=0.3)),
     "batch-average": ((8, 4), lambda nn: nn.BatchNorm1d(4, momentum=None)),
     "batch-plain": ((8, 4), lambda nn: nn.BatchNorm1d(4, affine=False)),
+    "layer-no-arrays": ((5, 4), lambda nn: nn.LayerNorm(4, elementwise_affine=False)),
+    "instance-no-arrays": ((5, 4, 3, 2), lambda nn: nn.InstanceNorm2d(4)),
     "layer": ((5, 4, 3), lambda nn: nn.LayerNorm((4, 3))),
     "layer-no-bias": ((5, 4), lambda nn: nn.LayerNorm(4, bias=False)),
     "rms": ((5, 4), lambda nn: nn.RMSNorm(4)),
@@ -158,7 +160,7 @@ STATE = {"bn.weight": ONES, "bn.running_mean": ONES, "bn.running_var": ONES}
 @pytest.mark.parametrize(
     ("saved", "prefix", "error", "words"),
     [
-        (SAVED, "bn", ValueError, r"got 'bn'; the prefixes there are 'conv', 'layer\.bn'\."),
+        (SAVED, "bn", ValueError, r"got 'bn'; the prefixes there are 'conv', 'layer\.bn'; "),
         (SAVED, "layer", ValueError, "got 'layer'; the prefixes"),
         (SAVED, "", ValueError, "got ''; the prefixes"),
         ({"a.in_proj": ONES}, "a", ValueError, "or neither, got 'a' with 'in_proj'"),
@@ -172,6 +174,44 @@ STATE = {"bn.weight": ONES, "bn.running_mean": ONES, "bn.running_var": ONES}
 def test_what_is_no_norm_of_pytorch(saved, prefix, error, words):
     with pytest.raises(error, match=words):
         convert.from_torch(saved, prefix)
+
+
+NO_NORMS = {
+    "linear": lambda nn: nn.Linear(4, 3),
+    "linear without bias": lambda nn: nn.Linear(4, 3, bias=False),
+    "square linear without bias": lambda nn: nn.Linear(4, 4, bias=False),
+    "embedding": lambda nn: nn.Embedding(4, 3),
+    "convolution without bias": lambda nn: nn.Conv2d(4, 4, 3, bias=False),
+    "bilinear": lambda nn: nn.Bilinear(2, 3, 4),
+    "lstm": lambda nn: nn.LSTM(4, 4),
+    "attention": lambda nn: nn.MultiheadAttention(4, 2),
+    "weight norm": lambda nn: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)),
+    "weight norm without bias": lambda nn: nn.utils.parametrizations.weight_norm(
+        nn.Linear(4, 4, bias=False)
+    ),
+    "spectral norm": lambda nn: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
+    "spectral norm, older": lambda nn: nn.utils.spectral_norm(nn.Linear(4, 4)),
+    "a norm and more": lambda nn: nn.TransformerEncoderLayer(4, 2, 8).self_attn,
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "layer"])
+@pytest.mark.parametrize("name", NO_NORMS)
+@pytest.mark.filterwarnings("ignore:.*spectral_norm:FutureWarning")  # of the older one
+def test_layers_of_pytorch_are_no_norms(name, prefix, torch):
+    layer = NO_NORMS[name](torch.nn)
+    saved = (torch.nn.ModuleDict({"layer": layer}) if prefix else layer).state_dict()
+    with pytest.raises(ValueError, match=rf"'{prefix}'.*; "):
+        convert.from_torch(saved, prefix)
+
+
+def test_a_norm_without_arrays_is_not_a_wrong_prefix():
+    assert convert.from_torch({}) == (jn.NormParams(), None)
+    for saved in ({}, SAVED):
+        with pytest.raises(ValueError, match=r"got 'm'.*without arrays has none, so take NormPar"):
+            convert.from_torch(saved, "m")
+    with pytest.raises(ValueError, match=r"got one of shape \(2, 3\) by itself at 'conv'"):
+        convert.from_torch(SAVED, "conv")
 
 
 def test_state_dicts_without_a_count():
@@ -208,6 +248,13 @@ LAYERS = {
         lambda keras: keras.layers.BatchNormalization(axis=1, scale=False, momentum=0.7),
     ),
     "layer": ((5, 4, 3), lambda keras: keras.layers.LayerNormalization(axis=(1, 2))),
+    # Keras keeps arrays of shape (3, 4) here, and reshapes them to (4, 3).
+    "layer-both-ends": ((5, 4, 3, 2), lambda keras: keras.layers.LayerNormalization(axis=[1, -2])),
+    "layer-not-neighbours": (
+        (5, 4, 3, 2),
+        lambda keras: keras.layers.LayerNormalization(axis=[-1, 1], center=False),
+    ),
+    "rms-many": ((5, 4, 3), lambda keras: keras.layers.RMSNormalization(axis=[-1, -2])),
     "rms": ((5, 4), lambda keras: keras.layers.RMSNormalization()),
     "group": ((5, 3, 4), lambda keras: keras.layers.GroupNormalization(2)),
     "group-instance": ((5, 3, 4), lambda keras: keras.layers.GroupNormalization(-1, center=False)),

@@ -48,7 +48,10 @@ def from_haiku(
     if not (found or tracked) or found.keys() - {"scale", "offset"}:
         norms = {key for key, value in params.items() if not value.keys() - {"scale", "offset"}}
         norms |= {key.rpartition("/~/")[0] for key in state if key.endswith(_AVERAGES)}
-        raise ValueError(f"name must be that of a norm, got {name!r}; there are {listed(norms)}.")
+        raise ValueError(
+            f"name must be that of a norm, got {name!r}; there are {listed(norms)}; a norm without "
+            "arrays has none, so take NormParams() for it."
+        )
     scale, offset = (
         None if value is None else _features(as_scale_or_bias(value, f"{name}/{key}"))
         for key, value in ((key, found.get(key)) for key in ("scale", "offset"))

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxnorm.convert.reading import as_scale_or_bias, as_statistic, kind_of
 from jaxnorm.core.standardize import NormParams
@@ -30,11 +32,10 @@ def from_keras(layer: Any) -> tuple[NormParams, BatchNormState | None]:
       ValueError: it is not built, or computes what no function of jaxnorm does.
     """
     kind = _checked(layer)
-    if kind == "RMSNormalization":
-        return NormParams(as_scale_or_bias(_value(layer.scale), "scale")), None
-    params = NormParams(
-        *(as_scale_or_bias(_value(getattr(layer, name)), name) for name in ("gamma", "beta"))
-    )
+    names = ("scale",) if kind == "RMSNormalization" else ("gamma", "beta")
+    params = NormParams(*(as_scale_or_bias(_value(getattr(layer, name)), name) for name in names))
+    if isinstance(layer.axis, list | tuple):
+        params = _in_order(params, layer)
     if kind != "BatchNormalization":
         return params, None
     mean, var = (
@@ -89,6 +90,17 @@ def _checked(layer: Any) -> str:
                 f"it; {instead}, so convert its arrays by hand."
             )
     return kind
+
+
+def _in_order(params: NormParams, layer: Any) -> NormParams:
+    """Scale and bias in the order of the axes of x.
+
+    Keras sorts axes as they are given, so [1, -2] becomes [-2, 1], and makes the arrays in this
+    order. But it reshapes them to the order of x, and does not transpose them.
+    """
+    rank = len(layer.get_build_config()["input_shape"])
+    order = np.argsort([axis % rank for axis in layer.axis])
+    return jax.tree.map(lambda a: a.reshape([a.shape[i] for i in order]), params)
 
 
 def _value(variable: Any) -> Any:

@@ -1,5 +1,6 @@
 """The arrays of a whole model, by a table of names."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,6 +13,11 @@ from jaxnorm.convert.reading import as_numpy, listed
 
 Model = TypeVar("Model")
 Place = str | tuple[str, Callable[[np.ndarray], np.ndarray]] | None
+
+# PyTorch's weight, also of an LSTM (weight_ih_l0), or below a weight norm or a spectral norm:
+# weight_v, weight_orig, and newer parametrizations.weight.original, .original0 and .original1.
+_OUTPUTS_FIRST = re.compile(r"weight[^./]*(\.original[01]?)?$")
+_OUTPUTS_LAST = re.compile(r"(^|[./])(kernel|w)$")  # of Flax and Keras, and of Haiku
 
 
 class _Target(NamedTuple):
@@ -32,10 +38,17 @@ def load(
     """A model with the arrays of another library's model.
 
     Every array and every variable of the model must have a place, so that no name is forgotten.
-    An array whose name ends in "weight" is transposed if its place is a "kernel": (out, in) of
-    PyTorch's Linear becomes (in, out), and (out, in, height, width) of its convolutions (height,
-    width, in, out). The same is right for an `nnx.ConvTranspose` with `transpose_kernel`; without
-    it, its kernel is (height, width, in, out) and flipped, which is done where the layer is seen.
+    An array whose place is a "kernel" is transposed if it is a "weight" by the last part of its
+    name: (out, in) of PyTorch's Linear becomes (in, out), and (out, in, height, width) of its
+    convolutions (height, width, in, out). That includes what PyTorch keeps for a weight norm or a
+    spectral norm, such as "weight_v", "weight_orig" and "parametrizations.weight.original1". The
+    same is right for an `nnx.ConvTranspose` with `transpose_kernel`; without it, its kernel is
+    (height, width, in, out) and flipped, which is done where the layer is seen. A "kernel" (of Flax
+    or Keras) and a "w" (Haiku) stay as they are; any other name is an error.
+
+    The lengths g of a weight norm, (out, 1), are the scale of a `jaxnorm.nnx.WeightNorm`, (out,):
+    give a function, `("scales.kernel", np.ravel)`. PyTorch's lengths of a ConvTranspose belong to
+    its inputs: the WeightNorm has `feature_axes=-2`, or -1 with `transpose_kernel`.
 
     Args:
       model: an nnx module, also one of `nnx.eval_shape`; or the variables of a linen model, such as
@@ -45,9 +58,10 @@ def load(
         `safetensors.numpy.load_file` returns.
       table: for each name its path in the model, such as "blocks.0.conv.kernel" or
         "params/conv/kernel" (dots and slashes are the same). A path and a function, as a tuple,
-        is for an array that needs other care: the function takes and returns an array of NumPy,
-        which is then not transposed. None leaves an array out, such as num_batches_tracked, for
-        which Flax's batch norm has no variable.
+        is for an array that needs other care, such as a "weight" with the inputs first (Conv1D of
+        GPT-2): the function takes and returns an array of NumPy, which is then not transposed. None
+        leaves an array out, such as num_batches_tracked, for which Flax's batch norm has no
+        variable.
       keep: paths in the model that stay as they are, each with all below it: "head".
 
     Returns:
@@ -58,7 +72,8 @@ def load(
     Raises:
       TypeError: model is neither, an array is none, or it is complex or floating-point where its
         place is not.
-      ValueError: a name or a path is not there, left over or used twice, or a shape does not fit.
+      ValueError: a name or a path is not there, left over or used twice, a shape does not fit, or
+        the name of an array does not tell how to arrange it as a kernel.
 
     Examples:
       >>> import numpy as np, jaxnorm.convert
@@ -145,9 +160,15 @@ def _arranged(array: np.ndarray, name: str, path: str, target: _Target, function
     """An array as the model has it."""
     if function is not None:
         return np.asarray(function(array))
-    is_kernel = path.rpartition(".")[2] == "kernel" and name.endswith("weight")
-    if not is_kernel or array.ndim < 2:
+    is_kernel = path.rpartition(".")[2] == "kernel" and array.ndim > 1
+    if not is_kernel or _OUTPUTS_LAST.search(name):
         return array
+    if not _OUTPUTS_FIRST.search(name):
+        raise ValueError(
+            f"the name of an array for {path} must end in weight (outputs first, as in PyTorch) or "
+            f"in kernel or w (outputs last), got {name!r}; give its path and a function, such as "
+            "numpy.transpose, or one that returns the array as it is."
+        )
     spatial = tuple(range(2, array.ndim))
     if target.flipped:
         return np.flip(array.transpose(*spatial, 0, 1), tuple(range(len(spatial))))
@@ -178,7 +199,7 @@ def _nnx(model: Any) -> tuple[dict[str, _Target], Callable]:
 
     def variables(module: Any) -> dict[str, tuple[tuple, Any]]:
         flat = nnx.to_flat_state(nnx.state(module))
-        return {".".join(map(str, path)): (path, variable) for path, variable in flat}
+        return {_dotted(path): (path, variable) for path, variable in flat}
 
     modules = dict(nnx.iter_modules(model))
     targets = {}
@@ -198,13 +219,19 @@ def _nnx(model: Any) -> tuple[dict[str, _Target], Callable]:
     return targets, rebuild
 
 
+def _dotted(path: Any) -> str:
+    """A path whose parts may be paths: ("scales", ("kernel",)) of a weight norm."""
+    return ".".join(map(_dotted, path)) if isinstance(path, tuple) else str(path)
+
+
 def _linen(variables: Any) -> tuple[dict[str, _Target], Callable]:
     """The variables of linen by their paths, boxed or not, and what makes them with others."""
     from flax.core import meta
 
     is_box = lambda leaf: isinstance(leaf, meta.AxisMetadata)
     flat, structure = jax.tree.flatten_with_path(variables, is_leaf=is_box)
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
+    dotted = lambda path: jax.tree_util.keystr(path, simple=True, separator=".").replace("/", ".")
+    leaves = {dotted(path): leaf for path, leaf in flat}
     targets = {name: _Target(meta.unbox(leaf), required=True) for name, leaf in leaves.items()}
 
     def rebuild(values: dict[str, jax.Array]) -> Any:

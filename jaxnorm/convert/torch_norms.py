@@ -38,12 +38,14 @@ def from_torch(
 
     Returns:
       The parameters, in their own dtype (float64 is float32 unless JAX has 64 bits), with None for
-      what the norm lacks; and the state in float32 or better, or None without running statistics.
+      what the norm lacks (for both, of a norm without arrays, whose state dict is empty); and the
+      state in float32 or better, or None without running statistics.
       Its count is num_batches_tracked, or 0 where there is none, as before PyTorch 0.4.1.
 
     Raises:
       TypeError: an array is not one of these.
-      ValueError: there is no norm of that prefix, or its arrays are not those of a norm.
+      ValueError: there is no norm of that prefix, or its arrays are not those of a norm. A weight
+        of several axes by itself may be that of a Linear or an Embedding, and is refused.
 
     Examples:
       >>> import numpy as np, jaxnorm.convert
@@ -58,30 +60,39 @@ def from_torch(
             "state_dict must be a dictionary of arrays and prefix a string, got "
             f"{type(state_dict).__name__} and {type(prefix).__name__}; pass module.state_dict()."
         )
+    if not state_dict and not prefix:
+        return NormParams(), None
     start = f"{prefix.removesuffix('.')}." if prefix else ""
-    found = {
+    below = {
         name.removeprefix(start): value
         for name, value in state_dict.items()
-        if name.startswith(start) and "." not in name.removeprefix(start)
+        if name.startswith(start)
     }
+    found = {name: value for name, value in below.items() if "." not in name}
     if not found:
         norms = {
             parent for parent, _, name in (n.rpartition(".") for n in state_dict) if name in _NAMES
         }
         raise ValueError(
             f"prefix must be that of a norm in state_dict, got {prefix!r}; the prefixes there are "
-            f"{listed(norms, prefix)}."
+            f"{listed(norms, prefix)}; a norm without arrays has none, so take NormParams() for it."
         )
-    if found.keys() - _NAMES or (_STATISTICS[0] in found) != (_STATISTICS[1] in found):
+    if below.keys() - _NAMES or (_STATISTICS[0] in found) != (_STATISTICS[1] in found):
         raise ValueError(
             f"prefix must be that of a norm, with running_mean and running_var or neither, got "
-            f"{prefix!r} with {listed(found)}; pass the prefix of the norm itself."
+            f"{prefix!r} with {listed(below)}; pass the prefix of the norm itself."
         )
     shapes = {np.shape(value) for name, value in found.items() if name != _COUNT}
     if len(shapes) > 1:
         raise ValueError(
             f"the arrays of a norm must have one shape, got {sorted(map(tuple, shapes))} at "
             f"{prefix!r}; pass the prefix of the norm itself."
+        )
+    if found.keys() == {"weight"} and np.ndim(found["weight"]) > 1:
+        raise ValueError(
+            "a weight of several axes must come with a bias of its shape, got one of shape "
+            f"{tuple(np.shape(found['weight']))} by itself at {prefix!r}, which may be that of a "
+            "Linear or an Embedding; if it is a norm's, pass NormParams(weight) to the norm."
         )
     params = NormParams(
         *(as_scale_or_bias(found.get(name), start + name) for name in ("weight", "bias"))
