@@ -1,5 +1,6 @@
 """What `jaxnorm.linen` and `jaxnorm.nnx` share: arguments of a norm by a module's attributes."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from jaxnorm.core.arguments import check_number, check_param
-from jaxnorm.core.arithmetic import promote, real_dtype
+from jaxnorm.core.arguments import check_dtype, check_number, check_param
+from jaxnorm.core.arithmetic import is_small_float, promote, real_dtype
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.devices import LOCAL, bound_devices
 from jaxnorm.core.layout import Layout
@@ -115,9 +116,30 @@ def like(old: Any, value: np.ndarray | jax.Array) -> jax.Array:
     return new
 
 
+def widened(x: Any, dtype: DTypeLike | None) -> jax.Array:
+    """x as an array that JAX promotes: one of float8, where a module has a dtype, in float32."""
+    x = jnp.asarray(x)
+    if dtype is None:
+        check_dtype(x.dtype, "x", "convert it first, or give the module a dtype.")
+        return x
+    check_dtype(jnp.dtype(dtype), "dtype", "convert the result afterwards.")
+    return x.astype(jnp.float32) if is_small_float(x.dtype) else x
+
+
+def warn_of_single_elements(layout: Layout) -> None:
+    """Warn that no axis is left to measure over; Flax's result is the same in silence."""
+    if not layout.reduction_axes:
+        warnings.warn(
+            "InstanceNorm must have an axis besides those of the examples and the features, got "
+            f"x of shape {layout.shape}; the result is the bias whatever x is, so use LayerNorm "
+            "for statistics over the features.",
+            stacklevel=3,
+        )
+
+
 def called(function: Callable, x: Any, dtype: DTypeLike, *args: Any, **options: Any) -> jax.Array:
     """`function(x, ...)` with a result of `dtype`: x is cast up before, and y down after."""
-    x = jnp.asarray(x)
+    x = widened(x, dtype)
     return function(x.astype(promote(x.dtype, dtype)), *args, **options).astype(dtype)
 
 

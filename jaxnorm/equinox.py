@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxnorm.core.arguments import check_input
+from jaxnorm.core.arguments import check_flag, check_input
 from jaxnorm.core.arithmetic import promote
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.batch import batch_norm
@@ -157,12 +157,12 @@ class BatchNorm(nn.BatchNorm):
 
         Raises:
           TypeError: x is of an integer type, or complex and the module is not.
-          ValueError: x does not have the channels of the module, nothing binds `axis_name`,
-            momentum is outside [0, 1], or epsilon is negative.
+          ValueError: x does not have the channels of the module, nothing binds `axis_name` (also a
+            NameError), momentum is outside [0, 1], or epsilon is negative.
         """
         x = check_input(x)
         _check_channels(x, self.input_size)
-        inference = self.inference if inference is None else inference
+        inference = check_flag(self.inference if inference is None else inference, "inference")
         return (_by_batch if self.mode == "batch" else _by_averages)(self, x, state, inference)
 
 

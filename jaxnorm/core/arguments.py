@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxnorm.core.arithmetic import as_array
+from jaxnorm.core.arithmetic import as_array, is_small_float
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.standardize import NormParams
 
@@ -22,17 +22,29 @@ def check_input(x: Any, name: str = "x") -> jax.Array:
             f"{name} must be floating-point or complex, got dtype {x.dtype}; convert it first, for "
             f"example {name}.astype(jnp.float32)."
         )
+    check_dtype(x.dtype, name, f"convert it first, for example {name}.astype(jnp.float32).")
     return x
 
 
-def check_train(train: bool) -> bool:
+def check_dtype(dtype: jnp.dtype, name: str, remedy: str) -> None:
+    """Check that a dtype is none of those that JAX does not promote to float32."""
+    if is_small_float(dtype):
+        raise TypeError(f"{name} must be of float16, bfloat16 or better, got {dtype}; {remedy}")
+
+
+def check_train(train: bool, name: str = "train") -> bool:
     """Whether to train as a Python bool; it decides what is computed."""
     if not isinstance(train, bool | np.bool_):
         raise TypeError(
-            f"train must be a Python bool, got {type(train).__name__}; mark it as static in "
+            f"{name} must be a Python bool, got {type(train).__name__}; mark it as static in "
             "jax.jit, or bind it with functools.partial."
         )
     return bool(train)
+
+
+def check_flag(flag: Any, name: str) -> bool:
+    """A flag of a module as a Python bool; as in Flax, it may be anything but traced."""
+    return check_train(flag, name) if isinstance(flag, Tracer) else bool(flag)
 
 
 def check_residual(residual: Any, x: jax.Array) -> jax.Array:
@@ -154,10 +166,17 @@ def check_scale_offset(offset: float, params: NormParams | None) -> float:
 
 def check_number(value: float, name: str) -> float:
     """A number as a Python float; it is compiled in."""
-    number = isinstance(value, Real) or (isinstance(value, jax.Array) and value.ndim == 0)
-    if isinstance(value, Tracer) or not number:
+    if isinstance(value, Tracer) or not is_number(value):
         raise TypeError(
             f"{name} must be a number that is known while tracing, got {type(value).__name__}; "
             "it is compiled into the program, so bind it with functools.partial."
         )
     return float(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number, of Python, NumPy or JAX; it may be traced."""
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+        return real and value.ndim == 0
+    return isinstance(value, Real)

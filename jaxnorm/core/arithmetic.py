@@ -28,6 +28,11 @@ def _promote(x64: bool, *dtypes: DTypeLike) -> jnp.dtype:
         return jnp.result_type(*dtypes)
 
 
+def is_small_float(dtype: DTypeLike) -> bool:
+    """Whether a floating-point dtype has eight bits or fewer; JAX promotes none of these."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
+
+
 def real_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype of the absolute value: float32 for complex64, and so on."""
     return jnp.finfo(dtype).dtype

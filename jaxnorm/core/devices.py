@@ -28,6 +28,10 @@ AxisGroups = Sequence[Sequence[int]] | None
 Equation = Callable[[Callable, Any], Any]
 
 
+class UnboundAxisNameError(ValueError, NameError):
+    """Nothing binds an axis name: a ValueError as any bad argument, and JAX's NameError."""
+
+
 class Devices(NamedTuple):
     """The devices along named axes, and which of them share statistics.
 
@@ -132,8 +136,8 @@ def bound_devices(axis_name: AxisName, axis_index_groups: AxisGroups = None) -> 
 
     Raises:
       TypeError: the name can't be a name, or the groups are not lists of integers.
-      ValueError: nothing binds the name, it is given twice, or the groups do not hold each index
-        along it once.
+      ValueError: nothing binds the name (also a NameError), it is given twice, or the groups do
+        not hold each index along it once.
     """
     if axis_name is None:
         if axis_index_groups is not None:
@@ -150,7 +154,7 @@ def bound_devices(axis_name: AxisName, axis_index_groups: AxisGroups = None) -> 
                 ' for example axis_name="data", and what else comes after state by its keyword.'
             )
         if not is_bound(name):
-            raise ValueError(
+            raise UnboundAxisNameError(
                 "axis_name must be bound by jax.shard_map, jax.pmap or jax.vmap around this call, "
                 f"got {name!r}, which nothing binds; map over that name, or pass axis_name=None: "
                 "under plain jax.jit statistics are those of the whole array however it is sharded."

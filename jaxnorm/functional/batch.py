@@ -20,7 +20,6 @@ from jaxnorm.functional.state import (
     check_weights,
     move,
 )
-from jaxnorm.kernels import check_implementation
 
 
 def batch_norm(
@@ -96,8 +95,8 @@ def batch_norm(
         is not a BatchNormState, renorm is not a Renorm, or `train` is traced.
       ValueError: an axis is out of range or given twice, a shape does not fit, x is a scalar,
         epsilon is negative, there is an offset and no scale, momentum is outside [0, 1], nothing
-        binds `axis_name`, the virtual batch size does not divide the batch, r_max is below 1,
-        d_max is below 0, or the kernel is asked for and can't run.
+        binds `axis_name` (also a NameError), the virtual batch size does not divide the batch,
+        r_max is below 1, d_max is below 0, or the kernel is asked for and can't run.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm as jn
@@ -123,19 +122,12 @@ def batch_norm(
     layout = batch_layout(x.shape, feature_axis, virtual_batch_size if train else None)
     state = check_state(state, layout, x.dtype)
     renorm = check_renorm(renorm)
-    if not train:
-        check_implementation(implementation)
-        y = normalize_with(
-            "batch_norm",
-            x,
-            layout,
-            state[:2],
-            params,
-            epsilon=epsilon,
-            scale_offset=scale_offset,
+    if isinstance(axis_name, NormParams):
+        raise TypeError(
+            "axis_name must be a name or a tuple of names, got a NormParams; pass params by "
+            "keyword: batch_norm(x, state, params=params)."
         )
-        return y, state
-    check_running_dtypes(state)
+    # In evaluation too, so that what is wrong is an error before training.
     spec, arrays = checked(
         "batch_norm",
         x,
@@ -147,7 +139,20 @@ def batch_norm(
         devices=bound_devices(axis_name, axis_index_groups),
         implementation=without_kernel(renorm, implementation),
     )
-    return _train(spec, check_ddof(ddof), arrays, state, check_weights(momentum), renorm)
+    ddof, weights = check_ddof(ddof), check_weights(momentum)
+    if not train:
+        y = normalize_with(
+            "batch_norm",
+            x,
+            layout,
+            state[:2],
+            params,
+            epsilon=epsilon,
+            scale_offset=scale_offset,
+        )
+        return y, state
+    check_running_dtypes(state)
+    return _train(spec, ddof, arrays, state, weights, renorm)
 
 
 @functools.partial(program, static_argnums=(0, 1))

@@ -11,11 +11,12 @@ from jaxnorm.core.moments import Moments
 from jaxnorm.core.normalize import normalize_with
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.moments import check_moments
+from jaxnorm.functional.state import BatchNormState
 
 
 def normalize(
     x: ArrayLike,
-    moments: Moments,
+    moments: Moments | BatchNormState,
     params: NormParams | None = None,
     *,
     feature_axis: Axes = -1,
@@ -33,7 +34,7 @@ def normalize(
     Args:
       x: array of any shape with at least one axis; floating-point or complex.
       moments: mean and variance, each of shape (features,), or of the rank of x with each axis of
-        size 1 or as in x. The count is not used, and may be None.
+        size 1 or as in x; also those of a BatchNormState. The count is not used, and may be None.
       params: scale and bias of such shapes, or None.
       feature_axis: the axis of the features, or several; shape (features,) is then that of x along
         them, in the order of x.
@@ -72,7 +73,7 @@ def normalize(
 
 def denormalize(
     y: ArrayLike,
-    moments: Moments,
+    moments: Moments | BatchNormState,
     params: NormParams | None = None,
     *,
     feature_axis: Axes = -1,
@@ -130,6 +131,6 @@ def denormalize(
 def _by_moments(name, x, moments, params, feature_axis, **options) -> jax.Array:
     x = check_input(x)
     layout = batch_layout(x.shape, feature_axis)
-    if isinstance(moments, Moments):
-        moments = moments._replace(count=jnp.zeros(()))
+    if isinstance(moments, Moments | BatchNormState):
+        moments = Moments(moments.mean, moments.var, jnp.zeros(()))
     return normalize_with(name, x, layout, check_moments(moments)[:2], params, **options)

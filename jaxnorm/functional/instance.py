@@ -27,8 +27,8 @@ def instance_norm(
     axis: in an image, over its height and width.
 
     Args:
-      x: array of shape (batch, ..., features), or with the features at `feature_axis`;
-        floating-point or complex.
+      x: array of shape (batch, ..., features), or with the features at `feature_axis`, and at least
+        one axis more; floating-point or complex.
       params: scale and bias, each of shape (features,), or of the rank of x with each axis of size
         1 or as in x (one for each example, say), or None.
       feature_axis: the axis of the features; any but the first.
@@ -46,8 +46,9 @@ def instance_norm(
 
     Raises:
       TypeError: x is of an integer type, `where` is not boolean, or params is not a NormParams.
-      ValueError: the feature axis is the first or out of range, a shape does not fit, epsilon is
-        negative, there is an offset and no scale, or the kernel is asked for and can't run.
+      ValueError: x has no axis besides examples and features, the feature axis is the first or out
+        of range, a shape does not fit, epsilon is negative, there is an offset and no scale, or the
+        kernel is asked for and can't run.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm as jn
@@ -60,10 +61,17 @@ def instance_norm(
       Stylization", 2016, arXiv:1607.08022.
     """
     x = check_input(x)
+    layout = instance_layout(x.shape, feature_axis)
+    if not layout.reduction_axes:
+        raise ValueError(
+            "x must have an axis besides those of the examples and the features, got shape "
+            f"{x.shape}, where each element would have its own mean; for statistics over the "
+            "features, call layer_norm."
+        )
     spec, arrays = checked(
         "instance_norm",
         x,
-        instance_layout(x.shape, feature_axis),
+        layout,
         params,
         epsilon=epsilon,
         where=where,

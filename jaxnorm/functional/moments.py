@@ -38,7 +38,7 @@ def moments(
     Raises:
       TypeError: x is of an integer type, or `where` is not boolean.
       ValueError: an axis is out of range or given twice, `where` does not broadcast, x is a
-        scalar, or nothing binds `axis_name`.
+        scalar, or nothing binds `axis_name` (also a NameError).
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm as jn

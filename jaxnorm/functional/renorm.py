@@ -1,16 +1,14 @@
 """Batch renormalization: batch norm corrected towards the running statistics."""
 
 import functools
-from numbers import Real
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import export, lax
 from jax.core import Tracer
 
-from jaxnorm.core.arguments import check_feature_array
+from jaxnorm.core.arguments import check_feature_array, is_number
 from jaxnorm.core.arithmetic import as_array, promote, real_dtype
 from jaxnorm.core.moments import Moments, Statistics, statistics
 from jaxnorm.core.normalize import Arrays, normalize_and_measure, program
@@ -65,14 +63,14 @@ def check_renorm(renorm: Renorm | None) -> Renorm | None:
 
 
 def _check_limit(name: str, limit: float | jax.Array, least: int) -> float | jax.Array:
-    if not isinstance(limit, Real | np.ndarray | jax.Array) or jnp.iscomplexobj(limit):
+    if getattr(limit, "ndim", 0):
+        raise ValueError(
+            f"{name} must be a scalar, got shape {jnp.shape(limit)}; one limit serves all features."
+        )
+    if not is_number(limit):
         raise TypeError(
             f"{name} must be a real number, got {type(limit).__name__}; write for example "
             "jaxnorm.Renorm(r_max=3.0, d_max=5.0)."
-        )
-    if jnp.ndim(limit):
-        raise ValueError(
-            f"{name} must be a scalar, got shape {jnp.shape(limit)}; one limit serves all features."
         )
     if isinstance(limit, Tracer):
         return limit

@@ -166,7 +166,9 @@ def _product(layout: Layout, matrix: jax.Array, vector: jax.Array) -> jax.Array:
 
 
 def _turned(old: jax.Array, new: jax.Array) -> jax.Array:
-    """The direction of the new vector, or the old one if it has none."""
+    """The direction of the new vector, sharded as the old one, or that if it has none."""
+    if jax.typeof(new).sharding != jax.typeof(old).sharding:
+        new = jax.sharding.reshard(new, jax.typeof(old).sharding)
     return jnp.where(jnp.any(new != 0), unit(new, tuple(range(new.ndim))), old)
 
 

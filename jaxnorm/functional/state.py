@@ -2,7 +2,6 @@
 
 import functools
 import math
-from numbers import Real
 from typing import NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ from jax import export
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from jaxnorm.core.arguments import check_feature_array
+from jaxnorm.core.arguments import check_feature_array, is_number
 from jaxnorm.core.arithmetic import as_array, promote
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.moments import Moments
@@ -163,12 +162,15 @@ def check_weights(momentum: float | jax.Array | None) -> Weights:
     """The weights of the old state and of the new moments; None for the cumulative average."""
     if momentum is None:
         return None
-    if not isinstance(momentum, Tracer | Real | jax.Array):
+    if not is_number(momentum):
         raise TypeError(
             f"momentum must be a number or None, got {type(momentum).__name__}; pass for example "
             "momentum=0.99."
         )
-    if not isinstance(momentum, Tracer) and not 0 <= float(momentum) <= 1:
+    if isinstance(momentum, Tracer):
+        return momentum, 1 - momentum
+    momentum = float(momentum)
+    if not 0 <= momentum <= 1:
         raise ValueError(
             f"momentum must lie in [0, 1] or be None, got {momentum}; it is the weight of the old "
             "statistics, so PyTorch's momentum m is 1 - m here."
@@ -211,7 +213,7 @@ def check_running_dtypes(state: BatchNormState) -> None:
 
 
 def _check_running_dtype(dtype: jnp.dtype, name: str) -> None:
-    if not jnp.issubdtype(dtype, jnp.inexact) or promote(dtype, jnp.float32) != dtype:
+    if not jnp.issubdtype(dtype, jnp.inexact) or jnp.finfo(dtype).bits < 32:
         raise TypeError(
             f"{name} must be float32 or better, got {dtype}; smaller types round away the steps of "
             "a running average, so keep it in float32."

@@ -9,7 +9,7 @@ from flax.linen import initializers
 from flax.typing import Dtype, Initializer
 
 from jaxnorm._internals import canonicalize_dtype
-from jaxnorm._modules import called
+from jaxnorm._modules import called, widened
 from jaxnorm.core.axes import canonical_axes
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.dynamic_erf import dynamic_erf
@@ -153,5 +153,6 @@ def _learned(
     others = [module.param(n, f, shape, dtype) for n, f in (per_feature or {}).items()]
     others += [module.param(n, f, (), dtype) for n, f in (numbers or {}).items()]
     with jax.numpy_dtype_promotion("standard"):
+        x = widened(x, module.dtype)
         dtype = canonicalize_dtype(x, scale, bias, *others, dtype=module.dtype)
     return NormParams(scale, bias), others, dtype

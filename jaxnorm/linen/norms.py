@@ -8,7 +8,15 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 
 from jaxnorm._internals import canonicalize_dtype
-from jaxnorm._modules import add_params, checked_call, initial_scale, update_running_statistics
+from jaxnorm._modules import (
+    add_params,
+    checked_call,
+    initial_scale,
+    update_running_statistics,
+    warn_of_single_elements,
+    widened,
+)
+from jaxnorm.core.arguments import check_flag
 from jaxnorm.core.axes import count_groups
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.layouts import batch_layout, group_layout, instance_layout, layer_layout
@@ -53,8 +61,9 @@ class BatchNorm(nn.BatchNorm):
         renorm: Renorm | None = None,
     ) -> jax.Array:
         """Normalize x, and in training update the running statistics."""
-        use_running_average = self.frozen or nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
+        name = "use_running_average"
+        use_running_average = self.frozen or check_flag(
+            nn.merge_param(name, self.use_running_average, use_running_average), name
         )
         size = None if use_running_average else self.virtual_batch_size
         layout = batch_layout(jnp.shape(x), self.axis, size, "axis")
@@ -211,6 +220,7 @@ class InstanceNorm(nn.InstanceNorm):
     ) -> jax.Array:
         """Normalize x."""
         layout = instance_layout(jnp.shape(x), self.feature_axes, "feature_axes")
+        warn_of_single_elements(layout)
         return normalize(
             *arguments_of("instance_norm", self, x, layout, mask, NormParams(scale, bias))
         )
@@ -231,7 +241,7 @@ def prepare(
 
     What the call has `given` is added to what is learned.
     """
-    shape, dtype = layout.feature_shape, module.param_dtype
+    x, shape, dtype = widened(x, module.dtype), layout.feature_shape, module.param_dtype
     scale = bias = None
     if module.use_scale:
         init = module.scale_init
@@ -242,7 +252,6 @@ def prepare(
         bias = module.param("bias", module.bias_init, shape, dtype)
     with jax.numpy_dtype_promotion("standard"):
         dtype = canonicalize_dtype(x, scale, bias, *given, dtype=module.dtype)
-    x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(dtype)
     return x, add_params(NormParams(scale, bias), given, layout, jnp.dtype(dtype)), dtype

@@ -15,6 +15,7 @@ from jaxnorm._modules import (
     spectrally_normalized,
     weight_normalized,
 )
+from jaxnorm.core.arguments import check_flag
 from jaxnorm.core.layouts import batch_layout
 from jaxnorm.functional.standardized_weight import standardize_weight
 
@@ -76,6 +77,7 @@ class SpectralNorm(nn.SpectralNorm):
     @nn.compact
     def __call__(self, *args: Any, update_stats: bool, **kwargs: Any) -> Any:
         """Call the layer with normalized weights, and in training move u and sigma."""
+        update_stats = check_flag(update_stats, "update_stats")
 
         def normalized(name: str, weights: jax.Array) -> jax.Array:
             return self._normalized(name, weights, update_stats)

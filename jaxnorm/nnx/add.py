@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnorm._modules import checked_call
+from jaxnorm._modules import checked_call, widened
 from jaxnorm.core.arguments import check_residual
 from jaxnorm.core.layouts import layer_layout
 from jaxnorm.core.normalize import add_and_normalize
@@ -73,9 +73,10 @@ class AddRMSNorm(RMSNorm):
 def _add(name: str, module: Any, x, residual, mask, given: NormParams, **options: Any):
     layout = layer_layout(jnp.shape(x), module.reduction_axes, module.feature_axes)
     residual = check_residual(residual, jnp.asarray(x))
+    x = widened(x, module.dtype)
     cast, params, dtype = prepare(module, x, layout, given)
     # The total has the dtype of x, though the parameters' may be better.
-    x = jnp.asarray(x) if jnp.issubdtype(residual.dtype, jnp.inexact) else cast
+    x = x if jnp.issubdtype(x.dtype, jnp.inexact) else cast
     prepared = x, params, dtype
     return add_and_normalize(
         *checked_call(name, module, layout, prepared, mask, residual=residual, **options)

@@ -9,7 +9,7 @@ from flax.nnx import initializers
 from flax.typing import Dtype, Initializer
 
 from jaxnorm._internals import canonicalize_dtype
-from jaxnorm._modules import called
+from jaxnorm._modules import called, widened
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.dynamic_erf import dynamic_erf
 from jaxnorm.functional.dynamic_tanh import dynamic_tanh
@@ -50,7 +50,7 @@ class _Learned(nnx.Module):
         variables = self.scale, self.bias, *others
         arrays = [None if variable is None else variable[...] for variable in variables]
         with jax.numpy_dtype_promotion("standard"):
-            dtype = canonicalize_dtype(x, *arrays, dtype=self.dtype)
+            dtype = canonicalize_dtype(widened(x, self.dtype), *arrays, dtype=self.dtype)
         return NormParams(*arrays[:2]), arrays[2:], dtype
 
 

@@ -11,7 +11,15 @@ from flax import nnx
 from flax.typing import Dtype
 
 from jaxnorm._internals import canonicalize_dtype, first_from
-from jaxnorm._modules import add_params, checked_call, initial_scale, update_running_statistics
+from jaxnorm._modules import (
+    add_params,
+    checked_call,
+    initial_scale,
+    update_running_statistics,
+    warn_of_single_elements,
+    widened,
+)
+from jaxnorm.core.arguments import check_flag
 from jaxnorm.core.arithmetic import promote
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.layouts import batch_layout, group_layout, instance_layout, layer_layout
@@ -90,11 +98,14 @@ class BatchNorm(nnx.BatchNorm):
         renorm: Renorm | None = None,
     ) -> jax.Array:
         """Normalize x, and in training update the running statistics."""
-        use_running_average = self.frozen or first_from(
-            use_running_average,
-            self.use_running_average,
-            error_msg="use_running_average must be given, got None; pass it to the constructor or "
-            "the call, or choose with train(), eval() or nnx.view.",
+        use_running_average = self.frozen or check_flag(
+            first_from(
+                use_running_average,
+                self.use_running_average,
+                error_msg="use_running_average must be given, got None; pass it to the "
+                "constructor or the call, or choose with train(), eval() or nnx.view.",
+            ),
+            "use_running_average",
         )
         size = None if use_running_average else self.virtual_batch_size
         layout = batch_layout(jnp.shape(x), self.axis, size, "axis")
@@ -250,6 +261,7 @@ class InstanceNorm(nnx.InstanceNorm):
     ) -> jax.Array:
         """Normalize x."""
         layout = instance_layout(jnp.shape(x), self.feature_axes, "feature_axes")
+        warn_of_single_elements(layout)
         return normalize(*_checked("instance_norm", self, x, layout, mask, NormParams(scale, bias)))
 
 
@@ -267,6 +279,7 @@ def prepare(
 
     What the call has `given` is added to what is learned.
     """
+    x = widened(x, module.dtype)
     owned = [module.scale, module.bias] if hasattr(module, "use_bias") else [module.scale]
     values = [None if param is None else param[...] for param in owned]
     with jax.numpy_dtype_promotion("standard"):
@@ -274,7 +287,6 @@ def prepare(
         cast, values = promoted[0], promoted[1 + len(running) :]
         dtype = canonicalize_dtype(cast, *values, *given, dtype=module.dtype)
     # Cast up now, but down only with the result: statistics are those of x as it was given.
-    x = jnp.asarray(x)
     if promote(x.dtype, cast.dtype) != x.dtype:
         x = cast
     learned = NormParams(*(_fold(value, layout) for value in values))

@@ -13,6 +13,7 @@ from jaxnorm._modules import (
     spectrally_normalized,
     weight_normalized,
 )
+from jaxnorm.core.arguments import check_flag
 from jaxnorm.core.layouts import batch_layout
 from jaxnorm.functional.standardized_weight import standardize_weight
 from jaxnorm.nnx.norms import after
@@ -103,6 +104,7 @@ class SpectralNorm(nnx.SpectralNorm):
             error_msg="update_stats must be given, got None; pass it to the constructor or the "
             "call, or choose with train(), eval() or nnx.view.",
         )
+        update_stats = check_flag(update_stats, "update_stats")
         weights = {
             path: self._normalized(path, param[...], update_stats)
             for path, param in parameters(self.layer_instance)
