@@ -1,6 +1,9 @@
 """Errors of every norm and of the modules: of which types, and what is no error."""
 
 import functools
+import os
+import subprocess
+import sys
 from typing import Any
 
 import equinox as eqx
@@ -63,12 +66,13 @@ MODULES: dict[str, dict[str, Any]] = {
 }
 
 
-def called(library, name, x, **options):
-    """y of a module of linen or of nnx, Flax's or ours."""
+def called(library, name, x, *, given=None, **options):
+    """y of a module of linen or of nnx, Flax's or ours, maybe with a scale that is given."""
+    call = {} if given is None else {"scale": given}
     make, options = getattr(library, name), MODULES[name] | options
     if "nnx" in library.__name__:
-        return make(6, rngs=nnx.Rngs(0), **options)(x)
-    return make(**options).init_with_output(jax.random.key(0), x)[0]
+        return make(6, rngs=nnx.Rngs(0), **options)(x, **call)
+    return make(**options).init_with_output(jax.random.key(0), x, **call)[0]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -274,3 +278,80 @@ def test_instance_norm_of_single_elements_warns_in_modules(library):
     assert not jn.instance_norm(X[:, None]).any()
     assert not jn.group_norm(X, num_groups=6).any()
     assert not jn.layer_norm(X[..., None]).any()
+
+
+FIRST: dict[str, tuple[dict[str, Any], str]] = {
+    "BatchNorm": ({}, "axis=1"),
+    "LayerNorm": ({}, "reduction_axes=1, feature_axes=1"),
+    "RMSNorm": ({}, "reduction_axes=1, feature_axes=1"),
+    "InstanceNorm": ({}, "feature_axes=1"),
+    "GlobalResponseNorm": ({}, "feature_axis=1"),
+    "FilterResponseNorm": ({}, "feature_axis=1"),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_channels_first_names_the_argument_of_the_module(name):
+    options, argument = FIRST[name]
+    x, make = jnp.ones((2, 3, 5, 5)), getattr(jaxnorm.nnx, name)
+    words = rf"must have shape \(5,\).*; if the features are axis 1 of x, pass {argument}; else "
+    with pytest.raises(ValueError, match=words):
+        make(3, rngs=nnx.Rngs(0), **options)(x)
+    # With what it says, it runs.
+    passed = {part.split("=")[0]: 1 for part in argument.split(", ")}
+    assert make(3, rngs=nnx.Rngs(0), **options, **passed)(x).shape == x.shape
+
+
+@pytest.mark.parametrize("use_running_average", [False, True])
+@pytest.mark.parametrize("use_scale", [False, True])
+def test_channels_first_in_batch_norm_of_linen(use_running_average, use_scale):
+    norm = jaxnorm.linen.BatchNorm(use_running_average, use_scale=use_scale, use_bias=use_scale)
+    variables = norm.init(jax.random.key(0), jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"mean must have shape \(5,\).*, pass axis=1; else "):
+        norm.apply(variables, jnp.ones((2, 3, 5, 5)), mutable=["batch_stats"])
+
+
+def test_the_argument_is_named_only_where_an_axis_has_that_size():
+    # The first axis of x has examples in it.
+    wrong = [((4, 5, 6), 7), ((4, 5, 6), 4), ((5,), 4)]
+    for shape, size in wrong:
+        with pytest.raises(ValueError, match=r"scale must have shape .*\); make it with that many"):
+            jn.layer_norm(jnp.ones(shape), jn.init_params(size))
+    # Group norm of the modules takes the last axis.
+    with pytest.raises(ValueError, match=r"got \(5,\); make it with that many"):
+        called(jaxnorm.nnx, "GroupNorm", IMAGES, given=jnp.ones(5))
+
+
+SAVE = """
+import pickle, sys, jax, jax.numpy as jnp, jaxnorm as jn
+from jax.experimental.serialize_executable import serialize
+program = jax.jit(lambda x: jn.layer_norm(x, implementation=sys.argv[2]))
+pickle.dump(serialize(program.lower(jnp.ones((64, 64))).compile()), open(sys.argv[1], "wb"))
+"""
+LOAD = """
+import importlib, pickle, sys, jax.numpy as jnp
+from jax.experimental.serialize_executable import deserialize_and_load
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+program = deserialize_and_load(*pickle.load(open(sys.argv[1], "rb")))
+assert not program(jnp.ones((64, 64))).any()
+assert ("jaxnorm" in sys.modules) == bool(sys.argv[2:])
+"""
+
+
+def test_a_saved_program_needs_the_import(tmp_path, kernel):
+    """In processes of their own, as docs/errors.md says."""
+
+    def run(code, *args):
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+        command = [sys.executable, "-c", code, tmp_path / "program", *args]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stderr
+
+    assert run(SAVE, "kernel")[0] == 0
+    failed, words = run(LOAD)
+    assert failed
+    assert "NOT_FOUND: No FFI handler registered for jaxnorm_forward on a platform Host" in words
+    assert run(LOAD, "jaxnorm")[0] == 0
+    assert run(SAVE, "xla")[0] == 0
+    assert run(LOAD)[0] == 0

@@ -9,6 +9,7 @@ import pytest
 import jaxnorm as jn
 
 X = jnp.ones((4, 6))
+IMAGES = jnp.ones((2, 3, 5, 5))
 STATE = jn.init_batch_norm_state(6)
 DICT: Any = {}  # for the type checker, anything
 HALF: Any = 0.5
@@ -111,6 +112,45 @@ CASES = [
         TypeError,
         "where must be boolean",
         "float32",
+    ),
+    bad(
+        "channels first",
+        lambda: jn.batch_norm(IMAGES, jn.init_batch_norm_state(3)),
+        ValueError,
+        "state.mean must have shape (5,)",
+        "if the features are axis 1 of x, pass feature_axis=1; else",
+    ),
+    bad(
+        "channels first in evaluation",
+        lambda: jn.batch_norm(IMAGES, jn.init_batch_norm_state(3), train=False),
+        ValueError,
+        "pass feature_axis=1; else",
+    ),
+    bad(
+        "channels first, layer norm",
+        lambda: jn.add_layer_norm(IMAGES, IMAGES, jn.init_params(3)),
+        ValueError,
+        "scale must have shape (5,)",
+        "if the features are axis 1 of x, pass axis=1; else",
+    ),
+    bad(
+        "channels first, given moments",
+        lambda: jn.normalize(IMAGES, jn.init_batch_norm_state(3)),
+        ValueError,
+        "the mean must have shape (5,)",
+        "pass feature_axis=1; else",
+    ),
+    bad(
+        "channels first, group norm",
+        lambda: jn.group_norm(IMAGES, jn.init_params(3), num_groups=1),
+        ValueError,
+        "pass feature_axis=1; else",
+    ),
+    bad(
+        "outputs first",
+        lambda: jn.weight_norm(X, jnp.ones(4)),
+        ValueError,
+        "if the features are axis 0 of x, pass feature_axis=0; else",
     ),
     bad(
         "integers",

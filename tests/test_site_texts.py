@@ -60,7 +60,8 @@ def test_the_page_of_errors_has_the_texts():
     texts = [
         error_of(batch_norm, images, state),
         error_of(norm, images),
-        error_of(training.apply, variables, images, mutable=["batch_stats"]),
+        error_of(layer_norm, images, functions.init_params(3)),
+        error_of(linen.LayerNorm().apply, linen.LayerNorm().init(key, x), images),
         error_of(modules.GroupNorm(3, 3, rngs=rngs), images),
         error_of(functions.group_norm, images, num_groups=3),
         error_of(layer_norm, x, eps=1e-5),
@@ -72,6 +73,11 @@ def test_the_page_of_errors_has_the_texts():
         error_of(getattr, jaxnorm, "BatchNorm"),
         error_of(jax.jit(lambda train: batch_norm(x, state, train=train)), True),
         error_of(batch_norm, x, state, renorm=functions.Renorm(3, 5), implementation="kernel"),
+        error_of(jax.jit(lambda flag: norm(x, use_running_average=flag)), True),
+        error_of(functions.instance_norm, x),
+        error_of(linen.InstanceNorm().init, key, x),  # a warning is an error here
+        error_of(layer_norm, x.astype("float8_e4m3fn")),
+        error_of(norm, x.astype("float8_e4m3fn")),
     ]
     page = (DOCS / "errors.md").read_text()
     assert [text for text in texts if text not in page] == []

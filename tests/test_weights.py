@@ -9,6 +9,8 @@ import numpy as np
 import oracle
 import pytest
 from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
 
@@ -225,6 +227,40 @@ def test_complex_spectral_norm(rng):
     y, _ = jn.spectral_norm(w, jn.init_spectral_norm_state(w, KEY), steps=200)
     sigma = np.linalg.svd(oracle.matrix(w), compute_uv=False)[0]
     assert oracle.units(y, oracle.wide(w) / sigma) < 4
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("steps", [1, 20])
+@pytest.mark.parametrize("spec", [("m", None), (None, "m"), ("n", "m")], ids=str)
+def test_spectral_norm_of_sharded_weights(spec, steps, axis_type, rng):
+    """Of rows, of features, and of both; the new state is sharded as the old one is."""
+    mesh = jax.make_mesh((2, 4), ("n", "m"), (axis_type,) * 2)
+    w = rng.standard_normal((8, 16)).astype(np.float32)
+    state = jn.init_spectral_norm_state(w, jax.random.key(0))
+
+    def call(w, state):
+        y, moved = jn.spectral_norm(w, state, steps=steps)
+        return jnp.sum(y**3), (y, moved)
+
+    gradient = jax.value_and_grad(call, has_aux=True)
+    (_, right), right_grad = gradient(w, state)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(w, NamedSharding(mesh, P(*spec)))
+        states = [jn.init_spectral_norm_state(sharded, jax.random.key(0))]
+        places = zip(states[0], (spec[1:], spec[:1]), strict=True)
+        states += [jn.SpectralNormState(*(jax.device_put(a, P(*place)) for a, place in places))]
+        for given in states:
+            (_, (y, moved)), grad = jax.jit(gradient)(sharded, given)
+            # u and v are unit vectors, y and its gradient some ones; sums of 16 in another order.
+            close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+            jax.tree.map(close, (y, moved, grad), (*right, right_grad))
+            assert y.sharding.is_equivalent_to(sharded.sharding, 2)
+            if axis_type == AxisType.Explicit:
+                typed = lambda tree: jax.tree.map(lambda a: jax.typeof(a).sharding, tree)
+                assert typed(moved) == typed(given)
+                # So a loop over steps of training keeps its types.
+                again = lambda _, state: jn.spectral_norm(sharded, state, steps=steps)[1]
+                jax.lax.fori_loop(0, 2, again, given)
 
 
 def test_a_spectral_norm_state_can_be_exported(rng):

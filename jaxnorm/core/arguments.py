@@ -86,13 +86,39 @@ def check_params(params: NormParams | None, layout: Layout, dtype: jnp.dtype) ->
 
 def check_feature_array(value, name: str, layout: Layout, dtype: jnp.dtype) -> jax.Array:
     """An array with one element for each feature of the layout, real if x is."""
+    return _real_if(check_feature_shape(value, name, layout), name, dtype)
+
+
+def check_feature_shape(value, name: str, layout: Layout) -> jax.Array:
+    """An array with one element for each feature of the layout."""
     value = as_array(value)
     if value.shape != layout.feature_shape:
         raise ValueError(
             f"{name} must have shape {layout.feature_shape} to fit x of shape {layout.shape}, got "
-            f"{value.shape}; make it with that many features, or give x another feature axis."
+            f"{value.shape}; {_features_elsewhere(value, layout)}make it with that many features, "
+            "or give x another feature axis."
         )
-    return _real_if(value, name, dtype)
+    return value
+
+
+def _features_elsewhere(value: jax.Array, layout: Layout) -> str:
+    """Which argument takes another axis of x for the features, if one has their number.
+
+    The first axis holds examples, unless statistics are taken over it.
+    """
+    axes = [
+        axis
+        for axis, size in enumerate(layout.shape)
+        if (size,) == value.shape
+        and axis not in layout.feature_axes
+        and (axis > 0 or 0 in layout.reduction_axes)
+    ]
+    if not axes or not layout.arguments:
+        return ""
+    # Axis 0 is the batch more often than the features.
+    axis = min(axes, key=lambda axis: axis or len(layout.shape))
+    passed = ", ".join(f"{argument}={axis}" for argument in layout.arguments)
+    return f"if the features are axis {axis} of x, pass {passed}; else "
 
 
 def check_param(value, name: str, layout: Layout, dtype: jnp.dtype) -> jax.Array:
@@ -104,8 +130,9 @@ def check_param(value, name: str, layout: Layout, dtype: jnp.dtype) -> jax.Array
     if value.shape != layout.feature_shape and not fits:
         raise ValueError(
             f"{name} must have shape {layout.feature_shape}, that of the features of x of shape "
-            f"{layout.shape}, got {value.shape}; make it with that many features, choose another "
-            "feature axis of x, or give it as many axes as x has, each of size 1 or as in x."
+            f"{layout.shape}, got {value.shape}; {_features_elsewhere(value, layout)}make it with "
+            "that many features, choose another feature axis of x, or give it as many axes as x "
+            "has, each of size 1 or as in x."
         )
     return _real_if(value, name, dtype)
 

@@ -35,6 +35,7 @@ class Layout:
       feature_axes: axes of x that scale and bias span.
       split: one of the reduction axes, if statistics are shared only within equal parts of it.
       parts: how many parts that axis has.
+      arguments: the caller's names for the axes of the features, for errors.
     """
 
     shape: tuple[int, ...]
@@ -42,6 +43,7 @@ class Layout:
     feature_axes: tuple[int, ...]
     split: int | None = None
     parts: int = 1
+    arguments: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def sub_batches(self) -> bool:

@@ -37,15 +37,16 @@ def make_layout(
     feature_axes: Axes,
     split: int | None = None,
     parts: int = 1,
+    arguments: tuple[str, ...] = (),
 ) -> Layout:
     """A layout for x of that shape, by the axes of x.
 
     If `split` is given, that axis is divided into so many equal `parts`, and statistics are shared
-    only within each part.
+    only within each part. `arguments` are the caller's names for the axes of the features.
     """
     reduction_axes = canonical_axes(reduction_axes, len(shape))
     feature_axes = canonical_axes(feature_axes, len(shape))
-    return Layout(shape, reduction_axes, feature_axes, split, parts)
+    return Layout(shape, reduction_axes, feature_axes, split, parts, arguments)
 
 
 @once_per_kind
@@ -58,10 +59,13 @@ def moments_layout(shape: tuple[int, ...], axis: Axes) -> Layout:
 def layer_layout(shape: tuple[int, ...], axes: Axes, feature_axes: Axes | None = None) -> Layout:
     """Statistics over the axes, and parameters along those or along `feature_axes`."""
     if feature_axes is None:
-        return make_layout(shape, reduction_axes=axes, feature_axes=axes)
-    reduced = canonical_axes(axes, len(shape), "reduction_axes")
-    features = canonical_axes(feature_axes, len(shape), "feature_axes")
-    return make_layout(shape, reduction_axes=reduced, feature_axes=features)
+        return make_layout(shape, reduction_axes=axes, feature_axes=axes, arguments=("axis",))
+    arguments = "reduction_axes", "feature_axes"
+    reduced, features = (
+        canonical_axes(given, len(shape), name)
+        for given, name in zip((axes, feature_axes), arguments, strict=True)
+    )
+    return make_layout(shape, reduction_axes=reduced, feature_axes=features, arguments=arguments)
 
 
 @once_per_kind
@@ -79,7 +83,7 @@ def batch_layout(
     features = canonical_axes(feature_axes, len(shape), name)
     others = other_axes(features, len(shape))
     if virtual_batch_size is None:
-        return make_layout(shape, reduction_axes=others, feature_axes=features)
+        return make_layout(shape, reduction_axes=others, feature_axes=features, arguments=(name,))
     if not others:
         raise ValueError(
             f"x must have a batch axis that virtual_batch_size divides, got shape {shape} of "
@@ -93,6 +97,7 @@ def batch_layout(
         feature_axes=features,
         split=batch,
         parts=shape[batch] // size,
+        arguments=(name,),
     )
 
 
@@ -108,7 +113,7 @@ def instance_layout(
             f"for x of shape {shape}; put a batch axis in front of x."
         )
     positions = other_axes(features, len(shape), start=1)
-    return make_layout(shape, reduction_axes=positions, feature_axes=features)
+    return make_layout(shape, reduction_axes=positions, feature_axes=features, arguments=(name,))
 
 
 @once_per_kind
@@ -117,6 +122,7 @@ def group_layout(
     num_groups: int,
     feature_axis: int = -1,
     reduction_axes: Axes | None = None,
+    arguments: tuple[str, ...] = (),
 ) -> Layout:
     """Statistics of each group of features, by default of each example by itself.
 
@@ -136,5 +142,10 @@ def group_layout(
         )
     num_groups = check_divisor(num_groups, shape[axis], "num_groups")
     return make_layout(
-        shape, reduction_axes=reduction_axes, feature_axes=axis, split=axis, parts=num_groups
+        shape,
+        reduction_axes=reduction_axes,
+        feature_axes=axis,
+        split=axis,
+        parts=num_groups,
+        arguments=arguments,
     )

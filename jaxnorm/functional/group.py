@@ -65,7 +65,7 @@ def group_norm(
     spec, arrays = checked(
         "group_norm",
         x,
-        group_layout(x.shape, num_groups, feature_axis),
+        group_layout(x.shape, num_groups, feature_axis, arguments=("feature_axis",)),
         params,
         epsilon=epsilon,
         where=where,

@@ -16,7 +16,7 @@ from jaxnorm._modules import (
     warn_of_single_elements,
     widened,
 )
-from jaxnorm.core.arguments import check_flag
+from jaxnorm.core.arguments import check_feature_shape, check_flag
 from jaxnorm.core.axes import count_groups
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.layouts import batch_layout, group_layout, instance_layout, layer_layout
@@ -71,6 +71,8 @@ class BatchNorm(nn.BatchNorm):
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, layout.feature_shape, stats_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, layout.feature_shape, stats_dtype)
+        check_feature_shape(mean.value, "mean", layout)
+        check_feature_shape(var.value, "var", layout)
         if use_running_average:
             x, params, dtype = prepare(self, x, layout, NormParams(scale, bias))
             return normalize_with(

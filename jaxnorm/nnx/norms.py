@@ -19,7 +19,7 @@ from jaxnorm._modules import (
     warn_of_single_elements,
     widened,
 )
-from jaxnorm.core.arguments import check_flag
+from jaxnorm.core.arguments import check_feature_shape, check_flag
 from jaxnorm.core.arithmetic import promote
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.layouts import batch_layout, group_layout, instance_layout, layer_layout
@@ -110,7 +110,10 @@ class BatchNorm(nnx.BatchNorm):
         size = None if use_running_average else self.virtual_batch_size
         layout = batch_layout(jnp.shape(x), self.axis, size, "axis")
         renorm = check_renorm(self.renorm if renorm is None else renorm)
-        mean, var = (_fold(stat[...], layout) for stat in (self.mean, self.var))
+        mean, var = (
+            check_feature_shape(_fold(stat[...], layout), name, layout)
+            for stat, name in ((self.mean, "mean"), (self.var, "var"))
+        )
         if use_running_average:
             x, params, dtype = prepare(self, x, layout, NormParams(scale, bias), mean, var)
             return normalize_with(
@@ -231,7 +234,8 @@ class GroupNorm(nnx.GroupNorm):
         if shape[-1:] != (features,):
             raise ValueError(
                 f"x must have the {features} features that this module was made for, got shape "
-                f"{shape}; make the module for the last axis of x."
+                f"{shape}; make the module for the last axis of x, or move the features there with "
+                "jnp.moveaxis."
             )
         layout = group_layout(shape, self.num_groups, reduction_axes=self.reduction_axes)
         return normalize(*_checked("group_norm", self, x, layout, mask, NormParams(scale, bias)))
