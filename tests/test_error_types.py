@@ -131,7 +131,7 @@ def nnx_spectral_norm(flag):
     return jaxnorm.nnx.SpectralNorm(layer, rngs=nnx.Rngs(0))(X, flag)
 
 
-def equinox_batch_norm(flag, mode="batch", axis_name="batch"):
+def equinox_batch_norm(flag, mode: Any = "batch", axis_name="batch"):
     norm, state = eqx.nn.make_with_state(jaxnorm.equinox.BatchNorm)(6, "batch", mode=mode)
     call = functools.partial(norm, inference=flag)
     mapped = jax.vmap(call, axis_name=axis_name, in_axes=(0, None), out_axes=(0, None))
@@ -248,7 +248,7 @@ def test_what_is_no_number(number):
 
 def test_the_momentum_is_not_rounded():
     """In float16, 1 - 1e-4 is 1 minus a third of a unit, which it rounds away."""
-    momentum = np.float16(1e-4)
+    momentum: Any = np.float16(1e-4)
     _, state = jn.batch_norm(X, STATE, momentum=momentum)
     _, right = jn.batch_norm(X, STATE, momentum=float(momentum))
     jax.tree.map(np.testing.assert_array_equal, state, right)

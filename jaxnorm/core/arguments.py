@@ -32,7 +32,7 @@ def check_dtype(dtype: jnp.dtype, name: str, remedy: str) -> None:
         raise TypeError(f"{name} must be of float16, bfloat16 or better, got {dtype}; {remedy}")
 
 
-def check_train(train: bool, name: str = "train") -> bool:
+def check_train(train: Any, name: str = "train") -> bool:
     """Whether to train as a Python bool; it decides what is computed."""
     if not isinstance(train, bool | np.bool_):
         raise TypeError(
