@@ -1,5 +1,7 @@
 """Equinox's BatchNorm and ours: training, inference, named axes and hard data."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,3 +149,23 @@ def test_a_state_in_float64(x64):
         y, after = jax.eval_shape(mapped(norm), jnp.ones((5, 6), jnp.float32), state)
         assert y.dtype == jnp.float32
         assert jax.tree.leaves(after)[1].dtype == jnp.float64
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("nn", BOTH)
+def test_an_unbound_name_is_a_name_error(nn, mode):
+    for over in (lambda norm: norm, lambda norm: mapped(norm, "other")):
+        norm, state = make(nn, "BatchNorm", mode=mode)
+        with pytest.raises(NameError) as raised:
+            over(norm)(jnp.ones((6, 6)), state)
+        assert isinstance(raised.value, ValueError) == (nn is jn)
+
+
+def test_inference_is_known_while_tracing(rng):
+    norm, state = make(jn, "BatchNorm")
+    x = jnp.asarray(rng.normal(size=(5, 6)), jnp.float32)
+    call = lambda flag: mapped(functools.partial(norm, inference=flag))(x, state)[0]
+    with pytest.raises(TypeError, match=r"^inference must be a Python bool, got \w*Tracer; mark"):
+        jax.jit(call)(True)
+    np.testing.assert_array_equal(call(1), call(True))
+    assert (call(True) != call(False)).any()

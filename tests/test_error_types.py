@@ -1,12 +1,10 @@
 """Errors of every norm and of the modules: of which types, and what is no error."""
 
-import functools
 import os
 import subprocess
 import sys
 from typing import Any
 
-import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,7 +14,6 @@ import pytest
 from flax import nnx
 
 import jaxnorm as jn
-import jaxnorm.equinox
 import jaxnorm.linen
 import jaxnorm.nnx
 
@@ -131,13 +128,6 @@ def nnx_spectral_norm(flag):
     return jaxnorm.nnx.SpectralNorm(layer, rngs=nnx.Rngs(0))(X, flag)
 
 
-def equinox_batch_norm(flag, mode: Any = "batch", axis_name="batch"):
-    norm, state = eqx.nn.make_with_state(jaxnorm.equinox.BatchNorm)(6, "batch", mode=mode)
-    call = functools.partial(norm, inference=flag)
-    mapped = jax.vmap(call, axis_name=axis_name, in_axes=(0, None), out_axes=(0, None))
-    return mapped(X, state)[0]
-
-
 @pytest.mark.parametrize(
     ("call", "name"),
     [
@@ -145,7 +135,6 @@ def equinox_batch_norm(flag, mode: Any = "batch", axis_name="batch"):
         (linen_spectral_norm, "update_stats"),
         (nnx_batch_norm, "use_running_average"),
         (nnx_spectral_norm, "update_stats"),
-        (equinox_batch_norm, "inference"),
     ],
 )
 def test_a_flag_is_known_while_tracing(call, name):
@@ -166,8 +155,6 @@ UNBOUND = {
     "linen": lambda: linen_batch_norm(False, axis_name="data"),
     "nnx": lambda: nnx_batch_norm(False, axis_name="data"),
     "nnx layer norm": lambda: called(jaxnorm.nnx, "LayerNorm", X, axis_name="data"),
-    "equinox": lambda: equinox_batch_norm(False, axis_name="other"),
-    "equinox, ema": lambda: equinox_batch_norm(False, mode="ema", axis_name="other"),
 }
 
 
