@@ -69,7 +69,7 @@ def test_an_exported_function_may_take_and_return_the_package_s_types():
         ("rms_norm", jn.rms_norm),
         ("add_layer_norm", lambda x, **how: jn.add_layer_norm(x, x, **how)),
         ("group_norm", functools.partial(jn.group_norm, num_groups=4)),
-        ("instance_norm", jn.instance_norm),
+        ("instance_norm", lambda x, **how: jn.instance_norm(x[None], **how)),
         ("batch_norm", lambda x, **how: jn.batch_norm(x, STATE, **how)[0]),
         ("batch_norm", lambda x, **_: jn.batch_norm(x, STATE, train=False)[0]),
         ("moments", lambda x, **_: jn.moments(x, 0)),
