@@ -109,10 +109,37 @@ def test_an_unknown_flag_is_one_sentence(monkeypatch, capsys):
     assert "unrecognized arguments: --wrte" in capsys.readouterr().err
 
 
+def test_the_recipes_are_training_on_one_device():
+    """On eight devices, over automatic and explicit axes and in shard_map."""
+    recipes = [block for block in BLOCKS if "nnx.Optimizer" in block]
+    assert ["set_mesh" in block for block in recipes] == [False, True, False]
+    assert ["shard_map" in block for block in recipes] == [False, False, True]
+    alone = recipes[0].replace("(jax.device_count(),)", "(1,)")
+    program = f"""
+import jax, numpy as np
+results = []
+for block in {[alone, *recipes]!r}:
+    exec(block, names := {{}})
+    norm = names["model"].layers[1]
+    results.append([names["losses"], norm.mean[...], norm.var[...], norm.scale[...]])
+    assert len(names["x"].sharding.device_set) == (8 if len(results) > 1 else 1)
+for result in results[1:]:
+    for ours, right in zip(result, results[0], strict=True):
+        # Ten steps, each of which rounds sums over the batch in another order.
+        np.testing.assert_allclose(ours, right, rtol=1e-5, atol=1e-5)
+"""
+    run(program)
+
+
 def test_the_code_runs():
     # Each block by itself, but in one process: importing takes longer than running.
     program = "\n".join(f"exec({block!r}, {{}})" for block in BLOCKS)
+    run(program)
+    assert BLOCKS
+
+
+def run(program):
+    """Run it on eight devices; warnings are errors."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", "-c", program]
     subprocess.run(command, env=os.environ | flags, check=True)
-    assert BLOCKS
