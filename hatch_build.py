@@ -1,8 +1,9 @@
 """Compiles the CPU kernel while jaxnorm is installed, if there is a C++ compiler.
 
 If there is none, or if it fails, jaxnorm is installed without the kernel. The reason is stored next
-to the kernel's source, and `jaxnorm.implementations()` reports it. JAXNORM_BUILD_KERNEL=1 makes
-this an error, =0 installs without the kernel.
+to the kernel's source, and `jaxnorm.implementations()` reports it, as that of the wheel: pip keeps
+wheels, and may install this one where there is a compiler. JAXNORM_BUILD_KERNEL=1 makes this an
+error, =0 installs without the kernel.
 """
 
 import importlib.util
@@ -42,7 +43,7 @@ class Kernel(BuildHookInterface):
             if wish == "1":
                 raise
             library.unlink(missing_ok=True)
-            reason.write_text(f"when jaxnorm was installed, {error}")
+            reason.write_text(str(error))
             self.app.display_warning(f"jaxnorm is installed without its CPU kernel: {error}")
         else:
             # Of this machine, or of MACOSX_DEPLOYMENT_TARGET, which the compiler heeds too.

@@ -3,12 +3,30 @@
 // processor. Arrays end where their memory does.
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
+#include <new>
 
 #include "frames.h"
 #include "truth.h"
 
 using namespace frames;
 using jaxnorm::Block;
+
+// Allocations, one of which may have to fail. All are replaced, because those of a sanitizer do not
+// call each other.
+static void* allocate(size_t size) {
+  if (allocations_left > 0 && --allocations_left == 0) return nullptr;
+  return std::malloc(size + !size);
+}
+static void* or_throw(void* memory) { return memory ? memory : throw std::bad_alloc(); }
+void* operator new(size_t size) { return or_throw(allocate(size)); }
+void* operator new[](size_t size) { return or_throw(allocate(size)); }
+void* operator new(size_t size, const std::nothrow_t&) noexcept { return allocate(size); }
+void* operator new[](size_t size, const std::nothrow_t&) noexcept { return allocate(size); }
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete[](void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+void operator delete[](void* memory, size_t) noexcept { std::free(memory); }
 
 extern "C" XLA_FFI_Error* jaxnorm_forward(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* jaxnorm_backward(XLA_FFI_CallFrame*);
@@ -143,6 +161,41 @@ bool refuses_all() {
          refuses("a batch that is too large", {4, 1, 1, 6}, 2, 4, 6);
 }
 
+// Each allocation of a call fails once: the call must end with an error of XLA.
+bool survives(const Block& b, int64_t batch) {
+  const int64_t size = batch * b.n * b.example(), groups = batch * b.groups();
+  Array x(kF32, size), y(kF32, size), scale(kF32, b.features()), none(kF32, 0);
+  Array high(kF32, groups), low(kF32, groups), var(kF32, groups), rstd(kF32, groups);
+  Array dscale(kF32, batch * b.features());
+  Call forward, backward;
+  forward.argument(x).argument(none).argument(scale).argument(none);
+  forward.result(y).result(none).result(high).result(low).result(var).result(rstd);
+  forward.integer("batch", batch).number("epsilon", 1e-6).block(b).boolean("subtract_mean", true);
+  backward.argument(x).argument(x).argument(none).argument(scale);
+  backward.argument(high).argument(low).argument(rstd);
+  backward.result(y).result(dscale).result(none);
+  backward.integer("batch", batch).block(b).boolean("subtract_mean", true);
+  bool good = true;
+  auto each_failure = [&](Call& call, XLA_FFI_Handler* handler) {
+    int64_t failing = 0;
+    do {
+      const std::string error = call.run(handler, ++failing);
+      const bool right = call.ran_out ? call.code == XLA_FFI_Error_Code_RESOURCE_EXHAUSTED : error.empty();
+      if (!right) std::printf("without allocation %ld: \"%s\"\n", (long)failing, error.c_str());
+      good = good && right;
+    } while (call.ran_out);
+    return failing;
+  };
+  const int64_t failures = each_failure(forward, jaxnorm_forward) + each_failure(backward, jaxnorm_backward);
+  return good && failures > 2;  // one each is the call that succeeds
+}
+
+bool survives_all() {
+  // Rows and columns, whose threads share a block, or have whole blocks.
+  return survives({300, 1, 1, 1000}, 1) & survives({2048, 1, 1, 100}, 1) & survives({40, 1, 1, 2048}, 8) &
+         survives({1, 4099, 33, 1}, 1) & survives({2, 600, 10, 11}, 8);
+}
+
 }  // namespace
 
 // Compares the results if there is an argument. 77 if the machine can't run what this was compiled for.
@@ -156,6 +209,6 @@ int main(int arguments, char**) {
   std::thread other([&] { first = run_all(arguments > 1); });
   second = run_all(false);
   other.join();
-  if (!first || !second || !refuses_all()) return 1;
+  if (!first || !second || !refuses_all() || !survives_all()) return 1;
   std::puts("all calls ran");
 }

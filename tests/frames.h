@@ -2,6 +2,7 @@
 // handler calls.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
@@ -15,6 +16,7 @@
 #include "xla/ffi/api/c_api.h"
 
 struct XLA_FFI_Error {
+  XLA_FFI_Error_Code code;
   std::string message;
 };
 
@@ -73,8 +75,11 @@ class ThreadPool {
 
 inline ThreadPool* pool;
 
+// The allocation at which this reaches zero fails (calls.cc), in whatever thread it is.
+inline std::atomic<int64_t> allocations_left{0};
+
 inline XLA_FFI_Error* create_error(XLA_FFI_Error_Create_Args* args) {
-  return new XLA_FFI_Error{args->message};
+  return new XLA_FFI_Error{args->errc, args->message};
 }
 inline void get_message(XLA_FFI_Error_GetMessage_Args* args) {
   args->message = args->error->message.c_str();
@@ -179,8 +184,8 @@ class Call {
     return integer("g", b.g).integer("k", b.k).integer("n", b.n).integer("s", b.s);
   }
 
-  // The message of the error, or nothing.
-  std::string run(XLA_FFI_Handler* handler) {
+  // The message of the error, or nothing. Allocation number `failing` of the handler fails.
+  std::string run(XLA_FFI_Handler* handler, int64_t failing = 0) {
     std::vector<XLA_FFI_ArgType> arg_types(args_.size(), XLA_FFI_ArgType_BUFFER);
     std::vector<XLA_FFI_RetType> ret_types(rets_.size(), XLA_FFI_RetType_BUFFER);
     std::vector<XLA_FFI_AttrType> attr_types(scalars_.size(), XLA_FFI_AttrType_SCALAR);
@@ -200,11 +205,18 @@ class Call {
                   ret_types.data(), rets.data()};
     frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr, static_cast<int64_t>(attrs.size()),
                    attr_types.data(), names.data(), attrs.data()};
+    allocations_left = failing;
     XLA_FFI_Error* error = handler(&frame);
+    ran_out = failing > 0 && allocations_left <= 0;
+    allocations_left = 0;
     std::string message = error ? error->message : "";
+    code = error ? error->code : XLA_FFI_Error_Code_OK;
     delete error;
     return message;
   }
+
+  bool ran_out = false;  // whether an allocation failed
+  XLA_FFI_Error_Code code = XLA_FFI_Error_Code_OK;
 
  private:
   Call& add(std::deque<XLA_FFI_Buffer>& buffers, const Array& a) {

@@ -1,7 +1,12 @@
 """Building the kernel, and doing without it."""
 
+import ctypes
+import platform
+import shlex
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,10 +51,65 @@ def test_without_a_library_the_formulas_run(monkeypatch, tmp_path, rng):
 @pytest.mark.usefixtures("fresh")
 def test_the_reason_that_the_install_left_is_told(monkeypatch, tmp_path, rng):
     reason = tmp_path / "why.txt"
-    reason.write_text("when jaxnorm was installed, no C++ compiler was found")
+    reason.write_text("no C++ compiler was found")
     monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "none.so")
     monkeypatch.setattr(cpu, "WHY_NOT_BUILT", reason)
-    assert_formulas_run("when jaxnorm was installed, no C", rng)
+    assert_formulas_run("it is not in the wheel of jaxnorm, because no C", rng)
+
+
+def test_a_wheel_without_the_kernel_says_how_to_build_it(monkeypatch, tmp_path):
+    """pip keeps such a wheel, and may install it where there is a compiler."""
+    pytest.importorskip("hatchling", reason="hatchling is not installed")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("JAXNORM_BUILD_KERNEL", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))  # there is no compiler
+    run = lambda *command, cwd: subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=True, cwd=cwd
+    ).stdout.splitlines()
+    root = Path(__file__).parent.parent
+    run("-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path), cwd=root)
+    (built,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(tmp_path)
+    code = "import jaxnorm; print(jaxnorm.__file__); print(jaxnorm.implementations()['cpu'])"
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    file, cpu_is = run("-c", code, cwd=tmp_path)
+    assert Path(file).is_relative_to(tmp_path)
+    assert cpu_is == (
+        "xla: it is not in the wheel of jaxnorm, because no C++ compiler was found: "
+        "run python -m jaxnorm.kernels.cpu.build"
+    )
+
+
+@pytest.mark.skipif(not build.find_compiler(), reason="there is no C++ compiler")
+@pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"), reason="levels are those of x86-64"
+)
+@pytest.mark.parametrize(
+    ("lacks", "levels"),
+    [
+        ("x86-64-v4", ["baseline", "avx2"]),
+        ("x86-64-v[34]", ["baseline"]),
+    ],
+)
+def test_an_old_compiler_loses_only_the_levels_it_lacks(monkeypatch, tmp_path, lacks, levels):
+    compiler = tmp_path / "old-c++"
+    real = shlex.join(build.find_compiler() or [])
+    compiler.write_text(
+        "#!/bin/sh\n"
+        f"case \" $* \" in *' '-march={lacks}' '*)\n"
+        "  echo \"cc1plus: error: bad value for '-march=' switch\" >&2; exit 1;;\n"
+        f'esac\nexec {real} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    library = tmp_path / "norms.so"
+    assert build.build(library, ["-O0"]) == levels
+    # Another library than that of this process, which the handlers are registered with.
+    use_level = ctypes.CDLL(str(library)).jaxnorm_use_level
+    use_level.restype = ctypes.c_bool
+    assert not use_level(b"avx512")
+    assert use_level(b"baseline")
 
 
 @pytest.mark.usefixtures("fresh")

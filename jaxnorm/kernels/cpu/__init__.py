@@ -27,8 +27,10 @@ def missing() -> str | None:
     """Why there is no kernel here, or None if there is one, which is then loaded."""
     if not LIBRARY.exists():
         if WHY_NOT_BUILT.exists():
-            return WHY_NOT_BUILT.read_text()
-        return "it has not been built: run python -m jaxnorm.kernels.cpu.build"
+            how = f"is not in the wheel of jaxnorm, because {WHY_NOT_BUILT.read_text()}"
+        else:
+            how = "has not been built"
+        return f"it {how}: run python -m jaxnorm.kernels.cpu.build"
     try:
         library = _library()
         if library.jaxnorm_api_version() > _api_version():

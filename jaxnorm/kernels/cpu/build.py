@@ -21,8 +21,11 @@ LIBRARY = HERE / "_norms.so"
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 
 
-def build(library: Path = LIBRARY, flags: Sequence[str] = ()) -> None:
+def build(library: Path = LIBRARY, flags: Sequence[str] = ()) -> list[str]:
     """Compile the kernel into `library`; if that fails, the file stays as it was.
+
+    Returns:
+      The levels of hardware that it is compiled for. Those that the compiler lacks are left out.
 
     Raises:
       RuntimeError: there is no compiler, or it failed.
@@ -37,10 +40,15 @@ def build(library: Path = LIBRARY, flags: Sequence[str] = ()) -> None:
     handlers = ["handlers.cc", "-isystem", include]
     levels = {"Baseline": []}
     if platform.machine().lower() in ("x86_64", "amd64"):
-        handlers += ["-DJAXNORM_X86"]
-        levels["Avx2"] = ["-march=x86-64-v3"]
         # GCC 12 warns of variables in its own header.
-        levels["Avx512"] = ["-march=x86-64-v4", "-Wno-maybe-uninitialized"]
+        known = {
+            "Avx2": ["-march=x86-64-v3"],
+            "Avx512": ["-march=x86-64-v4", "-Wno-maybe-uninitialized"],
+        }
+        for level, options in known.items():
+            if _takes(compiler, options):
+                levels[level] = options
+                handlers.append(f"-DJAXNORM_{level.upper()}")
     # level.cc is compiled once for each level of hardware; handlers.cc takes the best that runs.
     sources = [handlers]
     for level, options in levels.items():
@@ -61,6 +69,7 @@ def build(library: Path = LIBRARY, flags: Sequence[str] = ()) -> None:
             unfinished.replace(library)
         finally:
             unfinished.unlink(missing_ok=True)
+    return [level.lower() for level in levels]
 
 
 def find_compiler() -> list[str] | None:
@@ -69,6 +78,16 @@ def find_compiler() -> list[str] | None:
         return shlex.split(os.environ["CXX"])
     found = (shutil.which(name) for name in ("c++", "g++", "clang++"))
     return next(([path] for path in found if path), None)
+
+
+def _takes(compiler: list[str], options: list[str]) -> bool:
+    """Whether the compiler knows these options: old ones lack the newer levels of x86-64."""
+    command = [*compiler, *options, "-fsyntax-only", "-x", "c++", os.devnull]
+    try:
+        _run(command)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _run(command: list[str]) -> None:
@@ -84,9 +103,9 @@ def _run(command: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        build()
+        levels = build()
     except (RuntimeError, OSError, ImportError) as error:
         raise SystemExit(f"The kernel is not built: {error}.") from None
     except KeyboardInterrupt:
         raise SystemExit("Interrupted: the kernel is as it was.") from None
-    print(f"Built {LIBRARY}")
+    print(f"Built {LIBRARY} for {', '.join(levels)}")

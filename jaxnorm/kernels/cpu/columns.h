@@ -145,8 +145,9 @@ static void columns_forward(const Forward& f, Pool& pool) {
   T* y = static_cast<T*>(f.y);
   const int64_t tasks = m.tasks(), slots = m.slots(tasks);
   const int64_t width = m.width, features = b.features();
-  Scratch<float> floats(slots * (m.chunks + 3) * width);
-  Scratch<double> doubles(slots * m.chunks * 2 * width);
+  Scratch<float> floats(pool, slots * (m.chunks + 3) * width);
+  Scratch<double> doubles(pool, slots * m.chunks * 2 * width);
+  if (!pool.memory) return;
   auto origin = [&](int64_t slot, int64_t chunk) {
     return floats + (slot * (m.chunks + 3) + chunk) * width;
   };

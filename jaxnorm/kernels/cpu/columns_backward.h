@@ -62,8 +62,9 @@ static void columns_backward(const Backward& f, Pool& pool) {
   const int64_t tasks = m.tasks(), slots = m.slots(tasks);
   const int64_t width = m.width, features = b.features();
   // For each slot: mean, rstd, and the factors of dx; the sums of each chunk; those of features.
-  Scratch<float> floats(slots * 5 * width);
-  Scratch<double> chunk_sums(slots * m.chunks * 2 * width), totals(slots * 2 * features);
+  Scratch<float> floats(pool, slots * 5 * width);
+  Scratch<double> chunk_sums(pool, slots * m.chunks * 2 * width), totals(pool, slots * 2 * features);
+  if (!pool.memory) return;
   auto sums = [&](int64_t slot, int64_t chunk) {
     return chunk_sums + (slot * m.chunks + chunk) * 2 * width;
   };

@@ -1,12 +1,12 @@
 // XLA's FFI calls: checked, and passed to the best level that runs on this machine.
-#include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <exception>
+#include <new>
 #include <string>
+#include <utility>
 
+#include "blocks.h"
 #include "norms.h"
-#include "team.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -15,21 +15,27 @@ namespace jaxnorm {
 namespace {
 
 const Level* const kLevels[] = {
-#if defined(JAXNORM_X86)
-    &kAvx512, &kAvx2,
+#if defined(JAXNORM_AVX512)
+    &kAvx512,
+#endif
+#if defined(JAXNORM_AVX2)
+    &kAvx2,
 #endif
     &kBaseline,
 };
 
 bool runs_here([[maybe_unused]] const Level& level) {
-#if defined(JAXNORM_X86)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (&level == &kAvx2) return avx2;
+#if defined(JAXNORM_AVX2)
+  if (&level == &kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+#if defined(JAXNORM_AVX512)
   // Processors without VBMI2 lower their clock for vectors of 512 bits.
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2");
-  if (&level == &kAvx512) return avx2 && avx512;
+  if (&level == &kAvx512) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2");
+  }
 #endif
   return true;
 }
@@ -93,50 +99,14 @@ Element element_of(const ffi::AnyBuffer& x) {
   return x.element_type() == ffi::F32 ? Element::kFloat32 : Element::kBfloat16;
 }
 
-template <class Run>
-ffi::Error guarded(Run run) {
+template <class... Arguments>
+ffi::Error run_blocks(Arguments&&... arguments) {
   try {
-    run();
+    each_block(std::forward<Arguments>(arguments)...);
     return ffi::Error::Success();
-  } catch (const std::exception& error) {
-    return ffi::Error::Internal(std::string("jaxnorm's kernel: ") + error.what());
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jaxnorm's kernel: out of memory");
   }
-}
-
-// Runs tasks on the thread that calls.
-class Alone final : public Pool {
- public:
-  void run(int64_t tasks, void (*task)(const void*, int64_t), const void* context) override {
-    for (int64_t i = 0; i < tasks; ++i) task(context, i);
-  }
-};
-
-// run(i, pool) for each of `batch` blocks: a thread has whole blocks if there are enough for all
-// threads, else all threads share each block.
-template <class Run>
-void each_block(ffi::ThreadPool& threads, int64_t batch, int64_t elements, const Run& run) {
-  if (batch < threads.num_threads()) {
-    for (int64_t i = 0; i < batch; ++i) {
-      Team team(threads);
-      run(i, team);
-    }
-    return;
-  }
-  struct Context {
-    const Run& run;
-    int64_t batch, tasks;
-  };
-  constexpr int64_t kElements = 1 << 16;
-  const Context context = {run, batch, std::clamp<int64_t>(elements / kElements, 1, std::min<int64_t>(batch, 64))};
-  Team team(threads);
-  team.run(
-      context.tasks,
-      [](const void* given, int64_t task) {
-        const Context& c = *static_cast<const Context*>(given);
-        Alone pool;
-        for (int64_t i = c.batch * task / c.tasks; i < c.batch * (task + 1) / c.tasks; ++i) c.run(i, pool);
-      },
-      &context);
 }
 
 using Float32 = ffi::Buffer<ffi::F32>;
@@ -178,22 +148,21 @@ ffi::Error forward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer res
     return wrong("a residual for columns or for long rows of bfloat16");
   }
   const int64_t elements = x.element_count(), bytes = x.size_bytes() / batch;
-  return guarded([&] {
-    each_block(threads, batch, elements, [&](int64_t i, Pool& pool) {
-      Forward call = {block,
-                      elements,
-                      epsilon,
-                      subtract_mean,
-                      part_of(x, i * bytes),
-                      part_of(residual, i * bytes),
-                      param_of(scale, block, i),
-                      param_of(bias, block, i),
-                      part_of(*y, i * bytes),
-                      part_of(*total, i * bytes),
-                      {data_or_null(*mean_high, i * groups), data_or_null(*mean_low, i * groups),
-                       data_or_null(*var, i * groups), data_or_null(*rstd, i * groups)}};
-      level_in_use.load()->forward(element_of(x), call, pool);
-    });
+  const Level* level = level_in_use;
+  return run_blocks(threads, batch, elements, [&](int64_t i, Pool& pool) {
+    Forward call = {block,
+                    elements,
+                    epsilon,
+                    subtract_mean,
+                    part_of(x, i * bytes),
+                    part_of(residual, i * bytes),
+                    param_of(scale, block, i),
+                    param_of(bias, block, i),
+                    part_of(*y, i * bytes),
+                    part_of(*total, i * bytes),
+                    {data_or_null(*mean_high, i * groups), data_or_null(*mean_low, i * groups),
+                     data_or_null(*var, i * groups), data_or_null(*rstd, i * groups)}};
+    level->forward(element_of(x), call, pool);
   });
 }
 
@@ -222,24 +191,23 @@ ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy
     return wrong("a gradient of the total unlike x, or for columns");
   }
   const int64_t elements = x.element_count(), bytes = x.size_bytes() / batch;
-  return guarded([&] {
-    each_block(threads, batch, elements, [&](int64_t i, Pool& pool) {
-      const int64_t feature = i * block.features();
-      Backward call = {block,
-                       elements,
-                       subtract_mean,
-                       part_of(x, i * bytes),
-                       part_of(dy, i * bytes),
-                       part_of(dtotal, i * bytes),
-                       param_of(scale, block, i),
-                       data_or_null(mean_high, i * groups),
-                       data_or_null(mean_low, i * groups),
-                       data_or_null(rstd, i * groups),
-                       part_of(*dx, i * bytes),
-                       data_or_null(*dscale, feature),
-                       data_or_null(*dbias, feature)};
-      level_in_use.load()->backward(element_of(x), call, pool);
-    });
+  const Level* level = level_in_use;
+  return run_blocks(threads, batch, elements, [&](int64_t i, Pool& pool) {
+    const int64_t feature = i * block.features();
+    Backward call = {block,
+                     elements,
+                     subtract_mean,
+                     part_of(x, i * bytes),
+                     part_of(dy, i * bytes),
+                     part_of(dtotal, i * bytes),
+                     param_of(scale, block, i),
+                     data_or_null(mean_high, i * groups),
+                     data_or_null(mean_low, i * groups),
+                     data_or_null(rstd, i * groups),
+                     part_of(*dx, i * bytes),
+                     data_or_null(*dscale, feature),
+                     data_or_null(*dbias, feature)};
+    level->backward(element_of(x), call, pool);
   });
 }
 

@@ -49,10 +49,14 @@ struct Backward {
   float *dscale, *dbias;  // null: not wanted
 };
 
-// Runs tasks 0, 1, ... in any order, on any threads; returns when all have ended.
+// Runs tasks 0, 1, ... in any order, on any threads; returns when all have ended. A task must not
+// throw: XLA's threads catch nothing. So memory is allocated before any task runs.
 class Pool {
  public:
   virtual void run(int64_t tasks, void (*task)(const void*, int64_t), const void* context) = 0;
+
+  char* memory = nullptr;  // of one call; null in a call that only counts the bytes it takes
+  int64_t taken = 0;
 
  protected:
   ~Pool() = default;
@@ -67,8 +71,11 @@ struct Level {
 };
 
 extern const Level kBaseline;
-#if defined(JAXNORM_X86)
-extern const Level kAvx2, kAvx512;
+#if defined(JAXNORM_AVX2)
+extern const Level kAvx2;
+#endif
+#if defined(JAXNORM_AVX512)
+extern const Level kAvx512;
 #endif
 
 }  // namespace jaxnorm

@@ -125,6 +125,7 @@ static inline void normalize_rows(const Forward& f, int64_t row, float* memory) 
 
 template <bool kSubtractMean, bool kScale, bool kBias, class T>
 static void rows_forward(const Forward& f, Pool& pool) {
+  if (!pool.memory) return;  // it takes none
   const int64_t rows = f.block.groups(), tasks = num_tasks(rows * f.block.k, rows);
   const bool together = f.block.g == 1 && f.block.k <= kRowTile / 4;
   parallel_for(pool, tasks, [&](int64_t task) {

@@ -139,8 +139,9 @@ static void backward_by_row(const Backward& f, Pool& pool) {
   const int64_t rows = block.groups(), features = block.features(), k = block.k;
   const int64_t tasks = num_tasks(rows * k, kColumns ? max(1, block.n / kTaskRows) : rows);
   const int64_t each = kColumns ? features : 0;
-  Scratch<float> few(2 * tasks * each);
-  Scratch<double> all(2 * tasks * each);
+  Scratch<float> few(pool, 2 * tasks * each);
+  Scratch<double> all(pool, 2 * tasks * each);
+  if (!pool.memory) return;
   parallel_for(pool, tasks, [&](int64_t task) {
     const int64_t at = 2 * task * each, end = rows * (task + 1) / tasks;
     const Columns columns = {few + at, few + (at + each), all + at, all + (at + each)};
@@ -190,7 +191,8 @@ static void backward_by_feature(const Backward& f, Pool& pool) {
   constexpr int64_t kPart = 16384, kStrip = 512;
   const int64_t rows = f.block.n, k = f.block.k;
   const int64_t parts = (k + kPart - 1) / kPart, strips = (k + kStrip - 1) / kStrip;
-  Scratch<double> own(rows * parts), along(rows * parts);
+  Scratch<double> own(pool, rows * parts), along(pool, rows * parts);
+  if (!pool.memory) return;
   parallel_for(pool, rows * parts, [&](int64_t i) {
     const int64_t row = i / parts, begin = i % parts * kPart;
     const Rows<1, kSubtractMean, kScale, T> one(f, row, 0);

@@ -30,19 +30,24 @@ static void parallel_for(Pool& pool, int64_t tasks, const Task& task) {
       &task);
 }
 
-// Memory for one call, filled with zeros.
+// Memory for one call, filled with zeros: the next part of the pool's. If that has none, the part is
+// only counted, and the call has to return.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t size) : data_(new T[size]()) {}
-  ~Scratch() { delete[] data_; }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
+  Scratch(Pool& pool, int64_t size) {
+    constexpr int64_t kCacheLine = 64;
+    if (pool.memory) {
+      data_ = reinterpret_cast<T*>(pool.memory + pool.taken);
+      for (int64_t i = 0; i < size; ++i) data_[i] = 0;
+    }
+    pool.taken += (size * sizeof(T) + kCacheLine - 1) / kCacheLine * kCacheLine;
+  }
   T* operator+(int64_t offset) const { return data_ + offset; }
   T& operator[](int64_t i) const { return data_[i]; }
 
  private:
-  T* data_;
+  T* data_ = nullptr;
 };
 
 // The gradients of scale and bias of one feature, if they are wanted.
