@@ -1,30 +1,65 @@
 """What `jaxnorm.linen.recalibrate` and `jaxnorm.nnx.recalibrate` share."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxnorm._seen import named
+from jaxnorm._seen import named, nothing_seen
+from jaxnorm.core.arithmetic import square
 from jaxnorm.core.moments import Moments
-from jaxnorm.functional.moments import merge_moments
 
 
-def add_seen(total: Moments, new: Moments, how: str) -> Moments:
+class Total(NamedTuple):
+    """The moments of all batches so far: `high`, and what its dtype does not hold of them, `low`.
+
+    A small batch moves the mean of many by less than float32 may hold, and their count by less than
+    it holds from 2**24 on. The sum of both parts has twice the digits.
+    """
+
+    high: Moments
+    low: Moments
+
+
+def nothing_yet(running_mean: jax.Array) -> Total:
+    """The total before the first batch, for running statistics like these."""
+    nothing = nothing_seen(running_mean).elements
+    return Total(nothing, nothing)
+
+
+def add_seen(total: Total, new: Moments, how: str) -> Total:
     """The moments of another batch added to those of the batches before.
 
     `how` is "pooled", for the moments of all elements, or "mean", for the average of the batches'
-    moments, whose count is the number of batches.
+    moments, whose count is the number of batches. Each part moves by the batch's share of the
+    distance to that of the batch; "pooled" adds the variance between the two means (Chan, Golub and
+    LeVeque, 1979).
     """
-    if how == "pooled":
-        return merge_moments(total, new)
+    (mean, var, count), low = total
     counted = new.count > 0
-    number = total.count + counted.astype(total.count.dtype)
-    weight = jnp.where(counted, 1 / jnp.maximum(number, 1), 0)
-    part = lambda old, value: old + (value - old) * weight.astype(old.dtype)
-    return Moments(part(total.mean, new.mean), part(total.var, new.var), number)
+    size = new.count if how == "pooled" else counted.astype(count.dtype)
+    number = _add(count, low.count, size)
+    share = size / jnp.maximum(number[0], 1)
+    # The numbers of a batch in which nothing counted may be anything.
+    of_mean = jnp.where(counted, (new.mean - mean) - low.mean, 0)
+    of_var = share * jnp.where(counted, (new.var - var) - low.var, 0)
+    if how == "pooled":
+        # The shares are part of the square, so that it overflows no sooner than the variance.
+        of_var += square(jnp.sqrt(share * (1 - share)).astype(of_mean.dtype) * of_mean)
+    means = _add(mean, low.mean, share.astype(of_mean.dtype) * of_mean)
+    parts = zip(means, _add(var, low.var, of_var), number, strict=True)
+    return Total(*(Moments(*part) for part in parts))
+
+
+def _add(high: jax.Array, low: jax.Array, term: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """high + low + term, as a rounded number and the rest (Knuth's two-sum)."""
+    total = high + term
+    moved = total - high
+    rest = (high - (total - moved)) + (term - moved) + low
+    rounded = total + rest
+    return rounded, rest - (rounded - total)
 
 
 def arguments_of(batches: Iterable[Any]) -> Iterator[tuple]:

@@ -12,6 +12,8 @@ from flax import nnx
 
 import jaxnorm.linen
 import jaxnorm.nnx
+from jaxnorm._recalibrate import add_seen, nothing_yet
+from jaxnorm.core.moments import Moments
 
 TOL = 2e-6  # roundings of dense layers and norms of numbers near one
 SIZES = 4, 7, 5  # of the batches
@@ -98,6 +100,23 @@ def test_both_norms_have_the_moments_of_what_they_saw(variables, batches, how):
     model = nnx_model(variables)
     jaxnorm.nnx.recalibrate(model, batches, how=how)
     check(stats_of(model), right)
+
+
+@pytest.mark.parametrize("how", ["pooled", "mean"])
+def test_many_small_batches_move_what_many_elements_have(how):
+    """Counts beyond 2**24, and steps too small for float32: five million batches after 2**29."""
+    batches, size, before = 5_000_000, 32, 2**29
+    moments = lambda *parts: Moments(*map(jnp.float32, parts))
+    start = add_seen(nothing_yet(jnp.float32(0)), moments(0, 1, before), how)
+    step = lambda _, total: add_seen(total, moments(1, 1, size), how)
+    (mean, var, count), low = jax.jit(lambda: jax.lax.fori_loop(0, batches, step, start))()
+    total = before + batches * size if how == "pooled" else 1 + batches
+    share = batches * size / total if how == "pooled" else batches / total
+    assert int(count) + int(low.count) == total
+    # Each step has a few roundings of float32, relative to the step and not to the total.
+    assert float(mean) == pytest.approx(share, rel=1e-6)
+    between = share * (1 - share) if how == "pooled" else 0
+    assert float(var) == pytest.approx(1 + between, rel=1e-6)
 
 
 def test_sharded_batches_and_axis_names_give_the_same(variables, rng):

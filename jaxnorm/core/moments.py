@@ -53,7 +53,8 @@ class Moments(NamedTuple):
     Attributes:
       mean: the mean, complex for complex elements.
       var: the mean squared distance from the mean, real.
-      count: how many elements counted (after `where`), in the dtype of `var`.
+      count: how many elements counted (after `where`), in the dtype of `var`: float32 holds each
+        number up to 2**24.
     """
 
     mean: jax.Array

@@ -66,7 +66,11 @@ def _moments(spec, x, where):
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
-    """The moments of the elements of a and b together, exact for any counts, zero included.
+    """The moments of the elements of a and b together; counts may differ, and may be zero.
+
+    The result is rounded to the dtype of a and b. In float32 a count is exact up to 2**24, and
+    moments of few elements may be too small to move those of very many: merge moments of similar
+    counts, or use float64.
 
     Args:
       a: moments, whose arrays all have one shape.

@@ -10,8 +10,7 @@ from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxnorm._modules import like
-from jaxnorm._recalibrate import add_seen, arguments_of, check_how, check_totals
-from jaxnorm._seen import nothing_seen
+from jaxnorm._recalibrate import add_seen, arguments_of, check_how, check_totals, nothing_yet
 from jaxnorm.linen.watched import check_model, watched_call
 
 
@@ -74,7 +73,7 @@ def recalibrate(
         own = {name: jax.random.fold_in(key, number) for name, key in rngs.items()}
         seen, _ = watched_call(model, variables, arguments, call | ({"rngs": own} if own else {}))
         new = {path: part.elements for path, part in seen.items()}
-        start = {path: nothing_seen(part.mean).elements for path, part in new.items()}
+        start = {path: nothing_yet(part.mean) for path, part in new.items()}
         return {path: add_seen((totals or start)[path], part, how) for path, part in new.items()}
 
     totals = {}
@@ -83,9 +82,9 @@ def recalibrate(
     remedy = (
         "pass what makes the model train, such as train=True; a norm that is frozen sees nothing"
     )
-    check_totals({"/".join(path): total for path, total in totals.items()}, remedy)
+    check_totals({"/".join(path): total.high for path, total in totals.items()}, remedy)
     stats: dict[Any, Any] = flatten_dict(variables["batch_stats"])
-    for path, moments in totals.items():
+    for path, (moments, _) in totals.items():
         for name in ("mean", "var"):
             old = stats[(*path, name)]
             new = getattr(moments, name)

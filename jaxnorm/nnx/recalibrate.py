@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxnorm._modules import like
-from jaxnorm._recalibrate import add_seen, arguments_of, check_how, check_totals
+from jaxnorm._recalibrate import add_seen, arguments_of, check_how, check_totals, nothing_yet
 from jaxnorm._seen import nothing_seen
 from jaxnorm.nnx.replace import modules_of
 from jaxnorm.nnx.watched import norms_of, watched
@@ -56,7 +56,7 @@ def recalibrate(
     check_how(how)
     originals: dict[str, Any] = modules_of(model)
     copy, _ = watched(model)
-    totals = {path: nothing_seen(norm.mean[...]).elements for path, norm in norms_of(copy).items()}
+    totals = {path: nothing_yet(norm.mean[...]) for path, norm in norms_of(copy).items()}
     if not totals:
         raise ValueError("model must have a batch norm, got none; there is nothing to recalibrate.")
 
@@ -71,7 +71,8 @@ def recalibrate(
 
     for arguments in arguments_of(batches):
         totals = measure(copy, totals, *arguments)
-    check_totals(totals, "unfreeze some, or pass what makes the model train")
-    for path, (mean, var, count) in totals.items():
+    moments = {path: total.high for path, total in totals.items()}
+    check_totals(moments, "unfreeze some, or pass what makes the model train")
+    for path, (mean, var, count) in moments.items():
         for stat, value in ((originals[path].mean, mean), (originals[path].var, var)):
             stat.set_value(like(stat[...], jnp.where(count > 0, value, stat[...])))
