@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm._audit_sampling import LEAST, explained, quantile
+from jaxnorm._audit_sampling import LEAST, explained, quantile, standard_errors
 from jaxnorm._findings import Finding, Findings, Measured
 from jaxnorm._seen import Seen, nothing_seen
 
@@ -80,12 +80,15 @@ def audit(norms: Iterable[Given], level: float, batch_size: int | None = None) -
         eps = max(float(jnp.finfo(stat.dtype).eps) for stat in (norm.mean, norm.var))
         mean, var, momentum = one.running_mean, one.running_var, one.momentum
         distance, lowest, highest = explained(seen, mean, var, momentum, eps, t, batch_size)
-        measured[place] = one._replace(distance=distance, lowest=lowest, highest=highest)
+        shift = _shift(one, *standard_errors(seen, momentum, batch_size))
+        measured[place] = one._replace(
+            distance=distance, lowest=lowest, highest=highest, shift=shift
+        )
     pairs = list(zip(norms, measured, strict=True))
     found = [
-        Finding(norm.path, problem, ADVICE[problem], figures)
+        Finding(norm.path, problem, ADVICE[problem], figures, float(effect))
         for norm, one in pairs
-        for problem, figures in _problems(norm, one)
+        for problem, effect, figures in _problems(norm, one)
     ]
     return Findings(found, {norm.path: one for norm, one in pairs}, level)
 
@@ -115,9 +118,32 @@ def _measured(norm: Given) -> Measured:
         distance=unknown,
         lowest=unknown,
         highest=unknown,
+        shift=float("nan"),
         epsilon=float(norm.epsilon),
         momentum=float("nan") if norm.momentum is None else float(norm.momentum),
     )
+
+
+def _shift(one: Measured, of_mean: np.ndarray, of_var: np.ndarray) -> float:
+    """How far the outputs of evaluation and training are apart, beyond what sampling explains.
+
+    With h the standardized input in training, that of evaluation is ratio h + difference. The
+    squares of the standard errors are what sampling adds to the squares of both on average; they
+    are unknown for a single example.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        difference, ratio = np.abs(one.mean_difference), np.sqrt(one.variance_ratio)
+        mean_error = of_mean / np.sqrt(one.running_var + one.epsilon)
+        squares = difference**2 - _where_finite(mean_error) ** 2
+        power = one.batch_var / (one.batch_var + one.epsilon)  # of h, which epsilon makes smaller
+        stretch = (ratio - 1) ** 2 - _where_finite(ratio * of_var / 2) ** 2
+        squares += np.where(power > 0, stretch * power, 0)
+    known = squares[_finite(one.running_mean, one.running_var) & np.isfinite(squares)]
+    return float(np.sqrt(max(known.mean(), 0))) if known.size else float("nan")
+
+
+def _where_finite(a: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(a), a, 0)
 
 
 def _testable(one: Measured) -> np.ndarray:
@@ -140,8 +166,8 @@ def _untouched(one: Measured) -> bool:
     return bool((one.running_mean == 0).all() and (one.running_var == 1).all())
 
 
-def _problems(norm: Given, one: Measured) -> Iterator[tuple[str, dict[str, float]]]:
-    """Each problem of a norm, and its figures."""
+def _problems(norm: Given, one: Measured) -> Iterator[tuple[str, float, dict[str, float]]]:
+    """Each problem of a norm, its effect, and its figures."""
     constant, apart = _constant(one), one.means_apart | one.variances_apart
     sound = _finite(one.running_mean, one.running_var) & ~constant
     tells = one.count >= LEAST  # of one element the variance is zero
@@ -149,29 +175,36 @@ def _problems(norm: Given, one: Measured) -> Iterator[tuple[str, dict[str, float
     smallest = np.where(sound, smallest, np.inf)
     of = lambda features: {"features": float(features.sum()), "of": float(features.size)}
     if _untouched(one):
-        yield "running statistics were never updated", _distances(one)
+        yield "running statistics were never updated", one.shift, _distances(one)
     if apart.any():
         which = {"means": one.means_apart.sum(), "variances": one.variances_apart.sum()}
         which = {name: float(number) for name, number in which.items()}
-        yield "batch and running statistics differ", of(apart) | which | _distances(one)
+        figures = of(apart) | which | _distances(one)
+        yield "batch and running statistics differ", one.shift, figures
     if constant.any():
-        yield "features are constant in the batch", of(constant)
+        # They are zero, and their standard deviation would be one.
+        yield "features are constant in the batch", np.sqrt(constant.mean()), of(constant)
     wrong = ~_finite(one.running_mean, one.running_var)
     if wrong.any():
-        yield "running statistics are not finite", of(wrong)
+        yield "running statistics are not finite", np.inf, of(wrong)
     wrong = ~_finite(one.batch_mean, one.batch_var) & (one.count > 0)
     if wrong.any():
-        yield "batch statistics are not finite", of(wrong)
+        yield "batch statistics are not finite", np.inf, of(wrong)
     bits = min(8 * stat.dtype.itemsize // (1 + np.iscomplexobj(stat)) for stat in norm[1:3])
     if bits < 32:
-        yield "running statistics are in half precision", {"bits": float(bits)}
+        yield "running statistics are in half precision", one.shift, {"bits": float(bits)}
     if one.momentum < 0.5:
-        yield "momentum looks like PyTorch's", {"momentum": one.momentum}
+        yield "momentum looks like PyTorch's", one.shift, {"momentum": one.momentum}
     if (small := one.epsilon > smallest).any():
         figures = {"epsilon": one.epsilon, "smallest_variance": float(smallest.min())}
-        yield "epsilon is larger than the variance", of(small) | figures
+        left = np.sqrt(smallest[small] / (smallest[small] + one.epsilon))  # standard deviations
+        effect = np.sqrt(((1 - left) ** 2).sum() / small.size)
+        yield "epsilon is larger than the variance", effect, of(small) | figures
     if figures := _between_devices(norm, one):
-        yield "devices disagree on running statistics", figures
+        # At most, because these are of the features and devices that are furthest apart.
+        ratio = np.sqrt(figures["ratio_of_variances"])
+        effect = np.hypot(figures["difference_of_means"], ratio - 1)
+        yield "devices disagree on running statistics", effect, figures
 
 
 def _distances(one: Measured) -> dict[str, float]:

@@ -27,15 +27,47 @@ and so seem exact. Hence the two bounds from below. The cube root of a variance 
 from typing import Any
 
 import numpy as np
-from scipy import special
 
 LEAST = 8  # examples: of fewer, only gross differences would be seen
 
 
 def quantile(examples: np.ndarray, level: float, tests: int) -> np.ndarray:
-    """Of Student's distribution, for that many two-sided tests; NaN for too few examples."""
-    freedom = np.where(examples >= LEAST, examples - 1, np.nan)
-    return -special.stdtrit(freedom, level / (2 * max(tests, 1)))
+    """Of Student's distribution, for that many two-sided tests; NaN for too few examples.
+
+    With t = sqrt(f) sinh(u), the density is proportional to cosh(u)^-f du. The tail's integral is
+    taken by Gauss and Laguerre; its logarithm is concave, so that Newton's method finds u from 0.
+    """
+    f = np.maximum(examples, LEAST)[..., None] - 1.0  # degrees of freedom
+    nodes, weights = np.polynomial.laguerre.laggauss(64)
+    log_cosh = lambda u: np.logaddexp(u, -u) - np.log(2)
+
+    def tail(u):  # divided by the density
+        rate = np.maximum(f * np.tanh(u), np.sqrt(f))
+        parts = weights * np.exp(nodes - f * (log_cosh(u + nodes / rate) - log_cosh(u)))
+        return parts.sum(-1, keepdims=True) / rate
+
+    u = np.zeros_like(f)
+    half, log_p = tail(u), np.log(level / (2 * max(tests, 1)))
+    for _ in range(50):  # each step halves the distance at least, and soon squares it
+        over = tail(u)
+        u = u + over * (np.log(over / half / 2) - f * log_cosh(u) - log_p)
+    return np.where(examples >= LEAST, (np.sqrt(f) * np.sinh(u))[..., 0], np.nan)
+
+
+def standard_errors(
+    seen: Any, momentum: float, batch_size: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of the mean, and of the variance as a part of it; for `explained` and the same arguments."""
+    batch, n = seen.elements, seen.examples
+    average = 1 + (1 - momentum) / (1 + momentum) * _times(n, batch_size)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = np.sqrt(average * n / (n - 1)) / batch.count
+        return scale * seen.sums, scale * seen.squares / batch.var
+
+
+def _times(examples: np.ndarray, batch_size: int | None) -> np.ndarray | int:
+    """How many times as large as a batch of training this one is."""
+    return 1 if batch_size is None else examples / batch_size
 
 
 def explained(
@@ -60,17 +92,16 @@ def explained(
       batch_size: the examples in a batch of training; None for those that were seen.
     """
     batch, n = seen.elements, seen.examples
-    smaller = 1 if batch_size is None else n / batch_size
-    average = 1 + (1 - momentum) / (1 + momentum) * smaller
+    of_mean, of_var = standard_errors(seen, momentum, batch_size)
     stop = rounding / 2 / (1 - momentum) if momentum < 1 else rounding
     with np.errstate(divide="ignore", invalid="ignore"):
-        scale = np.sqrt(average * n / (n - 1)) / batch.count
         scaled_up = np.sqrt(np.maximum(1, var / batch.var))
-        distance = t * scale * seen.sums * scaled_up + stop * np.abs(mean)
-        part = np.where(np.isnan(t), np.nan, scale * seen.squares / batch.var)
+        distance = t * of_mean * scaled_up + stop * np.abs(mean)
+        part = np.where(np.isnan(t), np.nan, of_var)
         if not np.isnan(part).all():
             part = np.maximum(part, np.nanquantile(part, 0.75))
         width = (t * part + stop) / 3
-        shift = n / (n - 1) * (seen.sums / batch.count) ** 2 * (smaller - 1)
+        times = _times(n, batch_size)
+        shift = n / (n - 1) * (seen.sums / batch.count) ** 2 * (times - 1)
         expected = np.maximum(var + shift, 0)
     return distance, expected * np.maximum(1 - width, 0) ** 3, expected * (1 + width) ** 3

@@ -11,6 +11,8 @@ from jaxnorm._seen import named
 
 WIDTH = 100  # columns of the table
 UNITS = (
+    "effect: how far the output is from what it would be without the problem (root mean square "
+    "over features and elements, before scale and bias, in standard deviations)",
     "mean difference: the largest |batch mean - running mean| / running standard deviation",
     "variance ratio: batch / running, with epsilon added to both",
 )
@@ -26,12 +28,18 @@ class Finding(NamedTuple):
       figures: numbers by name. "features" are those that have the problem, and "of" is how many
         there are. "mean_difference" is the largest |batch mean - running mean| / running standard
         deviation, and variance ratios are batch / running, with epsilon added to all variances.
+      effect: an estimate of how much it matters: how far the norm's output is from what it would be
+        without the problem, in standard deviations of that output. It is the root mean square over
+        features and elements, before scale and bias; infinity where the output is not finite, NaN
+        where it is unknown. Where batch and running statistics differ, it is the distance between
+        the outputs of evaluation and training beyond what sampling explains.
     """
 
     path: str
     problem: str
     advice: str
     figures: dict[str, float]
+    effect: float
 
 
 class Measured(NamedTuple):
@@ -47,6 +55,9 @@ class Measured(NamedTuple):
       distance: how far apart sampling may put the two means; NaN where that was not tested.
       lowest: how small sampling may make the batch variance; NaN where that was not tested.
       highest: how large sampling may make it; NaN where that was not tested.
+      shift: how far the output of evaluation is from that of training, beyond what sampling
+        explains: the root mean square over all elements, before scale and bias, in standard
+        deviations; NaN where it is unknown.
       epsilon: that of the norm.
       momentum: that of the norm.
     """
@@ -60,6 +71,7 @@ class Measured(NamedTuple):
     distance: np.ndarray
     lowest: np.ndarray
     highest: np.ndarray
+    shift: float
     epsilon: float
     momentum: float
 
@@ -136,17 +148,28 @@ def _table(findings: Findings) -> list[str]:
     """A row for each finding: the norm, the problem and its figures."""
     if not findings:
         return []
-    rows = [("batch norm", "problem", "figures")]
-    rows += [(named(one.path), one.problem, _figures(one.figures)) for one in findings]
+    rows = [("batch norm", "problem", "effect", "figures")]
+    rows += [
+        (named(one.path), one.problem, _effect(one.effect), _figures(one.figures))
+        for one in findings
+    ]
     first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
-    margin = first + second + 4
+    third = len("effect")
+    margin = first + second + third + 6
     lines = []
-    for norm, problem, figures in rows:
+    for norm, problem, effect, figures in rows:
         start, *rest = textwrap.wrap(figures, max(WIDTH - margin, 30)) or [""]
-        lines.append(f"{norm:{first}}  {problem:{second}}  {start}".rstrip())
+        lines.append(f"{norm:{first}}  {problem:{second}}  {effect:>{third}}  {start}".rstrip())
         lines += [" " * margin + line for line in rest]
-    rule = f"{'-' * first}  {'-' * second}  {'-' * len('figures')}"
+    rule = f"{'-' * first}  {'-' * second}  {'-' * third}  {'-' * len('figures')}"
     return [lines[0], rule, *lines[1:], ""]
+
+
+def _effect(effect: float) -> str:
+    """A number, or nothing if it is unknown."""
+    if np.isnan(effect):
+        return ""
+    return "<0.01" if effect < 0.01 else f"{effect:.2f}" if effect < 100 else f"{effect:.0e}"
 
 
 def _figures(figures: dict[str, float]) -> str:
@@ -168,8 +191,9 @@ def _advice(findings: Findings) -> list[str]:
         return []
     advice = {finding.problem: finding.advice for finding in findings}
     texts = [f"{problem}: {text}" for problem, text in advice.items()]
+    texts += UNITS[:1]
     if any("mean_difference" in finding.figures for finding in findings):
-        texts += UNITS
+        texts += UNITS[1:]
     wrap = lambda text: textwrap.wrap(text, WIDTH, subsequent_indent="  ")
     return [line for text in texts for line in wrap(text)] + [""]
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxnorm._seen import named, nothing_seen
+from jaxnorm._seen import arguments, named, nothing_seen
 from jaxnorm.core.arithmetic import square
 from jaxnorm.core.moments import Moments
 
@@ -71,7 +71,7 @@ def arguments_of(batches: Iterable[Any]) -> Iterator[tuple]:
         )
     number = 0
     for number, batch in enumerate(batches, 1):  # noqa: B007 (counted)
-        yield batch if type(batch) is tuple else (batch,)
+        yield arguments(batch)
     if not number:
         raise ValueError("batches must hold at least one batch, got none; pass some of the data.")
 

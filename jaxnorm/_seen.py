@@ -101,6 +101,11 @@ def look(
     return Seen(elements, flat(examples), sums, squares)
 
 
+def arguments(batch: Any) -> tuple:
+    """The model's arguments: a batch is a tuple of them, or the only one."""
+    return batch if type(batch) is tuple else (batch,)
+
+
 def names_here(axis_name: Any, axis_index_groups: Any) -> Any:
     """The axis name of a norm, or None if nothing binds it: its statistics are then of the whole x.
 

@@ -125,7 +125,7 @@ def test_other_data(settled, rng):
     assert 2 < figures["smallest_variance_ratio"] < figures["largest_variance_ratio"] < 8
     assert figures["mean_difference"] > 1
     rows = str(found).splitlines()
-    assert rows[0].split() == ["batch", "norm", "problem", "figures"]
+    assert rows[0].split() == ["batch", "norm", "problem", "effect", "figures"]
     assert rows[2].startswith(f"outer       {DIFFER}  ")
     assert f"\n{DIFFER}: Evaluation is" in str(found)
     assert rows[-1] == "1 finding in 2 batch norms, at level 0.001."
@@ -140,6 +140,41 @@ def test_other_weights(settled, rng):
     assert found[0].figures["features"] == 1
     jnnx.recalibrate(model, [x := batch(rng)])
     assert jnnx.audit(model, x) == []
+
+
+def test_the_effect_is_how_far_evaluation_is_from_training(settled, rng):
+    """Of the norm's own output: 4000 examples leave little to sampling."""
+    x = batch(rng, 4000)
+    model = nnx.clone(settled)
+    model.outer.mean[...] += 0.3
+    model.outer.var[...] *= 1.5
+    found = both(model, x)
+    assert problems(found) == [("outer", DIFFER)]
+    before = np.asarray(model.enter(x), np.float64)
+    outputs = [
+        (before - mean) / np.sqrt(var + 1e-5)
+        for mean, var in (
+            (before.mean(0), before.var(0)),
+            (np.asarray(model.outer.mean), np.asarray(model.outer.var)),
+        )
+    ]
+    right = np.sqrt(np.square(outputs[1] - outputs[0]).mean())
+    assert found[0].effect == found.norms["outer"].shift
+    # Sampling's part, which is taken off, is about 1 / sqrt(4000) of an effect above 0.1.
+    assert right > 0.1
+    assert found[0].effect == pytest.approx(right, rel=0.05)
+    assert f"  {found[0].effect:.2f}  " in str(found).splitlines()[2]
+    assert "effect: how far" in str(found)
+
+
+def test_sampling_has_no_effect(rng):
+    """The means of 16 examples are a quarter of a standard deviation from the true ones."""
+    norm = nnx.BatchNorm(2000, momentum=0.999, rngs=nnx.Rngs(0))
+    norm.mean[...] += 0.5  # or its statistics are those of a new norm
+    draw = lambda mean: jnp.asarray(mean + rng.standard_normal((16, 2000)), jnp.float32)
+    # 2000 features leave about (1 / 16 + 1 / 32) sqrt(2 / 2000) of the square, whose root is 0.05.
+    assert jnnx.audit(norm, draw(0.5)).norms[""].shift < 0.15
+    assert jnnx.audit(norm, draw(1)).norms[""].shift == pytest.approx(0.5, abs=0.05)
 
 
 def test_few_examples_tell_nothing(settled, rng):

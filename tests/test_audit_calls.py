@@ -45,7 +45,9 @@ def test_masks_count_and_no_map_has_to_bind_the_axis_name(rng):
     variables["batch_stats"] = stats
     for found in (
         jnnx.audit(model, *arguments),
+        jnnx.audit(model, arguments),  # as recalibrate takes them
         jlinen.audit(LinenMasked(), variables, *arguments),
+        jlinen.audit(LinenMasked(), variables, arguments),
     ):
         assert found == []
         norm = found.norms["norm"]

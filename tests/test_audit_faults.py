@@ -81,6 +81,24 @@ def test_faults(fault):
     assert str(found).count("the model") == len(expected)
 
 
+@pytest.mark.parametrize(
+    ("fault", "effect"),
+    [
+        ("never updated", 9),  # X + 9
+        ("dead", 0.5**0.5),  # two of four features are zero
+        ("nan", np.inf),
+        ("nan in", np.inf),
+        ("epsilon", 0.25**0.5 * (1 - 1e-3**0.5)),  # one of four, by the square root of 1e-8 / 1e-5
+    ],
+)
+def test_effects(fault, effect):
+    changes, x, _ = FAULTS[fault]
+    found = jnnx.audit(norm_of(dict(changes)), jnp.asarray(x))
+    assert len(found) == 1
+    assert found[0].effect == pytest.approx(effect, rel=0.01)  # X has moments of its own
+    assert ("  inf  " if np.isinf(effect) else f"  {found[0].effect:.2f}  ") in str(found)
+
+
 def test_devices_that_disagree():
     """As the statistics of shards are, if nothing shares them and nothing checks that."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

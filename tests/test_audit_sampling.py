@@ -154,6 +154,14 @@ def test_running_statistics_of_a_small_momentum_are_less_exact(rng):
     np.testing.assert_allclose(average, exact * np.sqrt(1 + 1 / 3))
 
 
+@pytest.mark.parametrize("level", [0.9, 0.05, 1e-9, 1e-250])
+def test_the_quantile_is_that_of_scipy(level):
+    special = pytest.importorskip("scipy.special", reason="scipy is not installed")
+    examples = np.array([LEAST, 9, 33, 1000, 1e6])
+    right = -special.stdtrit(examples - 1, level / 10)
+    np.testing.assert_allclose(quantile(examples, level, 5), right, rtol=1e-9)
+
+
 def test_few_examples_are_not_tested():
     t = quantile(np.array([0, LEAST - 1, LEAST, 1e6]), 0.05, 1)
     assert np.isnan(t[:2]).all()

@@ -20,6 +20,12 @@ def test_importing_the_package_imports_no_flax():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_modules_import_no_scipy():
+    """It comes with JAX today, but JAX does not promise that."""
+    code = "import sys, jaxnorm.linen, jaxnorm.nnx; sys.exit('scipy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_all_is_sorted_and_whole():
     assert jn.__all__ == sorted(jn.__all__)
     public = {name for name, value in vars(jn).items() if callable(value) and name[0] != "_"}

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from jaxnorm._audit import Given, check_options
 from jaxnorm._audit import audit as audit_norms
 from jaxnorm._findings import Findings
+from jaxnorm._seen import arguments
 from jaxnorm.linen.watched import check_model, watched_call
 
 
@@ -29,14 +30,15 @@ def audit(
     Args:
       model: a linen module, whose batch norms are Flax's or jaxnorm's.
       variables: those of the model, with "params" and "batch_stats".
-      *inputs: the arguments of the model: a batch, as in training.
+      *inputs: a batch, as in training: the arguments of the model, or one tuple of them as
+        `recalibrate` takes it; of (images, labels) the images alone.
       level: the chance of a finding by sampling alone, of all tests of the model together.
       batch_size: how many examples a batch of training had, if not as many as these inputs.
       **call: other arguments of `model.apply`, such as `train=True` if the model needs it to train,
         or `rngs`.
 
     Returns:
-      A list of `Finding`: path, problem, advice and figures. `print` shows it as a table; its
+      A list of `Finding`: path, problem, advice, figures and effect. `print` shows a table; its
       `norms` has what was measured of every batch norm that is called, and its `plot` draws it.
 
     Raises:
@@ -56,6 +58,7 @@ def audit(
     """
     check_model(model, variables)
     check_options(level, batch_size)
+    inputs = arguments(inputs[0]) if len(inputs) == 1 else inputs
     modules: dict[Any, Any] = {}
 
     @jax.jit

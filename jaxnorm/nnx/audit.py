@@ -7,6 +7,7 @@ from flax import nnx
 from jaxnorm._audit import Given, check_options
 from jaxnorm._audit import audit as audit_norms
 from jaxnorm._findings import Findings
+from jaxnorm._seen import arguments
 from jaxnorm.nnx.watched import norms_of, watched
 
 
@@ -39,15 +40,18 @@ def audit(
     up to 6 times for shape 1/2, and up to 12 times where one feature in eight is skewed. Within
     networks it is lower, because norms make their inputs alike.
 
+    A finding says that something differs; its `effect` estimates how much that matters.
+
     Args:
       model: any nnx module, whose batch norms are Flax's or jaxnorm's.
-      *inputs: the arguments of the model: a batch, as in training.
+      *inputs: a batch, as in training: the arguments of the model, or one tuple of them as
+        `recalibrate` takes it; of (images, labels) the images alone.
       level: the chance of a finding by sampling alone, of all tests of the model together.
       batch_size: how many examples a batch of training had, if not as many as these inputs.
       **call: keywords of the model's call, such as `train=True`, if it has any.
 
     Returns:
-      A list of `Finding`: path, problem, advice and figures. `print` shows it as a table; its
+      A list of `Finding`: path, problem, advice, figures and effect. `print` shows a table; its
       `norms` has what was measured of every batch norm, and its `plot` draws that.
 
     Raises:
@@ -74,6 +78,7 @@ def audit(
       Dunn, "Multiple Comparisons Among Means", 1961 (all tests together).
     """
     check_options(level, batch_size)
+    inputs = arguments(inputs[0]) if len(inputs) == 1 else inputs
     norms = norms_of(model)
     if not norms:
         raise ValueError("model must have a batch norm, got none; there is nothing to audit.")
