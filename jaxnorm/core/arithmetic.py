@@ -68,6 +68,11 @@ def drop_last_bit(a: jax.Array) -> jax.Array:
     return lax.reduce_precision(a, kind.nexp, kind.nmant - 1)
 
 
+def zero_where(condition: jax.Array, a: jax.Array) -> jax.Array:
+    """`a`, but zero where the condition holds; the derivative is that of `a` everywhere."""
+    return a - lax.stop_gradient(jnp.where(condition, a, 0))
+
+
 def reciprocal_or_zero(a: jax.Array) -> jax.Array:
     """1 / a where a is positive, else zero, with derivatives of any order."""
     return jnp.where(a > 0, 1 / jnp.where(a > 0, a, 1), 0)

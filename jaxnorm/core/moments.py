@@ -38,6 +38,7 @@ from jaxnorm.core.arithmetic import (
     reciprocal_or_zero,
     reciprocal_std,
     square,
+    zero_where,
 )
 from jaxnorm.core.counts import at_least_one, average, count_of, mean_square, squares
 from jaxnorm.core.devices import LOCAL, Devices, over_rows
@@ -163,7 +164,7 @@ def _at_once(spec, x, where, count) -> tuple[jax.Array, jax.Array, jax.Array]:
     var = power / divisor - real_product(near, low + (low - near))
     rounding = 8 * jnp.finfo(var.dtype).eps * square(near)
     high = pivot + near
-    return high, (pivot - high) + near, jnp.where(var > rounding, var, 0)
+    return high, (pivot - high) + near, zero_where(var <= rounding, var)
 
 
 def _in_three_sums(spec, x, where, count) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -273,4 +274,5 @@ def merge(add: Callable, parts: tuple) -> tuple[Any, Any, jax.Array, jax.Array]:
     root = jnp.where(share > 0, jnp.sqrt(jnp.where(share > 0, share, 1)), 0).astype(delta.dtype)
     powers = share * var + square(root * delta)
     low_of_all, power = add((share.astype(delta.dtype) * delta, powers))
-    return high_of_all, low_of_all, jnp.maximum(power - square(low_of_all), 0), total
+    var = power - square(low_of_all)
+    return high_of_all, low_of_all, zero_where(var < 0, var), total
