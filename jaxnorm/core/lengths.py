@@ -25,7 +25,9 @@ def two_norm(x: jax.Array, axes: Axes, where: jax.Array | None = None) -> jax.Ar
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _two_norm(x, where, layout):
     scaled, scale = scaled_to_one(x, layout, where)
-    return jnp.sqrt(layout.sum(square(scaled))) * scale
+    power = layout.sum(square(scaled))
+    zero = power == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, power))) * scale
 
 
 @_two_norm.defjvp

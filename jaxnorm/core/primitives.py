@@ -30,7 +30,7 @@ from jaxnorm._internals import (
     varying_axes,
     zeros_like_aval,
 )
-from jaxnorm.core import operations
+from jaxnorm.core import operations, taylor
 from jaxnorm.core.moments import Statistics
 from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.standardize import NormParams
@@ -76,6 +76,7 @@ class Operation:
         self.primitive.def_abstract_eval(self._types)
         primitive_jvps[self.primitive] = self._derivative
         primitive_batchers[self.primitive] = self._batch
+        taylor.define(self.primitive, self.on_leaves)
         register_lowering(self.primitive, functools.partial(self._lower, None))
         for platform in kernels.PLATFORMS:
             lower = functools.partial(self._lower, platform)

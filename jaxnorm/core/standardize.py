@@ -180,8 +180,7 @@ def standardize_measured(
     The derivative is that of `measure_and_standardize`. In between, the parameters may be chosen
     by the statistics.
     """
-    group = spec.statistics_devices.group()
-    return _norm_of_measured(spec, x, params, where, group, lax.stop_gradient(stats))
+    return _norm_of_measured(spec, x, params, where, spec.statistics_devices.group(), stats)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

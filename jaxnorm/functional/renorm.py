@@ -116,7 +116,7 @@ def normalize_batch(
 def _renormalize(spec, arrays, mean, var, renorm):
     x, params, where, _ = arrays
     with jax.named_scope(spec.name):
-        stats = statistics(spec, lax.stop_gradient(x), where)
+        stats = statistics(spec, x, where)
         r, d = _corrections(spec, *lax.stop_gradient((stats, mean, var)), renorm)
         params, whole = _corrected(spec, params, r, d), spec._replace(scale_offset=0.0)
         y, stats = standardize_measured(whole, x, stats, params, where)

@@ -90,5 +90,5 @@ def init_weight_norm(w: ArrayLike, *, feature_axis: Axes = -1) -> tuple[jax.Arra
     w = check_input(w, "w")
     layout = batch_layout(w.shape, feature_axis)
     # The default epsilon of `weight_norm` is in g too, or small weights would shrink.
-    length = jnp.hypot(two_norm(w, layout.reduction_axes), math.sqrt(EPSILON))
-    return w, jnp.squeeze(length, layout.reduction_axes)
+    length = jnp.squeeze(two_norm(w, layout.reduction_axes), layout.reduction_axes)
+    return w, jnp.hypot(length, jnp.full_like(length, math.sqrt(EPSILON)))

@@ -1,0 +1,70 @@
+"""Taylor mode, `jax.experimental.jet`: rules that JAX lacks, and those of our primitives.
+
+A rule that JAX has is left as it is. `jet` ignores derivatives that are defined by hand: it expands
+the function itself. So what a norm computes, not only its `custom_jvp`, has to have the right
+derivatives of every order.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun, set_current_trace
+from jax.extend.core.primitives import cond_p, reduce_or_p, reduce_precision_p, remat_p
+
+try:
+    from jax.experimental import jet
+except ImportError:  # it is experimental
+    jet: Any = None
+
+
+def define(primitive: Primitive, function_of: Callable) -> None:
+    """Expand a primitive as the function that `function_of` makes of its parameters."""
+    if jet:
+        _set_missing(primitive, lambda *terms, **params: jet.jet2(function_of(**params), *terms))
+
+
+def _set_missing(primitive: Primitive, rule: Callable) -> None:
+    """Set a rule: of values and their series to those of the results."""
+    jet.jet_rules.setdefault(primitive, rule)
+
+
+def _checkpoint(primals, series, *, jaxpr, prevent_cse, policy, **_):
+    function = functools.partial(jet.jet2, jaxpr_as_fun(ClosedJaxpr(jaxpr, ())))
+    return jax.checkpoint(function, prevent_cse=prevent_cse, policy=policy)(primals, series)
+
+
+def _cond(primals, series, *, branches, **_):
+    (index, *primals), (_, *series) = primals, series
+    functions = [functools.partial(jet.jet2, jaxpr_as_fun(branch)) for branch in branches]
+    return lax.switch(index, functions, primals, series)
+
+
+def _barrier(primals, series):
+    return lax.optimization_barrier((primals, series))
+
+
+def _reduce_precision(primals, series, **params):
+    return reduce_precision_p.bind(*primals, **params), series[0]
+
+
+def _within_its_trace(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def call(trace, *args, **kwargs):
+        with set_current_trace(trace):
+            return method(trace, *args, **kwargs)
+
+    return call
+
+
+if jet:
+    _set_missing(remat_p, _checkpoint)
+    _set_missing(cond_p, _cond)
+    _set_missing(lax.optimization_barrier_p, _barrier)
+    _set_missing(reduce_precision_p, _reduce_precision)
+    _set_missing(reduce_or_p, functools.partial(jet.zero_prop, reduce_or_p))
+    # JAX calls a function that has a `custom_jvp` outside of the trace of its arguments, and fails,
+    # for `jax.nn.relu` too.
+    jet.JetTrace.process_custom_jvp_call = _within_its_trace(jet.JetTrace.process_custom_jvp_call)
