@@ -10,7 +10,13 @@ Flax is imported when a module calls, because `import jaxnorm` does without it.
 from typing import TYPE_CHECKING, Any
 
 import jax
-from jax.extend.core import Primitive  # a norm is one, so that its lowering can choose a kernel
+from jax.extend.core import (
+    ClosedJaxpr,  # Taylor mode expands those of the primitives below
+    Primitive,  # a norm is one, so that its lowering can choose a kernel
+    jaxpr_as_fun,
+    set_current_trace,
+)
+from jax.extend.core.primitives import cond_p, reduce_or_p, reduce_precision_p, remat_p
 from jax.interpreters.ad import (  # its derivatives
     Zero,
     add_tangents,
@@ -26,13 +32,21 @@ from jax.interpreters.mlir import (  # its lowering for each platform
     lower_fun,
     register_lowering,
 )
+from jax.lax import optimization_barrier_p
+
+try:
+    from jax.experimental import jet
+except ImportError:  # it is experimental
+    jet: Any = None
 
 __all__ = [
+    "ClosedJaxpr",
     "LoweringRuleContext",
     "Primitive",
     "Zero",
     "add_tangents",
     "canonicalize_dtype",
+    "cond_p",
     "devices_of",
     "explicit_spec",
     "first_from",
@@ -40,12 +54,19 @@ __all__ = [
     "is_exported",
     "is_sharded",
     "is_undefined_primal",
+    "jaxpr_as_fun",
+    "jet",
     "lower_fun",
     "manual_axis_type",
+    "optimization_barrier_p",
     "primitive_batchers",
     "primitive_jvps",
     "primitive_transposes",
+    "reduce_or_p",
+    "reduce_precision_p",
     "register_lowering",
+    "remat_p",
+    "set_current_trace",
     "varying_axes",
     "zeros_like_aval",
 ]

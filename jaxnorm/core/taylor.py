@@ -7,17 +7,22 @@ derivatives of every order.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun, set_current_trace
-from jax.extend.core.primitives import cond_p, reduce_or_p, reduce_precision_p, remat_p
 
-try:
-    from jax.experimental import jet
-except ImportError:  # it is experimental
-    jet: Any = None
+from jaxnorm._internals import (
+    ClosedJaxpr,
+    Primitive,
+    cond_p,
+    jaxpr_as_fun,
+    jet,
+    optimization_barrier_p,
+    reduce_or_p,
+    reduce_precision_p,
+    remat_p,
+    set_current_trace,
+)
 
 
 def define(primitive: Primitive, function_of: Callable) -> None:
@@ -62,7 +67,7 @@ def _within_its_trace(method: Callable) -> Callable:
 if jet:
     _set_missing(remat_p, _checkpoint)
     _set_missing(cond_p, _cond)
-    _set_missing(lax.optimization_barrier_p, _barrier)
+    _set_missing(optimization_barrier_p, _barrier)
     _set_missing(reduce_precision_p, _reduce_precision)
     _set_missing(reduce_or_p, functools.partial(jet.zero_prop, reduce_or_p))
     # JAX calls a function that has a `custom_jvp` outside of the trace of its arguments, and fails,
