@@ -81,9 +81,12 @@ def compare(flavour, name, x, mask=None, **arguments):
     assert_trees_all_close(ours, theirs, atol=TOL, rtol=0)
 
 
-@both_flavours
+@pytest.mark.parametrize(
+    ("flavour", "method"),
+    [(LINEN, "__init__"), (LINEN, "__call__"), (NNX, "__init__")],
+    ids=["linen-init", "linen-call", "nnx-init"],
+)
 @all_norms
-@pytest.mark.parametrize("method", ["__init__", "__call__"])
 def test_signatures_are_those_of_flax(flavour, name, method):
     theirs, ours = (
         [
@@ -103,6 +106,18 @@ def test_signatures_are_those_of_flax(flavour, name, method):
     extra = [*before, *every, "renorm", *last] if name == "BatchNorm" else every
     assert [p[0] for p in own] == extra
     assert all(p[2] in (None, 0.0, False) for p in own)  # changes nothing when left alone
+
+
+@all_norms
+def test_calls_in_nnx_have_the_positions_of_flax(name):
+    call = getattr(jaxnorm.nnx, name).__call__
+    *ours, given = inspect.signature(call).parameters.values()
+    theirs = inspect.signature(getattr(nnx, name).__call__).parameters.values()
+    assert [(p.name, p.default) for p in ours] == [(p.name, p.default) for p in theirs]
+    assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in ours)
+    assert given.kind is given.VAR_KEYWORD
+    own = ["scale", "bias", "renorm"] if name == "BatchNorm" else ["scale", "bias"]
+    assert call.__kwdefaults__ == dict.fromkeys(own)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from jaxnorm.core.layouts import layer_layout
 from jaxnorm.core.normalize import add_and_normalize
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.nnx.norms import LayerNorm, RMSNorm, prepare
+from jaxnorm.nnx.signatures import flax_positions
 
 
 class AddLayerNorm(LayerNorm):
@@ -28,12 +29,13 @@ class AddLayerNorm(LayerNorm):
       Array(24., dtype=float32)
     """
 
+    @flax_positions
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (it takes and returns two)
         self,
         x: jax.Array,
         residual: jax.Array,
-        *,
         mask: jax.Array | None = None,
+        *,
         scale: jax.Array | None = None,
         bias: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
@@ -55,12 +57,13 @@ class AddRMSNorm(RMSNorm):
       Array(24., dtype=float32)
     """
 
+    @flax_positions
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (it takes and returns two)
         self,
         x: jax.Array,
         residual: jax.Array,
-        *,
         mask: jax.Array | None = None,
+        *,
         scale: jax.Array | None = None,
         bias: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,5 @@
 """The five norms: Flax's classes with another `__call__`."""
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -26,18 +25,7 @@ from jaxnorm.core.layouts import batch_layout, group_layout, instance_layout, la
 from jaxnorm.core.normalize import normalize, normalize_with
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.renorm import Renorm, check_renorm, normalize_batch, without_kernel
-
-
-def after(inherited: Callable) -> Callable[[Callable], Callable]:
-    """Give a function the signature of `inherited`, and its own keywords after it."""
-
-    def decorate(f: Any) -> Any:
-        passed, own = (inspect.signature(g).parameters.values() for g in (inherited, f))
-        keywords = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
-        f.__signature__ = inspect.Signature([*passed, *keywords])
-        return f
-
-    return decorate
+from jaxnorm.nnx.signatures import after, flax_positions
 
 
 def _with_offset(inherited: Callable) -> Any:
@@ -87,12 +75,13 @@ class BatchNorm(nnx.BatchNorm):
         self.scale_offset = scale_offset
         self.renorm = check_renorm(renorm)  # numbers: an array would have to be a variable
 
-    def __call__(
+    @flax_positions
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (mask has a position)
         self,
         x: jax.Array,
         use_running_average: bool | None = None,
-        *,
         mask: jax.Array | None = None,
+        *,
         scale: jax.Array | None = None,
         bias: jax.Array | None = None,
         renorm: Renorm | None = None,
@@ -164,11 +153,12 @@ class LayerNorm(nnx.LayerNorm):
 
     __init__: Callable[..., None] = _with_offset(nnx.LayerNorm.__init__)
 
-    def __call__(
+    @flax_positions
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (mask has a position)
         self,
         x: jax.Array,
-        *,
         mask: jax.Array | None = None,
+        *,
         scale: jax.Array | None = None,
         bias: jax.Array | None = None,
     ) -> jax.Array:
@@ -189,6 +179,7 @@ class RMSNorm(nnx.RMSNorm):
 
     __init__: Callable[..., None] = _with_offset(nnx.RMSNorm.__init__)
 
+    @flax_positions
     def __call__(
         self,
         x: jax.Array,
@@ -221,11 +212,12 @@ class GroupNorm(nnx.GroupNorm):
 
     __init__: Callable[..., None] = _with_offset(nnx.GroupNorm.__init__)
 
-    def __call__(
+    @flax_positions
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (mask has a position)
         self,
         x: jax.Array,
-        *,
         mask: jax.Array | None = None,
+        *,
         scale: jax.Array | None = None,
         bias: jax.Array | None = None,
     ) -> jax.Array:
@@ -255,11 +247,12 @@ class InstanceNorm(nnx.InstanceNorm):
 
     __init__: Callable[..., None] = _with_offset(nnx.InstanceNorm.__init__)
 
-    def __call__(
+    @flax_positions
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride] (mask has a position)
         self,
         x: jax.Array,
-        *,
         mask: jax.Array | None = None,
+        *,
         scale: jax.Array | None = None,
         bias: jax.Array | None = None,
     ) -> jax.Array:

@@ -10,6 +10,7 @@ from jaxnorm._internals import first_from
 from jaxnorm._seen import look, merge_seen, names_here, nothing_seen
 from jaxnorm.nnx.norms import BatchNorm
 from jaxnorm.nnx.replace import make_ours, modules_of
+from jaxnorm.nnx.signatures import after
 
 
 class Seen(nnx.BatchStat):
@@ -57,6 +58,7 @@ def _watched(base: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
     """A class whose calls are watched."""
 
     class Watched(base):
+        @after(base.__call__)
         def __call__(self: Any, x, *arguments, **options):
             self.axis_name = names_here(self.axis_name, self.axis_index_groups)
             self.turn.take()

@@ -16,7 +16,7 @@ from jaxnorm._modules import (
 from jaxnorm.core.arguments import check_flag
 from jaxnorm.core.layouts import batch_layout
 from jaxnorm.functional.standardized_weight import standardize_weight
-from jaxnorm.nnx.norms import after
+from jaxnorm.nnx.signatures import after
 
 Path = tuple[Any, ...]
 
@@ -59,14 +59,14 @@ class WeightNorm(nnx.WeightNorm):
     def _features(self, param: Any) -> tuple[int, ...]:
         return batch_layout(param.shape, self.feature_axes, name="feature_axes").feature_shape
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
         """Call the layer with normalized weights."""
         weights = {
             path: self._normalized(path, param[...])
             for path, param in parameters(self.layer_instance)
             if self.variable_filter(path, param)
         }
-        return with_weights(self.layer_instance, weights)(*args, **kwargs)
+        return with_weights(self.layer_instance, weights)(x, *args, **kwargs)
 
     def _normalized(self, path: Path, weights: jax.Array) -> jax.Array:
         scale = None
@@ -154,6 +154,7 @@ class StandardizedLinear(nnx.Linear):
         super().__init__(*arguments, **named)
         _add_gain(self, epsilon, fan_in, use_gain, gain_init, named["rngs"])
 
+    @after(nnx.Linear.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Flax's call with the standardized kernel."""
         return nnx.Linear.__call__(_standardized(self), *args, **kwargs)
@@ -188,6 +189,7 @@ class StandardizedConv(nnx.Conv):
         check_no_mask(self.mask)
         _add_gain(self, epsilon, fan_in, use_gain, gain_init, named["rngs"])
 
+    @after(nnx.Conv.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Flax's call with the standardized kernel."""
         return nnx.Conv.__call__(_standardized(self), *args, **kwargs)
