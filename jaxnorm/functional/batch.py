@@ -70,8 +70,9 @@ def batch_norm(
       feature_axis: the axis of the features, or several; state and params then have their shape,
         in the order of x.
       where: boolean, broadcastable to x: True counts in the statistics. Every position is
-        standardized, so a NaN that does not count still makes y and the gradient NaN there: fill
-        it with a number. A feature in which nothing counts becomes its bias and keeps its state.
+        standardized, so that y is NaN where x is. A NaN that does not count leaves the gradients
+        as they are with any number in its place, if the loss leaves out that position. A feature
+        in which nothing counts becomes its bias and keeps its state.
       axis_index_groups: lists of indices along `axis_name` that share statistics; None is all.
       ddof: 1 divides the running variance by count - 1, as PyTorch does; y is not affected.
       virtual_batch_size: ghost batch norm: each run of this many examples shares statistics, on
