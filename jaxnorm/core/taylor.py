@@ -36,15 +36,22 @@ def _set_missing(primitive: Primitive, rule: Callable) -> None:
     jet.jet_rules.setdefault(primitive, rule)
 
 
+def _expanded(jaxpr: ClosedJaxpr) -> Callable:
+    def function(primals, series):
+        primals, series = jet.jet2(jaxpr_as_fun(jaxpr), primals, series)
+        return primals, [list(terms) for terms in series]  # of one type, for all branches
+
+    return function
+
+
 def _checkpoint(primals, series, *, jaxpr, prevent_cse, policy, **_):
-    function = functools.partial(jet.jet2, jaxpr_as_fun(ClosedJaxpr(jaxpr, ())))
+    function = _expanded(ClosedJaxpr(jaxpr, ()))
     return jax.checkpoint(function, prevent_cse=prevent_cse, policy=policy)(primals, series)
 
 
 def _cond(primals, series, *, branches, **_):
     (index, *primals), (_, *series) = primals, series
-    functions = [functools.partial(jet.jet2, jaxpr_as_fun(branch)) for branch in branches]
-    return lax.switch(index, functions, primals, series)
+    return lax.switch(index, [_expanded(branch) for branch in branches], primals, series)
 
 
 def _barrier(primals, series):
