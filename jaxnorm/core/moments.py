@@ -42,6 +42,7 @@ from jaxnorm.core.arithmetic import (
 )
 from jaxnorm.core.counts import at_least_one, average, count_of, mean_square, squares
 from jaxnorm.core.devices import LOCAL, Devices, over_rows
+from jaxnorm.core.exporting import platform_dependent
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.sums import expand
@@ -127,7 +128,7 @@ def measured(
         by_steps, at_once = (
             functools.partial(f, spec, where=None, count=count) for f in (_in_three_sums, _at_once)
         )
-        high, low, var = lax.platform_dependent(x, cuda=by_steps, rocm=by_steps, default=at_once)
+        high, low, var = platform_dependent(x, cuda=by_steps, rocm=by_steps, default=at_once)
     else:
         high, low, var = _at_once(spec, x, where, count)
     high, low, var, total = spec.statistics_devices.merge(merge, (high, low, var, count), group)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxnorm._internals import explicit_spec, is_sharded
+from jaxnorm.core.exporting import platform_dependent
 
 Axes = tuple[int, ...]
 Shape = tuple[int, ...]
@@ -114,7 +115,7 @@ def in_float64_on_cpus(function: Callable, spec: Any, *trees: Any) -> jax.Array:
             return lax.convert_element_type(result, dtype)
 
     default = functools.partial(function, spec)
-    return lax.platform_dependent(*trees, cpu=wide, default=default)
+    return platform_dependent(*trees, cpu=wide, default=default)
 
 
 class _Target(NamedTuple):
@@ -189,7 +190,7 @@ def _by_platform(
         platforms |= {"cuda": gpu, "rocm": gpu}
     if not platforms:
         return default(*arrays)
-    return lax.platform_dependent(*arrays, default=default, **platforms)
+    return platform_dependent(*arrays, default=default, **platforms)
 
 
 def _in_float64(function, a):

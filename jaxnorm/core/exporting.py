@@ -1,0 +1,66 @@
+"""For exporters that read a program of JAX, such as jax2onnx.
+
+While they trace, they replace functions of `jax.numpy` by some that take fewer arguments, and they
+take primitives of JAX only. So for them a norm is traced with `jax.numpy` as it was, by the
+formulas, and for one platform. JAX would keep a program that was traced so: it is not compiled.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def _functions() -> list[dict[str, Any]]:
+    return [dict(vars(module)) for module in (jnp, lax)]
+
+
+_ORIGINAL = _functions()
+_exported = ContextVar("exported", default=False)
+
+
+def is_exported() -> bool:
+    """Whether an exporter is tracing."""
+    return _exported.get() or jnp.where is not _ORIGINAL[0]["where"]
+
+
+def jit(function: Callable, static_argnums: int | tuple[int, ...] = ()) -> Callable:
+    """Compile a function, unless an exporter is tracing."""
+    compiled = jax.jit(function, static_argnums=static_argnums)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        if not is_exported():
+            return compiled(*args)
+        with _original_numpy():
+            return function(*args)
+
+    return call
+
+
+def platform_dependent(*args: jax.Array, default: Callable, **branches: Callable) -> Any:
+    """`lax.platform_dependent`, or the default if an exporter is tracing."""
+    if is_exported():
+        return default(*args)
+    return lax.platform_dependent(*args, default=default, **branches)
+
+
+@contextlib.contextmanager
+def _original_numpy() -> Iterator[None]:
+    replaced, token = _functions(), _exported.set(True)
+    _replace(_ORIGINAL)
+    try:
+        yield
+    finally:
+        _replace(replaced)
+        _exported.reset(token)
+
+
+def _replace(functions: list[dict[str, Any]]) -> None:
+    for module, own in zip((jnp, lax), functions, strict=True):
+        vars(module).update(own)
