@@ -98,7 +98,11 @@ def magnitude(a: jax.Array) -> jax.Array:
     As a factor it changes no digit; neither it nor its reciprocal is zero or infinite.
     """
     kind = jnp.finfo(a.dtype)
-    return jnp.clip(lax.reduce_precision(a, kind.nexp, 0), kind.tiny, 1 / kind.tiny)
+    rounded = functools.partial(lax.reduce_precision, exponent_bits=kind.nexp, mantissa_bits=1)
+    # With one bit a number is 2**k or 1.5 * 2**k, and three of it are 3 * 2**k or, rounded,
+    # 4 * 2**k. No bits would do, but exporters can't round to these.
+    a = jnp.clip(rounded(a), kind.tiny, 1 / kind.tiny)
+    return rounded(3 * a) - 2 * a
 
 
 @jax.custom_jvp

@@ -17,6 +17,7 @@ from jaxnorm.core import operations, primitives
 from jaxnorm.core.arguments import check_epsilon, check_param, check_params, check_scale_offset
 from jaxnorm.core.arithmetic import promote, real_dtype, reciprocal_std
 from jaxnorm.core.devices import LOCAL, Devices
+from jaxnorm.core.exporting import is_exported, jit
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.moments import Moments, Statistics
 from jaxnorm.core.spec import NormSpec
@@ -39,7 +40,7 @@ class Arrays(NamedTuple):
 
 def program(function: Callable, static_argnums: tuple[int, ...] = (0,)) -> Callable:
     """Compile a function whose first argument is a `NormSpec`, unless `vmap` binds its devices."""
-    compiled = jax.jit(function, static_argnums=static_argnums)
+    compiled = jit(function, static_argnums)
 
     @functools.wraps(function)
     def call(spec: NormSpec, *args: Any) -> Any:
@@ -68,6 +69,8 @@ def checked(
     The arithmetic is in float32 or better; the result has `dtype`, by default that of x.
     """
     spec = make_spec(name, x, layout, epsilon, dtype)
+    if implementation is None and is_exported():
+        implementation = "xla"  # no exporter has our primitives
     spec = spec._replace(
         subtract_mean=subtract_mean,
         scale_offset=check_scale_offset(scale_offset, params),

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jaxnorm.core.arguments import (
@@ -101,9 +102,9 @@ def fold_batch_norm(
 
 
 def _check_shape(value: ArrayLike, name: str, layout: Layout) -> None:
-    if jnp.shape(value) != layout.feature_shape:
+    if np.shape(value) != layout.feature_shape:
         raise ValueError(
             f"{name} must have shape {layout.feature_shape}, that of the outputs of a kernel of "
-            f"shape {layout.shape}, got {jnp.shape(value)}; pass the norm that follows this layer, "
+            f"shape {layout.shape}, got {np.shape(value)}; pass the norm that follows this layer, "
             "or another output_axis."
         )

@@ -8,6 +8,7 @@ from jaxnorm.core.arguments import check_input
 from jaxnorm.core.arithmetic import as_array, promote
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.devices import AxisGroups, AxisName, bound_devices, over_rows
+from jaxnorm.core.exporting import jit
 from jaxnorm.core.layouts import moments_layout
 from jaxnorm.core.moments import Moments, merge, statistics
 from jaxnorm.core.normalize import program
@@ -104,7 +105,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     return _merged(a, b)
 
 
-@jax.jit
+@jit
 def _merged(a, b):
     mean, var, count = jax.tree.map(_stack, a, b)
     high, low, var, count = over_rows(merge, (mean, jnp.zeros_like(mean), var, count))

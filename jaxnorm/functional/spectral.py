@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxnorm.core.arguments import check_epsilon, check_feature_array, check_input, check_train
 from jaxnorm.core.arithmetic import promote, real_product
 from jaxnorm.core.axes import Axes
+from jaxnorm.core.exporting import jit
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.layouts import batch_layout, make_layout, moments_layout
 from jaxnorm.core.lengths import scaled_to_one, unit
@@ -122,7 +123,7 @@ def spectral_norm(
     return y, moved if train else state
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def start(layout: Layout, w: jax.Array, u: jax.Array) -> SpectralNormState:
     """The state of a vector u of any length."""
     w, u = (a.astype(promote(a.dtype, w.dtype, jnp.float32)) for a in (w, u))
@@ -132,7 +133,7 @@ def start(layout: Layout, w: jax.Array, u: jax.Array) -> SpectralNormState:
     return SpectralNormState(u, unit(v, tuple(range(v.ndim))))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jit, static_argnums=(0, 1, 2))
 def divide(
     layout: Layout, steps: int, epsilon: float, w: jax.Array, state: SpectralNormState
 ) -> tuple[jax.Array, SpectralNormState, jax.Array]:

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from jaxnorm.core.arguments import check_feature_array, is_number
 from jaxnorm.core.arithmetic import as_array, promote
+from jaxnorm.core.exporting import jit
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.moments import Moments
 from jaxnorm.functional.moments import check_moments
@@ -132,7 +133,7 @@ def move(state: BatchNormState, moments: Moments, weights: Weights, ddof: int) -
     )
 
 
-_moved = jax.jit(move, static_argnums=3)
+_moved = jit(move, static_argnums=3)
 
 
 def update_weight(momentum: float, count: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
@@ -146,7 +147,7 @@ def update_weight(momentum: float, count: jax.Array, dtype: DTypeLike = jnp.floa
     return -jnp.expm1(count.astype(dtype) * logarithm)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jit, static_argnums=1)
 def debiased(state: BatchNormState, momentum: float) -> BatchNormState:
     """The running statistics divided by the weight of their updates.
 

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxnorm.core.arguments import check_epsilon, check_feature_array, check_input
 from jaxnorm.core.arithmetic import promote
 from jaxnorm.core.axes import Axes
+from jaxnorm.core.exporting import jit
 from jaxnorm.core.layouts import batch_layout
 from jaxnorm.core.lengths import two_norm, unit
 
@@ -56,7 +57,7 @@ def weight_norm(
     return _weight_norm(layout, check_epsilon(epsilon), v, g)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jit, static_argnums=(0, 1))
 def _weight_norm(layout, epsilon, v, g):
     with jax.named_scope("weight_norm"):
         direction = unit(v, layout.reduction_axes, epsilon)

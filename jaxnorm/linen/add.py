@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxnorm.core.arguments import check_residual
 from jaxnorm.core.layouts import layer_layout
@@ -71,7 +72,7 @@ class AddRMSNorm(RMSNorm):
 
 
 def _add(name: str, module: Any, x, residual, mask, given: NormParams, **options: Any):
-    layout = layer_layout(jnp.shape(x), module.reduction_axes, module.feature_axes)
+    layout = layer_layout(np.shape(x), module.reduction_axes, module.feature_axes)
     residual = check_residual(residual, jnp.asarray(x))
     options["residual"] = residual
     return add_and_normalize(*arguments_of(name, module, x, layout, mask, given, **options))

@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen import initializers
 from flax.typing import Dtype, Initializer
 
@@ -146,8 +147,8 @@ def _learned(
     module: Any, x, *, per_feature: dict | None = None, numbers: dict | None = None
 ) -> tuple[NormParams, list[jax.Array], Dtype]:
     """Scale and bias, the module's other arrays by their initializers, and the result's dtype."""
-    (axis,) = canonical_axes((module.feature_axis,), jnp.ndim(x), "feature_axis")
-    shape, dtype = (jnp.shape(x)[axis],), module.param_dtype
+    (axis,) = canonical_axes((module.feature_axis,), np.ndim(x), "feature_axis")
+    shape, dtype = (np.shape(x)[axis],), module.param_dtype
     scale = module.param("scale", module.scale_init, shape, dtype) if module.use_scale else None
     bias = module.param("bias", module.bias_init, shape, dtype) if module.use_bias else None
     others = [module.param(n, f, shape, dtype) for n, f in (per_feature or {}).items()]

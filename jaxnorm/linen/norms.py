@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.typing import Dtype
 
 from jaxnorm._internals import canonicalize_dtype
@@ -66,7 +67,7 @@ class BatchNorm(nn.BatchNorm):
             nn.merge_param(name, self.use_running_average, use_running_average), name
         )
         size = None if use_running_average else self.virtual_batch_size
-        layout = batch_layout(jnp.shape(x), self.axis, size, "axis")
+        layout = batch_layout(np.shape(x), self.axis, size, "axis")
         renorm = check_renorm(self.renorm if renorm is None else renorm)
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, layout.feature_shape, stats_dtype)
@@ -128,7 +129,7 @@ class LayerNorm(nn.LayerNorm):
         bias: jax.Array | None = None,
     ) -> jax.Array:
         """Normalize x."""
-        layout = layer_layout(jnp.shape(x), self.reduction_axes, self.feature_axes)
+        layout = layer_layout(np.shape(x), self.reduction_axes, self.feature_axes)
         return normalize(
             *arguments_of("layer_norm", self, x, layout, mask, NormParams(scale, bias))
         )
@@ -156,7 +157,7 @@ class RMSNorm(nn.RMSNorm):
         bias: jax.Array | None = None,
     ) -> jax.Array:
         """Normalize x."""
-        layout = layer_layout(jnp.shape(x), self.reduction_axes, self.feature_axes)
+        layout = layer_layout(np.shape(x), self.reduction_axes, self.feature_axes)
         return normalize(
             *arguments_of(
                 "rms_norm", self, x, layout, mask, NormParams(scale, bias), subtract_mean=False
@@ -189,7 +190,7 @@ class GroupNorm(nn.GroupNorm):
         bias: jax.Array | None = None,
     ) -> jax.Array:
         """Normalize x."""
-        shape = jnp.shape(x)
+        shape = np.shape(x)
         num_groups = count_groups(shape[-1], self.num_groups, self.group_size)
         layout = group_layout(shape, num_groups, reduction_axes=self.reduction_axes)
         return normalize(
@@ -221,7 +222,7 @@ class InstanceNorm(nn.InstanceNorm):
         bias: jax.Array | None = None,
     ) -> jax.Array:
         """Normalize x."""
-        layout = instance_layout(jnp.shape(x), self.feature_axes, "feature_axes")
+        layout = instance_layout(np.shape(x), self.feature_axes, "feature_axes")
         warn_of_single_elements(layout)
         return normalize(
             *arguments_of("instance_norm", self, x, layout, mask, NormParams(scale, bias))

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxnorm._modules import checked_call, widened
 from jaxnorm.core.arguments import check_residual
@@ -74,7 +75,7 @@ class AddRMSNorm(RMSNorm):
 
 
 def _add(name: str, module: Any, x, residual, mask, given: NormParams, **options: Any):
-    layout = layer_layout(jnp.shape(x), module.reduction_axes, module.feature_axes)
+    layout = layer_layout(np.shape(x), module.reduction_axes, module.feature_axes)
     residual = check_residual(residual, jnp.asarray(x))
     x = widened(x, module.dtype)
     cast, params, dtype = prepare(module, x, layout, given)

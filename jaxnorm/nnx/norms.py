@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
@@ -97,7 +98,7 @@ class BatchNorm(nnx.BatchNorm):
             "use_running_average",
         )
         size = None if use_running_average else self.virtual_batch_size
-        layout = batch_layout(jnp.shape(x), self.axis, size, "axis")
+        layout = batch_layout(np.shape(x), self.axis, size, "axis")
         renorm = check_renorm(self.renorm if renorm is None else renorm)
         mean, var = (
             check_feature_shape(_fold(stat[...], layout), name, layout)
@@ -163,7 +164,7 @@ class LayerNorm(nnx.LayerNorm):
         bias: jax.Array | None = None,
     ) -> jax.Array:
         """Normalize x."""
-        layout = layer_layout(jnp.shape(x), self.reduction_axes, self.feature_axes)
+        layout = layer_layout(np.shape(x), self.reduction_axes, self.feature_axes)
         return normalize(*_checked("layer_norm", self, x, layout, mask, NormParams(scale, bias)))
 
 
@@ -189,7 +190,7 @@ class RMSNorm(nnx.RMSNorm):
         bias: jax.Array | None = None,
     ) -> jax.Array:
         """Normalize x."""
-        layout = layer_layout(jnp.shape(x), self.reduction_axes, self.feature_axes)
+        layout = layer_layout(np.shape(x), self.reduction_axes, self.feature_axes)
         return normalize(
             *_checked(
                 "rms_norm", self, x, layout, mask, NormParams(scale, bias), subtract_mean=False
@@ -222,7 +223,7 @@ class GroupNorm(nnx.GroupNorm):
         bias: jax.Array | None = None,
     ) -> jax.Array:
         """Normalize x."""
-        features, shape = self.num_groups * self.group_size, jnp.shape(x)
+        features, shape = self.num_groups * self.group_size, np.shape(x)
         if shape[-1:] != (features,):
             raise ValueError(
                 f"x must have the {features} features that this module was made for, got shape "
@@ -257,7 +258,7 @@ class InstanceNorm(nnx.InstanceNorm):
         bias: jax.Array | None = None,
     ) -> jax.Array:
         """Normalize x."""
-        layout = instance_layout(jnp.shape(x), self.feature_axes, "feature_axes")
+        layout = instance_layout(np.shape(x), self.feature_axes, "feature_axes")
         warn_of_single_elements(layout)
         return normalize(*_checked("instance_norm", self, x, layout, mask, NormParams(scale, bias)))
 
