@@ -30,7 +30,7 @@ X = RNG.standard_normal(SHAPE).astype(np.float32)
 VECTOR = (0.5 + RNG.random(8)).astype(np.float32)
 PARAMS = jn.NormParams(jnp.asarray(VECTOR), jnp.asarray(-VECTOR))
 MOMENTS = jn.Moments(jnp.asarray(VECTOR), jnp.asarray(VECTOR) ** 2, jnp.ones(8))
-STATE = jn.BatchNormState(*jax.tree.leaves(MOMENTS)[:2], jnp.zeros((), jnp.int32))
+STATE = jn.BatchNormState(MOMENTS.mean, MOMENTS.var, jnp.zeros((), jnp.int32))
 MASK = RNG.random(SHAPE) < 0.7
 VECTORS = jn.init_spectral_norm_state(X, jax.random.key(0))
 

@@ -63,4 +63,4 @@ def _original_numpy() -> Iterator[None]:
 
 def _replace(functions: list[dict[str, Any]]) -> None:
     for module, own in zip((jnp, lax), functions, strict=True):
-        vars(module).update(own)
+        module.__dict__.update(own)
