@@ -272,10 +272,10 @@ on how many elements a vector of the processor holds. So on CPUs XLA's sums are 
 the forward and the backward pass. For the statistics, the CPU kernel adds about ten numbers in
 float32, sixteen in columns, and goes on in float64; the gradients of columns it adds in float64.
 
-`tests/test_numerics.py` bounds every number of the columns of jaxnorm by 4, on all processors. On the
-longest columns the gradient of scale is a sum of 2^18 terms of both signs. What is left of it is the
-rounding of its terms. If the exact value is zero, as for the gradient of scale of constants, the
-error is relative to the smallest float32.
+`tests/test_numerics.py` bounds every number of the columns of jaxnorm by 4, on all processors. On
+the longest columns the gradient of scale is a sum of 2^18 terms of both signs, and its error is
+that of the rounded terms. If the exact value is zero, as for the gradient of scale of constants,
+the error is relative to the smallest float32.
 """
 
 if __name__ == "__main__":
