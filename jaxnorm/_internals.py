@@ -36,7 +36,9 @@ from jax.lax import optimization_barrier_p
 
 try:
     from jax.experimental import jet
-except ImportError:  # it is experimental
+
+    jet.jet2, jet.jet_rules, jet.zero_prop, jet.JetTrace.process_custom_jvp_call  # noqa: B018
+except (ImportError, AttributeError):  # it is experimental, and norms do without it
     jet: Any = None
 
 __all__ = [
