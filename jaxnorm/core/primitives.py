@@ -72,6 +72,7 @@ class Operation:
         self.formula, self.batched, self.by_kernel = formula, batched, by_kernel
         self.primitive = Primitive(f"jaxnorm_{formula.__name__}")
         self.primitive.multiple_results = True
+        self.compiled = jax.jit(self.primitive.bind, static_argnames=("tree", "spec"))
         self.primitive.def_impl(self._run)
         self.primitive.def_abstract_eval(self._types)
         primitive_jvps[self.primitive] = self._derivative
@@ -101,7 +102,7 @@ class Operation:
 
     def _run(self, *leaves, **static):
         with jax.disable_jit(False):
-            return jax.jit(functools.partial(self.primitive.bind, **static))(*leaves)
+            return self.compiled(*leaves, **static)
 
     def _types(self, *avals, tree, spec):
         return jax.make_jaxpr(self.on_leaves(tree, spec))(*avals).out_avals

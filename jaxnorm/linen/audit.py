@@ -1,6 +1,6 @@
 """What is wrong with the batch norms of a linen model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,8 +10,9 @@ from flax.traverse_util import flatten_dict
 from jaxnorm._audit import Given, check_options
 from jaxnorm._audit import audit as audit_norms
 from jaxnorm._findings import Findings
+from jaxnorm._programs import Fixed, Keyed, Noted, once, split
 from jaxnorm._seen import arguments
-from jaxnorm.linen.watched import check_model, watched_call
+from jaxnorm.linen.watched import check_model, keyed, watched_call
 
 
 def audit(
@@ -59,15 +60,9 @@ def audit(
     check_model(model, variables)
     check_options(level, batch_size)
     inputs = arguments(inputs[0]) if len(inputs) == 1 else inputs
-    modules: dict[Any, Any] = {}
-
-    @jax.jit
-    def measure(variables, *inputs):
-        seen, called = watched_call(model, variables, inputs, call)
-        modules.update(called)
-        return seen
-
-    seen = measure(variables, *inputs)
+    fixed, arrays = split(call)
+    seen, called = _program(keyed(model), fixed)(variables, arrays, *inputs)
+    modules = called.value
     if not modules:
         raise ValueError("model must have a batch norm, got none; there is nothing to audit.")
     stats: dict[Any, Any] = flatten_dict(variables.get("batch_stats", {}))
@@ -88,3 +83,15 @@ def audit(
         name = "/".join(path)
         given.append(Given(name, mean, var, seen.get(path), norm.epsilon, norm.momentum))
     return audit_norms(given, level, batch_size)
+
+
+@once
+def _program(model: Keyed, fixed: Fixed) -> Callable:
+    """A program that returns what the batch norms see, and notes which are called."""
+
+    @jax.jit
+    def measure(variables, arrays, *inputs):
+        seen, called = watched_call(model.value, variables, inputs, fixed.named(arrays))
+        return seen, Noted(called)
+
+    return measure

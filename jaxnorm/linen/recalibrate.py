@@ -1,6 +1,6 @@
 """Running statistics measured anew."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,8 +10,9 @@ from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxnorm._modules import like
+from jaxnorm._programs import Fixed, Keyed, once, split
 from jaxnorm._recalibrate import add_seen, arguments_of, check_how, check_totals, nothing_yet
-from jaxnorm.linen.watched import check_model, watched_call
+from jaxnorm.linen.watched import check_model, keyed, norms_of, watched_call
 
 
 def recalibrate(
@@ -67,23 +68,16 @@ def recalibrate(
     check_model(model, variables)
     check_how(how)
     rngs = call.pop("rngs", {})
-
-    @jax.jit
-    def measure(variables, totals, number, *arguments):
-        own = {name: jax.random.fold_in(key, number) for name, key in rngs.items()}
-        seen, _ = watched_call(model, variables, arguments, call | ({"rngs": own} if own else {}))
-        new = {path: part.elements for path, part in seen.items()}
-        start = {path: nothing_yet(part.mean) for path, part in new.items()}
-        return {path: add_seen((totals or start)[path], part, how) for path, part in new.items()}
-
-    totals = {}
+    fixed, arrays = split(call)
+    measure = _program(keyed(model), how, fixed)
+    stats: dict[Any, Any] = flatten_dict(variables.get("batch_stats", {}))
+    totals = {path: nothing_yet(stats[(*path, "mean")]) for path in norms_of(stats)}
     for number, arguments in enumerate(arguments_of(batches)):
-        totals = measure(variables, totals, jnp.int32(number), *arguments)
+        totals = measure(variables, totals, jnp.int32(number), rngs, arrays, *arguments)
     remedy = (
         "pass what makes the model train, such as train=True; a norm that is frozen sees nothing"
     )
     check_totals({"/".join(path): total.high for path, total in totals.items()}, remedy)
-    stats: dict[Any, Any] = flatten_dict(variables["batch_stats"])
     for path, (moments, _) in totals.items():
         for name in ("mean", "var"):
             old = stats[(*path, name)]
@@ -91,3 +85,18 @@ def recalibrate(
             stats[(*path, name)] = like(old, jnp.where(moments.count > 0, new, old))
     new = {"batch_stats": unflatten_dict(stats)}
     return variables.copy(new) if isinstance(variables, FrozenDict) else {**variables, **new}
+
+
+@once
+def _program(model: Keyed, how: str, fixed: Fixed) -> Callable:
+    """A program that adds to the totals what the batch norms see of one batch."""
+
+    @jax.jit
+    def measure(variables, totals, number, rngs, arrays, *arguments):
+        call = fixed.named(arrays)
+        if rngs:
+            call["rngs"] = {name: jax.random.fold_in(key, number) for name, key in rngs.items()}
+        seen, _ = watched_call(model.value, variables, arguments, call)
+        return {path: add_seen(totals[path], part.elements, how) for path, part in seen.items()}
+
+    return measure

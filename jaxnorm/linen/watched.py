@@ -1,5 +1,6 @@
 """What each batch norm of a linen model sees in training mode."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import flax.linen as nn
 from flax.core import DenyList
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jaxnorm._programs import Keyed
 from jaxnorm._seen import Seen, look, merge_seen, names_here, nothing_seen
 from jaxnorm.linen.norms import BatchNorm
 from jaxnorm.linen.replaced import made, replaced
@@ -29,6 +31,29 @@ def check_model(model: Any, variables: Any) -> None:
         )
 
 
+def keyed(model: nn.Module) -> Keyed:
+    """A model that equals another if their programs are the same.
+
+    Modules with lists can't be hashed, and modules that share a part equal those that have two.
+    """
+    seen: dict[int, int] = {}
+
+    def key(value):
+        if isinstance(value, nn.Module):
+            if id(value) in seen:
+                return seen[id(value)]
+            seen[id(value)] = len(seen)
+            names = [field.name for field in dataclasses.fields(value) if field.name != "parent"]
+            return type(value), tuple((name, key(getattr(value, name, None))) for name in names)
+        if isinstance(value, Mapping):
+            return type(value), tuple((name, key(part)) for name, part in value.items())
+        if isinstance(value, list | tuple):
+            return type(value), tuple(map(key, value))
+        return value
+
+    return Keyed(key(model), model)
+
+
 def watched_call(
     model: nn.Module, variables: Any, arguments: tuple, call: dict[str, Any]
 ) -> tuple[dict[Path, Seen], dict[Path, nn.Module]]:
@@ -39,7 +64,7 @@ def watched_call(
     """
     modules: dict[Path, nn.Module] = {}
     stats: dict[Path, Any] = flatten_dict(variables.get("batch_stats", {}))
-    norms = [path[:-1] for path in stats if path[-1] == "mean" and (*path[:-1], "var") in stats]
+    norms = norms_of(stats)
     # In place before the call, so that nn.scan may carry it. Other transformations stack it as they
     # do the statistics.
     stats |= {(*path, _NAME): nothing_seen(stats[(*path, "mean")]) for path in norms}
@@ -48,6 +73,11 @@ def watched_call(
         _, updates = model.apply(variables, *arguments, **call, mutable=DenyList("params"))
     stats = flatten_dict(updates["batch_stats"])
     return {path: stats[(*path, _NAME)] for path in norms}, modules
+
+
+def norms_of(stats: dict[Path, Any]) -> list[Path]:
+    """The paths of all that have a running mean and variance."""
+    return [path[:-1] for path in stats if path[-1] == "mean" and (*path[:-1], "var") in stats]
 
 
 def _watch(modules: dict[Path, nn.Module]) -> Callable:

@@ -1,5 +1,6 @@
 """What is wrong with the batch norms of an nnx model."""
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
@@ -7,8 +8,9 @@ from flax import nnx
 from jaxnorm._audit import Given, check_options
 from jaxnorm._audit import audit as audit_norms
 from jaxnorm._findings import Findings
+from jaxnorm._programs import Fixed, Noted, once, split
 from jaxnorm._seen import arguments
-from jaxnorm.nnx.watched import norms_of, watched
+from jaxnorm.nnx.watched import calls_noted, norms_of, watched
 
 
 def audit(
@@ -82,23 +84,31 @@ def audit(
     norms = norms_of(model)
     if not norms:
         raise ValueError("model must have a batch norm, got none; there is nothing to audit.")
-    copy, order = watched(model)
-
-    @nnx.jit
-    def measure(copy, *inputs):
-        copy(*inputs, **call)
-        return {path: norm.seen.get_value() for path, norm in norms_of(copy).items()}
-
-    seen = measure(copy, *inputs)
+    fixed, arrays = split(call)
+    seen, order = _program(fixed)(watched(model), arrays, *inputs)
     if not any(one.examples.any() for one in seen.values()):
         raise ValueError(
             "the model must have a batch norm that is called in training mode, got none; unfreeze "
             "some, or choose use_running_average by train() and eval()."
         )
-    called = [*order, *(path for path in norms if path not in order)]
+    called = [*order.value, *(path for path in norms if path not in order.value)]
     given = []
     for path in called:
         norm = norms[path]
         mean, var = norm.mean.get_value(), norm.var.get_value()
         given.append(Given(path, mean, var, seen[path], norm.epsilon, norm.momentum))
     return audit_norms(given, level, batch_size)
+
+
+@once
+def _program(fixed: Fixed) -> Callable:
+    """A program that returns what the batch norms of a copy see, and notes in which order."""
+
+    @nnx.jit
+    def measure(copy, arrays, *inputs):
+        with calls_noted() as order:
+            copy(*inputs, **fixed.named(arrays))
+        seen = {path: norm.seen.get_value() for path, norm in norms_of(copy).items()}
+        return seen, Noted(tuple(order))
+
+    return measure

@@ -1,12 +1,13 @@
 """Running statistics measured anew."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxnorm._modules import like
+from jaxnorm._programs import Fixed, once, split
 from jaxnorm._recalibrate import add_seen, arguments_of, check_how, check_totals, nothing_yet
 from jaxnorm._seen import nothing_seen
 from jaxnorm.nnx.replace import modules_of
@@ -55,24 +56,33 @@ def recalibrate(
     """
     check_how(how)
     originals: dict[str, Any] = modules_of(model)
-    copy, _ = watched(model)
+    copy = watched(model)
     totals = {path: nothing_yet(norm.mean[...]) for path, norm in norms_of(copy).items()}
     if not totals:
         raise ValueError("model must have a batch norm, got none; there is nothing to recalibrate.")
 
-    @nnx.jit
-    def measure(copy, totals, *arguments):
-        norms = norms_of(copy)
-        for norm in norms.values():
-            norm.seen.set_value(nothing_seen(norm.mean[...]))
-        copy(*arguments, **call)
-        new = {path: norm.seen.get_value().elements for path, norm in norms.items()}
-        return {path: add_seen(totals[path], part, how) for path, part in new.items()}
-
+    fixed, arrays = split(call)
+    measure = _program(how, fixed)
     for arguments in arguments_of(batches):
-        totals = measure(copy, totals, *arguments)
+        totals = measure(copy, totals, arrays, *arguments)
     moments = {path: total.high for path, total in totals.items()}
     check_totals(moments, "unfreeze some, or pass what makes the model train")
     for path, (mean, var, count) in moments.items():
         for stat, value in ((originals[path].mean, mean), (originals[path].var, var)):
             stat.set_value(like(stat[...], jnp.where(count > 0, value, stat[...])))
+
+
+@once
+def _program(how: str, fixed: Fixed) -> Callable:
+    """A program that adds to the totals what the batch norms of a copy see of one batch."""
+
+    @nnx.jit
+    def measure(copy, totals, arrays, *arguments):
+        norms = norms_of(copy)
+        for norm in norms.values():
+            norm.seen.set_value(nothing_seen(norm.mean[...]))
+        copy(*arguments, **fixed.named(arrays))
+        new = {path: norm.seen.get_value().elements for path, norm in norms.items()}
+        return {path: add_seen(totals[path], part, how) for path, part in new.items()}
+
+    return measure

@@ -1,7 +1,10 @@
 """What each batch norm of an nnx model sees in training mode."""
 
+import contextlib
 import functools
 import inspect
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from flax import nnx
@@ -17,35 +20,33 @@ class Seen(nnx.BatchStat):
     """A variable that transformations such as `nnx.vmap` treat as running statistics."""
 
 
-class Turn:
-    """The place of a batch norm in the order of calls. Transformations of modules keep it."""
-
-    def __init__(self, path: str, order: dict[str, None]):
-        """`order` is what all norms of a model have in common."""
-        self.path = path
-        self.order = order
-
-    def take(self) -> None:
-        """Take the next place; a norm that is called again keeps its own."""
-        self.order.setdefault(self.path)
+_calls: ContextVar[dict[str, None]] = ContextVar("calls")
 
 
-def watched(model: nnx.Module) -> tuple[Any, dict[str, None]]:
+@contextlib.contextmanager
+def calls_noted() -> Iterator[dict[str, None]]:
+    """The paths of the watched norms that are called in this context, by their first calls."""
+    token = _calls.set({})
+    try:
+        yield _calls.get()
+    finally:
+        _calls.reset(token)
+
+
+def watched(model: nnx.Module) -> Any:
     """A copy of a model in training mode, whose batch norms keep what they see as `seen`.
 
-    Flax's batch norms are ours in the copy. Second are the paths of those that have been called, in
-    the order of their first calls.
+    Flax's batch norms are ours in the copy.
     """
     copy = nnx.clone(model)
     copy.train()
-    order: dict[str, None] = {}
     for path, norm in norms_of(copy).items():
         norm.seen = Seen(nothing_seen(norm.mean[...]))
-        norm.turn = Turn(path, order)
+        norm.path = path  # transformations of modules keep it
         if type(norm) is nnx.BatchNorm:
             make_ours(norm)
         object.__setattr__(norm, "__class__", _watching(type(norm)))
-    return copy, order
+    return copy
 
 
 def norms_of(model: nnx.Module) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def _watched(base: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
         @after(base.__call__)
         def __call__(self: Any, x, *arguments, **options):
             self.axis_name = names_here(self.axis_name, self.axis_index_groups)
-            self.turn.take()
+            _calls.get({}).setdefault(self.path)
             y = base.__call__(self, x, *arguments, **options)
             call = inspect.signature(base.__call__).bind(self, x, *arguments, **options).arguments
             chosen = first_from(
