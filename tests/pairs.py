@@ -1,9 +1,9 @@
-"""Of a grid of parameters, the tests that have every pair of values.
+"""Of a grid of parameters, the tests that have every value, or every pair of values.
 
 Most errors depend on one or two parameters of a call (Kuhn, Wallace and Gallo, "Software Fault
-Interactions and Implications for Software Testing", 2004). A grid of three or more axes has many
-tests for each pair of values, and one of them is run. `--all` runs all; so does naming a test by
-its "::".
+Interactions and Implications for Software Testing", 2004). By default each value of each parameter
+is in one of the tests that are run; with `--pairs`, as in `.ci/run`, each pair of values is.
+`--all` runs all; so does naming a test by its "::".
 """
 
 import itertools
@@ -13,33 +13,38 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--all`."""
-    parser.addoption("--all", action="store_true", help="every test, not every pair of parameters")
+    """Add `--pairs` and `--all`."""
+    parser.addoption("--pairs", action="store_true", help="every pair of values of parameters")
+    parser.addoption("--all", action="store_true", help="every test")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the tests whose pairs others have."""
+    """Deselect the tests whose values, or pairs of values, others have."""
     if config.getoption("--all") or any("::" in argument for argument in config.args):
         return
     grids: dict[Hashable, list[pytest.Item]] = {}
     for item in items:
         grids.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
-    left_out = set()
+    size, left_out = 1 + config.getoption("--pairs"), set()
     for grid in grids.values():
         axes = [_values(item) for item in grid]
-        left_out.update(set(grid) - {grid[place] for place in covering(axes)})
+        left_out.update(set(grid) - {grid[place] for place in covering(axes, size)})
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
 
 
-def covering(tests: Iterable[tuple[Hashable, ...]]) -> list[int]:
-    """The places of tests that together have all pairs of values that any of them has.
+def covering(tests: Iterable[tuple[Hashable, ...]], size: int) -> list[int]:
+    """The places of tests that together have all values, or pairs, that any of them has.
 
-    In each step the first test is taken that has the most pairs which are missing.
+    In each step the first test is taken that has the most which are missing.
+
+    Args:
+      tests: the values of each.
+      size: 1 for values, 2 for pairs.
     """
     missing = {
-        place: set(itertools.combinations(values, 2)) or {values}
+        place: set(itertools.combinations(values, size)) or {values}
         for place, values in enumerate(tests)
     }
     chosen = []
@@ -47,7 +52,7 @@ def covering(tests: Iterable[tuple[Hashable, ...]]) -> list[int]:
         best = max(missing, key=lambda place: len(missing[place]))
         found = missing.pop(best)
         chosen.append(best)
-        missing = {place: pairs - found for place, pairs in missing.items() if pairs - found}
+        missing = {place: sets - found for place, sets in missing.items() if sets - found}
     return sorted(chosen)
 
 
