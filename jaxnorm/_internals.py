@@ -50,7 +50,7 @@ __all__ = [
     "canonicalize_dtype",
     "cond_p",
     "devices_of",
-    "explicit_spec",
+    "explicit_sharding",
     "first_from",
     "instantiate_zeros",
     "is_exported",
@@ -100,10 +100,10 @@ def is_sharded(x: jax.Array, axis: int) -> bool:
     return not hasattr(sharding, "spec") or bool(sharding.spec[axis])
 
 
-def explicit_spec(x: jax.Array) -> Any:
+def explicit_sharding(x: jax.Array) -> Any:
     """How an explicit mesh divides the axes of x, or None if it divides none."""
-    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", None)
-    return spec if spec and any(spec) else None
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    return sharding if sharding and any(sharding.spec) else None
 
 
 def manual_axis_type(x: jax.Array) -> Any:

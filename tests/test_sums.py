@@ -68,8 +68,8 @@ def test_the_second_step_is_one_sum_of_all_arrays():
 def test_repeat_is_the_transpose_of_a_sum(platform, rng):
     a = jnp.asarray(rng.normal(size=(2, 1, 1, 4)), jnp.float32)
     x = jnp.asarray(rng.normal(size=SHAPE), jnp.float32)
-    chex.assert_trees_all_equal(repeat(a, SHAPE, x), jnp.broadcast_to(a, SHAPE))
-    (cotangent,) = jax.linear_transpose(lambda a: repeat(a, SHAPE, x), a)(x)
+    chex.assert_trees_all_equal(repeat(a, x, POSITIONS), jnp.broadcast_to(a, SHAPE))
+    (cotangent,) = jax.linear_transpose(lambda a: repeat(a, x, POSITIONS), a)(x)
     chex.assert_trees_all_equal(cotangent, sums((x,), POSITIONS)[0])
 
 

@@ -9,7 +9,7 @@ divided. A part that does not fill a tile of a TPU's memory would make XLA copy 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm._internals import is_sharded
 from jaxnorm.core.arithmetic import as_array
-from jaxnorm.core.sums import expand, sums, total
+from jaxnorm.core.sums import repeat, sum_axes, sums
 
 SAMPLE = 8  # one of so many elements is in the sample
 LEAST = 128  # of fewer elements there is no sample
@@ -128,24 +128,31 @@ class Layout:
         self, arrays: Sequence[jax.Array], where: jax.Array | None = None
     ) -> tuple[jax.Array, ...]:
         """The same of several arrays."""
-        whole_axes = tuple(axis for axis in self.reduction_axes if axis != self.split)
-        return tuple(map(self._of_parts, sums(arrays, whole_axes, where)))
+        return tuple(map(self._of_parts, sums(arrays, self._whole_axes, where)))
 
     def _of_parts(self, a: jax.Array) -> jax.Array:
         if self.split is None:
             return a
         before, after = a.shape[: self.split], a.shape[self.split + 1 :]
         size = a.shape[self.split] // self.parts
-        return total(a.reshape(*before, self.parts, size, *after), (self.split + 1,))
+        return sum_axes(a.reshape(*before, self.parts, size, *after), (self.split + 1,))
 
-    def spread(self, statistic: jax.Array, along: Callable = expand) -> jax.Array:
-        """A statistic so that it broadcasts against x; `along` is `repeat` if it must be linear."""
+    def repeat(self, a: jax.Array, x: jax.Array) -> jax.Array:
+        """What is equal for the elements of such a sum, so that it broadcasts against x."""
+        return repeat(a, x, self._whole_axes)
+
+    @property
+    def _whole_axes(self) -> tuple[int, ...]:
+        return tuple(axis for axis in self.reduction_axes if axis != self.split)
+
+    def spread(self, statistic: jax.Array) -> jax.Array:
+        """A statistic so that it broadcasts against x."""
         if self.split is None or statistic.shape[self.split] == 1:
             return statistic
         size = self.shape[self.split] // self.parts
         one = jnp.expand_dims(statistic, self.split + 1)
         shape = (*one.shape[: self.split + 1], size, *one.shape[self.split + 2 :])
-        many = along(one, shape)
+        many = jnp.broadcast_to(one, shape)
         return many.reshape(*shape[: self.split], self.parts * size, *shape[self.split + 2 :])
 
     def sample(self, x: jax.Array) -> jax.Array:

@@ -45,7 +45,6 @@ from jaxnorm.core.devices import LOCAL, Devices, over_rows
 from jaxnorm.core.exporting import platform_dependent
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.spec import NormSpec
-from jaxnorm.core.sums import expand
 
 
 @functools.partial(export.register_namedtuple_serialization, serialized_name="jaxnorm.Moments")
@@ -238,17 +237,27 @@ def tangents_of(stats: Statistics, t_mean: jax.Array | None, q: jax.Array) -> St
 def standardized(spec: NormSpec, x: jax.Array, stats: Statistics) -> jax.Array:
     """h = (x - mean) * rstd."""
     e = less_mean(spec, x, stats.mean_high, stats.mean_low)
-    return e * expand(spec.layout.spread(spec.prepare(stats.rstd)), x.shape, x)
+    return e * spec.layout.spread(spec.prepare(stats.rstd))
+
+
+def fits(a: jax.Array, x: jax.Array) -> jax.Array:
+    """`a`, which broadcasts against x."""
+    del x
+    return a
 
 
 def less_mean(
-    spec: NormSpec, x: jax.Array, high: jax.Array | None, low: jax.Array | None
+    spec: NormSpec,
+    x: jax.Array,
+    high: jax.Array | None,
+    low: jax.Array | None,
+    fit: Callable = fits,
 ) -> jax.Array:
     """x less the mean: first its high part, which is nearly exact, then its low part."""
     e = spec.prepare(x)
     for part in (high, low):
         if part is not None:
-            e = e - expand(spec.layout.spread(spec.prepare(part)), x.shape, x)
+            e = e - fit(spec.layout.spread(spec.prepare(part)), x)
     return e
 
 

@@ -34,6 +34,7 @@ from jaxnorm.core import operations, taylor
 from jaxnorm.core.moments import Statistics
 from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.standardize import NormParams
+from jaxnorm.core.sums import sum_axes
 
 
 def normalize(
@@ -168,7 +169,8 @@ def _tangent_transpose(cotangents, *leaves, tree, spec):
         dtotal = None if type(dtotal) is Zero else dtotal
         dx, *dparams = cotangent(spec, x, params, stats, dy, dtotal)
         # All examples that `vmap` has added share one tangent of the parameters.
-        grads = [dx, *(jnp.sum(d, range(spec.batch_dims)) for d in dparams)]
+        added = tuple(range(spec.batch_dims))
+        grads = [dx, *(sum_axes(d, added) for d in dparams)]
         grads = [None] * (len(leaves) - len(grads)) + grads
     else:
         # The statistics themselves are differentiated: JAX transposes the formula.

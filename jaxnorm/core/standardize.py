@@ -9,6 +9,7 @@ derivative standardizes the total, which is kept instead of its summands.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,13 +23,14 @@ from jaxnorm.core.moments import (
     Statistics,
     averages,
     computed_again,
+    fits,
     less_mean,
     measured,
     standardized,
     tangents_of,
 )
 from jaxnorm.core.spec import NormSpec
-from jaxnorm.core.sums import expand, in_float64_on_cpus, repeat
+from jaxnorm.core.sums import expand, sum_exactly
 
 
 @functools.partial(export.register_namedtuple_serialization, serialized_name="jaxnorm.NormParams")
@@ -82,8 +84,12 @@ def standardize(
     mean_low: jax.Array | None,
     rstd: jax.Array,
     params: NormParams,
+    fit: Callable = fits,
 ) -> jax.Array:
-    """The equation, in the arithmetic's dtype."""
+    """The equation, in the arithmetic's dtype.
+
+    Where JAX differentiates it, `fit` is `expand`: the gradients are sums.
+    """
     spread, prepare = spec.layout.spread, spec.prepare
     factor, offset = spread(prepare(rstd)), None
     if params.scale is not None:
@@ -96,8 +102,8 @@ def standardize(
         # them in each matmul that needs y, and writes y out.
         low = spread(mean_low) * factor
         offset, mean_low = (-low if offset is None else offset - low), None
-    y = less_mean(spec, x, mean_high, mean_low) * expand(factor, x.shape, x)
-    return (y if offset is None else y + expand(offset, x.shape, x)).astype(spec.dtype)
+    y = less_mean(spec, x, mean_high, mean_low, fit) * fit(factor, x)
+    return (y if offset is None else y + fit(offset, x)).astype(spec.dtype)
 
 
 def whole_scale(spec: NormSpec, scale: jax.Array) -> jax.Array:
@@ -109,9 +115,9 @@ def whole_scale(spec: NormSpec, scale: jax.Array) -> jax.Array:
 def affine(spec: NormSpec, h: jax.Array, params: NormParams) -> jax.Array:
     """Scale and bias of what is standardized, or stands in its place."""
     if params.scale is not None:
-        h = h * expand(whole_scale(spec, params.scale), h.shape, h)
+        h = h * expand(whole_scale(spec, params.scale), h)
     if params.bias is not None:
-        h = h + expand(spec.prepare(spec.layout.broadcast(params.bias)), h.shape, h)
+        h = h + expand(spec.prepare(spec.layout.broadcast(params.bias)), h)
     return h.astype(spec.dtype)
 
 
@@ -122,15 +128,15 @@ def undo_standardize(
     """The equation solved for x."""
     x = spec.prepare(y)
     if params.bias is not None:
-        x = x - expand(spec.prepare(spec.layout.broadcast(params.bias)), x.shape, x)
+        x = x - expand(spec.prepare(spec.layout.broadcast(params.bias)), x)
     if params.scale is not None:
-        x = x / expand(whole_scale(spec, params.scale), x.shape, x)
+        x = x / expand(whole_scale(spec, params.scale), x)
     std = spec.prepare(reciprocal_or_zero(rstd))
-    return (x * expand(std, x.shape, x) + expand(mean, x.shape, x)).astype(spec.dtype)
+    return (x * expand(std, x) + expand(mean, x)).astype(spec.dtype)
 
 
 # With statistics that are given. The backward pass computes again what this computes.
-standardize_by = jax.checkpoint(standardize, static_argnums=0)
+standardize_by = jax.checkpoint(functools.partial(standardize, fit=expand), static_argnums=0)
 
 
 def measure_and_standardize(
@@ -216,31 +222,42 @@ def _tangents(spec, kept, tangents):
     tx, tparams = tangents
     x, stats, params = kept.x, kept.stats, kept.params
     t_mean, q = averages(spec, kept, tx)
-    # ty is factor * tx + slope * h + offset. Slope and offset have the size of the statistics and
-    # parameters together, so the transpose takes the sums over positions of g h and of g once, for
-    # both.
-    statistic = lambda a: spec.layout.spread(spec.prepare(a), repeat)
+    rest = sum_exactly(functools.partial(_rest, spec), x, stats, params, tparams, t_mean, q)
+    return (_factor(spec, stats, params) * spec.prepare(tx) + rest).astype(spec.dtype), t_mean, q
+
+
+def _rest(spec, repeat, x, stats, params, tparams, t_mean, q):
+    """ty is factor * tx + slope * h + offset, and this is slope * h + offset.
+
+    Slope and offset have the size of the statistics and parameters together, so the transpose
+    takes the sums over positions of g h and of g once, for both. Where the transpose of `repeat` is
+    exact, the mean's low part is part of the offset: in each h it would be lost where |h| is 1 or
+    more, and over the elements of one mean that does not average out. Elsewhere it would be one
+    more kernel.
+    """
+    statistic = lambda a: spec.layout.spread(spec.prepare(a))
     param = lambda a: spec.prepare(spec.layout.broadcast(a))
-    rstd = statistic(stats.rstd)
-    shapes = (rstd.shape, *(param(a).shape for a in params if a is not None))
-    together = lambda a: repeat(a, jnp.broadcast_shapes(*shapes), x)
-    factor = rstd if params.scale is None else rstd * whole_scale(spec, params.scale)
+    factor = _factor(spec, stats, params)
+    shapes = [statistic(stats.rstd).shape, *(param(a).shape for a in params if a is not None)]
+    shape = jnp.broadcast_shapes(*shapes)
+    together = lambda a: repeat(a, shape) if repeat else a
     slope, offset = -(factor * together(statistic(q))), None
     if params.scale is not None:
         slope = together(param(tparams.scale)) + slope
-    if params.bias is not None:
-        offset = together(param(tparams.bias))
     if t_mean is not None:
-        shift = factor * together(statistic(t_mean))
-        offset = -shift if offset is None else offset - shift
-    ty = factor * spec.prepare(tx) + in_float64_on_cpus(_sloped, spec, slope, x, stats)
-    ty = ty if offset is None else ty + repeat(offset, x.shape, x)
-    return ty.astype(spec.dtype), t_mean, q
+        offset = -(factor * together(statistic(t_mean)))
+    if params.bias is not None:
+        t_bias = together(param(tparams.bias))
+        offset = t_bias if offset is None else t_bias + offset
+    if repeat is None:
+        repeat = lambda a, shape: spec.layout.repeat(a, x)
+    elif stats.mean_low is not None and shape != x.shape:
+        low = statistic(stats.mean_low * stats.rstd.astype(stats.mean_low.dtype))
+        offset, stats = offset - slope * low, stats._replace(mean_low=None)
+    rest = repeat(slope, x.shape) * standardized(spec, x, stats)
+    return rest if offset is None else rest + repeat(offset, x.shape)
 
 
-def _sloped(spec, slope, x, stats):
-    """slope * h. In the transpose, a sum of g h, h has to be more exact than float32 can hold.
-
-    Its rounding does not average out: where |h| is 1 or more, the mean's low part is lost.
-    """
-    return repeat(spec.prepare(slope), x.shape, x) * standardized(spec, x, stats)
+def _factor(spec, stats, params):
+    factor = spec.layout.spread(spec.prepare(stats.rstd))
+    return factor if params.scale is None else factor * whole_scale(spec, params.scale)

@@ -6,8 +6,9 @@ would join them.
 
 What else the steps are depends on the platform:
 
-- CPUs add in float64. In float32 the rounding would depend on how many elements each vector of the
-  processor holds: a sum of 2**18 numbers of both signs lost 9 units on one and 3 on another.
+- CPUs take long sums in float64, if x is in float32. In float32 the rounding would depend on how
+  many elements the vectors of the processor hold: a sum of 2**18 numbers of both signs lost 9 units
+  on one and 3 on another. Half precision has rounded its elements by more.
 - XLA for GPUs gives each block of threads some of the sums of a column. Where these are too few to
   keep a GPU busy, it writes what it sums to memory first, in float32. So there the first step takes
   the sums of pieces. On TPUs that would be more passes over x.
@@ -22,16 +23,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnorm._internals import explicit_spec, is_sharded
+from jaxnorm._internals import explicit_sharding, is_sharded
 from jaxnorm.core.exporting import platform_dependent
 
 Axes = tuple[int, ...]
-Shape = tuple[int, ...]
 Arrays = tuple[jax.Array, ...]
 ENOUGH = 2**15  # sums at a time keep a GPU busy
 LONG = 256  # elements that a piece should have
 SHORT = 32  # elements that it must have
-FEW = 16  # numbers of one sign, whose sum float32 can't make worse than by 4 units on average
+ROUNDS = 2**12  # elements of a sum, from which on its rounding may be more than a unit
 WIDE = {jnp.dtype("float32"): "float64", jnp.dtype("complex64"): "complex128"}
 
 
@@ -52,88 +52,74 @@ def sums(arrays: Sequence[jax.Array], axes: Axes, where: jax.Array | None = None
     )
 
 
-def total(a: jax.Array, axes: Axes) -> jax.Array:
+def sum_axes(a: jax.Array, axes: Axes) -> jax.Array:
     """The sum over axes, which are removed, in one step."""
     add = lambda a: (jnp.sum(a, axes),)
     wide = lambda a: (_sum_in_float64(a, axes, keepdims=False),)
     return _by_platform((a,), add, cpu=wide, length=_length(a.shape, axes))[0]
 
 
-def repeat(a: jax.Array, shape: Shape, x: jax.Array | None = None) -> jax.Array:
-    """`a` repeated along axes on which its size is one; linear in `a`.
+def repeat(a: jax.Array, x: jax.Array, axes: Axes) -> jax.Array:
+    """`a`, of size one along the axes, so that it broadcasts against x.
 
-    Its transpose is a sum of all elements: in float64 on CPUs, and on GPUs in pieces where `sums`
-    takes them. Over the batch that is one step: XLA for GPUs divides such sums by itself, and XLA
-    for TPUs fuses them with convolutions. The result is sharded like x.
+    Its transpose is a sum of all elements, on GPUs in pieces where `sums` takes them. Over the
+    batch it is of one step: XLA for GPUs divides such sums by itself, and XLA for TPUs fuses them
+    with convolutions.
     """
-    if a.shape == shape:
+    plan = _plan(x, axes)
+    if plan.batch or plan.pieces == 1:
         return a
-    divided = None
-    if x is not None and x.shape == shape:
-        plan = _plan(x, _repeated_axes(a.shape, shape))
-        if plan.pieces > 1 and not plan.batch:
-            divided = lambda a: (_repeated(plan, shape, a),)
-    return _repeat(_target(shape, x), a, divided)
+    whole = lambda a: jnp.broadcast_to(a, x.shape)
+    divided = functools.partial(_repeated, plan, x.shape)
+    return platform_dependent(a, cuda=divided, rocm=divided, default=whole)
 
 
-def expand(a: jax.Array, shape: Shape, x: jax.Array | None = None) -> jax.Array:
-    """The same for `a` in which nothing has to be linear: only the derivative is `repeat`."""
-    return a if a.shape == shape else _expand(_target(shape, x), a)
+def expand(a: jax.Array, x: jax.Array) -> jax.Array:
+    """`a` in the shape of x, against which it broadcasts; its gradient is such a sum."""
+    if a.dtype not in WIDE or not _is_long(x.size):
+        return a
+    return _expand(_Target(x.shape, explicit_sharding(x)), a)
+
+
+def sum_exactly(function: Callable, x: jax.Array, *trees: Any) -> jax.Array:
+    """`function(repeat, x, *trees)`, whose transpose has sums over the axes of x.
+
+    On CPUs, `repeat(a, shape)` makes them exact; elsewhere it is None.
+    """
+    default = functools.partial(function, None)
+    if x.dtype not in WIDE or not _is_long(x.size):
+        return default(x, *trees)
+
+    def exact(x, *trees):
+        def repeat(a, shape):
+            if not _is_long(math.prod(shape) // math.prod(a.shape)):
+                return a
+            sharding = explicit_sharding(x) if shape == x.shape else None
+            return _in_float64(_Target(shape, sharding).broadcast, a)
+
+        return function(repeat, x, *trees)
+
+    return platform_dependent(x, *trees, cpu=exact, default=default)
+
+
+class _Target(NamedTuple):
+    shape: tuple[int, ...]
+    sharding: Any
+
+    def broadcast(self, a):
+        return jnp.broadcast_to(a, self.shape, out_sharding=self.sharding)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _expand(target, a):
-    return _broadcast(target, a)
+    return target.broadcast(a)
 
 
 @_expand.defjvp
 def _expand_jvp(target, primals, tangents):
     (a,), (ta,) = primals, tangents
-    return _expand(target, a), _repeat(target, ta)
-
-
-def _repeat(target, a, gpu=None):
-    whole = lambda a: (_broadcast(target, a),)
-    wide = lambda a: (_in_float64(functools.partial(_broadcast, target), a),)
-    length = _length(target.shape, _repeated_axes(a.shape, target.shape))
-    return _by_platform((a,), whole, cpu=wide, gpu=gpu, length=length)[0]
-
-
-def _repeated_axes(shape, to):
-    return tuple(axis for axis, size in enumerate(shape) if size == 1 and to[axis] != 1)
-
-
-def in_float64_on_cpus(function: Callable, spec: Any, *trees: Any) -> jax.Array:
-    """`function(spec, *trees)`, on CPUs in float64 where the spec's arithmetic is in float32."""
-    dtype = spec.compute_dtype
-    if dtype not in WIDE:
-        return function(spec, *trees)
-
-    def wide(*trees):
-        with jax.enable_x64(True):
-            result = function(spec._replace(compute_dtype=jnp.dtype(WIDE[dtype])), *trees)
-            return lax.convert_element_type(result, dtype)
-
-    default = functools.partial(function, spec)
-    return platform_dependent(*trees, cpu=wide, default=default)
-
-
-class _Target(NamedTuple):
-    shape: Shape
-    sharding: jax.P | None
-
-
-def _target(shape, x):
-    """The shape, and the sharding of x on the axes that it has of x."""
-    spec = None if x is None else explicit_spec(x)
-    if x is None or spec is None:
-        return _Target(shape, None)
-    sizes = zip(spec, shape, x.shape, strict=True)
-    return _Target(shape, jax.P(*(axes if size == full else None for axes, size, full in sizes)))
-
-
-def _broadcast(target, a):
-    return jnp.broadcast_to(a, target.shape, out_sharding=target.sharding)
+    wide = functools.partial(_in_float64, target.broadcast)
+    return _expand(target, a), platform_dependent(ta, cpu=wide, default=target.broadcast)
 
 
 class _Plan(NamedTuple):
@@ -168,7 +154,12 @@ def _pieces(a: jax.Array, axes: Axes) -> int:
     return min(divisors, key=lambda n: (n.bit_count(), n % 2, n), default=1)
 
 
-def _length(shape: Shape, axes: Axes) -> int:
+def _is_long(length: int) -> bool:
+    """Whether a float32 sum may round too much; a symbolic length, of jax.export, may be any."""
+    return not isinstance(length, int) or length > ROUNDS
+
+
+def _length(shape: tuple[int, ...], axes: Axes) -> int:
     return math.prod(shape[axis] for axis in axes)
 
 
@@ -180,11 +171,9 @@ def _by_platform(
     length: int,
     gpu: Callable | None = None,
 ) -> Arrays:
-    """The function of each platform, of arrays; the CPU's where sums have this many elements."""
+    """The platform's function of arrays; the CPU's only for long sums."""
     platforms = {}
-    # A symbolic length, of jax.export, may be any.
-    short = isinstance(length, int) and length <= FEW
-    if not short and any(a.dtype in WIDE for a in arrays):
+    if _is_long(length) and any(a.dtype in WIDE for a in arrays):
         platforms["cpu"] = cpu
     if gpu:
         platforms |= {"cuda": gpu, "rocm": gpu}

@@ -11,6 +11,7 @@ from jaxnorm.core.layouts import instance_layout
 from jaxnorm.core.moments import statistics
 from jaxnorm.core.normalize import checked, normalize, program
 from jaxnorm.core.standardize import NormParams, standardize
+from jaxnorm.core.sums import expand
 
 
 def filter_response_norm(
@@ -83,6 +84,6 @@ def _above(spec, x, params, threshold):
 @functools.partial(jax.checkpoint, static_argnums=0)
 def _standardize_above(spec, x, rstd, params, threshold):
     wide = spec._replace(dtype=spec.compute_dtype)
-    y = standardize(wide, x, None, None, rstd, params)
+    y = standardize(wide, x, None, None, rstd, params, expand)
     threshold = spec.layout.broadcast(threshold) if threshold.ndim else threshold
     return jnp.maximum(y, spec.prepare(threshold)).astype(spec.dtype)

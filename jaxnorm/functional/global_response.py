@@ -13,6 +13,7 @@ from jaxnorm.core.lengths import two_norm
 from jaxnorm.core.normalize import make_spec, program
 from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.standardize import NormParams, standardize
+from jaxnorm.core.sums import expand
 
 
 def global_response_norm(
@@ -79,5 +80,6 @@ def _share(spec: NormSpec, length: jax.Array) -> jax.Array:
 @functools.partial(jax.checkpoint, static_argnums=0)
 def _respond(spec: NormSpec, x: jax.Array, share: jax.Array, params: NormParams) -> jax.Array:
     wide = spec._replace(dtype=spec.compute_dtype)
-    response = standardize(wide, x, None, None, share, params)  # the share in the place of rstd
+    # The share in the place of rstd.
+    response = standardize(wide, x, None, None, share, params, expand)
     return (spec.prepare(x) + response).astype(spec.dtype)
