@@ -113,9 +113,9 @@ def test_any_feature_axis_and_groups(data):
         jn.group_norm(x, params, num_groups=groups, **options),
         oracle.group_norm(x, scale, bias, num_groups=groups, **options),
     )
-    assert_close(
-        jn.instance_norm(x, params, **options), oracle.instance_norm(x, scale, bias, **options)
-    )
+    if len(shape) > 2:  # else there is nothing to measure over, which is an error
+        expected = oracle.instance_norm(x, scale, bias, **options)
+        assert_close(jn.instance_norm(x, params, **options), expected)
     assert_close(
         jn.batch_norm(x, state, params=params, **options)[0],
         oracle.batch_norm(x, scale, bias, **options),

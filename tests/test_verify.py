@@ -112,7 +112,7 @@ def test_it_ends_before_two_minutes_and_counts_what_is_left(capsys, clock):
     assert verify.main([]) == 0
     assert clock == [100]  # a sixth case would end after SECONDS
     said = capsys.readouterr().out
-    assert said.count("right") == 2
+    assert said.count("right\n") == 2
     assert "28 more cases were not run: pass --full." in said
     assert said.count("fast\n") == 3
     assert "29 more cases were not run: pass --full." in said

@@ -109,8 +109,17 @@ class Operation:
         return jax.make_jaxpr(self.on_leaves(tree, spec))(*avals).out_avals
 
     def _derivative(self, primals, tangents, *, tree, spec):
-        tangents = tuple(map(instantiate_zeros, tangents))
-        return jax.jvp(self.on_leaves(tree, spec), primals, tangents)
+        # Those that are zero stay constants: JAX can't transpose a barrier if some of its operands
+        # have tangents that are zeros which it does not know of.
+        moves = [type(tangent) is not Zero for tangent in tangents]
+        chosen = lambda leaves: [a for a, moved in zip(leaves, moves, strict=True) if moved]
+
+        def function(*leaves):
+            given = iter(leaves)
+            pairs = zip(primals, moves, strict=True)
+            return self.on_leaves(tree, spec)(*(next(given) if m else a for a, m in pairs))
+
+        return jax.jvp(function, chosen(primals), chosen(tangents))
 
     def _batch(self, leaves, dims, *, tree, spec):
         if [dim is not None for dim in dims] == self._batched_leaves(tree):
