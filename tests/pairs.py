@@ -2,7 +2,8 @@
 
 Most errors depend on one or two parameters of a call (Kuhn, Wallace and Gallo, "Software Fault
 Interactions and Implications for Software Testing", 2004). By default each value of each parameter
-is in one of the tests that are run; with `--pairs`, as in `.ci/run`, each pair of values is.
+is in one of the tests that are run; with `--pairs`, as in `.ci/run`, each pair of values is. Tests
+that are marked as thorough take long, and where they fail others mostly do: they need `--pairs`.
 `--all` runs all; so does naming a test by its "::".
 """
 
@@ -22,13 +23,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Deselect the tests whose values, or pairs of values, others have."""
     if config.getoption("--all") or any("::" in argument for argument in config.args):
         return
+    pairs = config.getoption("--pairs")
+    left_out = {item for item in items if not pairs and item.get_closest_marker("thorough")}
     grids: dict[Hashable, list[pytest.Item]] = {}
     for item in items:
-        grids.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
-    size, left_out = 1 + config.getoption("--pairs"), set()
+        if item not in left_out:
+            grids.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
     for grid in grids.values():
         axes = [_values(item) for item in grid]
-        left_out.update(set(grid) - {grid[place] for place in covering(axes, size)})
+        left_out.update(set(grid) - {grid[place] for place in covering(axes, 1 + pairs)})
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]

@@ -10,7 +10,8 @@ from jaxnorm._seen import Seen, look, merge_seen, nothing_seen
 from jaxnorm.core.moments import Moments
 
 FEATURES, EXAMPLES, MOMENTUM = 16, 32, 0.9
-pytestmark = pytest.mark.usefixtures("unoptimized")  # programs that run once or twice
+# Programs that run once or twice.
+pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.thorough]
 looked = jax.jit(look, static_argnums=(1, 2, 4))
 merged = jax.jit(merge_seen)
 

@@ -50,6 +50,7 @@ FUNCTIONS: dict[str, Any] = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "disable_jit"])
 def test_functions_and_their_derivatives(name, jit):
@@ -64,6 +65,7 @@ def test_functions_and_their_derivatives(name, jit):
     assert compilations(call) == 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"])
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "disable_jit"])
 def test_modules(name, jit):

@@ -48,6 +48,7 @@ def assert_agrees(norm, transformation, rng, where):
 
 # All transformations of one norm of columns and of one norm of rows; the others are the same code
 # with other axes.
+@pytest.mark.thorough
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS, ids=lambda t: t.__name__)
 @pytest.mark.parametrize("norm", NORMS[:2], ids=norm_id)
 def test_agrees_with_the_plain_formula_where_some_count(norm, transformation, rng):
@@ -91,6 +92,7 @@ def test_jit_over_a_sharded_batch(norm, axis_type, rng):
     assert_same(sharded, expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("norm", NORMS, ids=norm_id)
 def test_complex_input(norm, rng):
     x = jnp.asarray(rng.standard_normal(SHAPE) + 1j * rng.standard_normal(SHAPE) + 2j)

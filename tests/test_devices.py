@@ -205,6 +205,7 @@ def test_a_mesh_of_two_axes(how, axis_name, rows, features, masked, rng):
     assert_as_on_one_device((gradients, (y, state)), *args)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("groups", [ALL, EVEN], ids=["all", "even"])
 @pytest.mark.usefixtures("x64")
 def test_second_derivatives_agree_with_the_plain_formula(groups, rng):

@@ -16,7 +16,7 @@ from test_nnx_transformations import MASK, TOL, X
 import jaxnorm.linen as jn
 
 KEY = jax.random.key(0)
-pytestmark = pytest.mark.usefixtures("unoptimized")  # compile faster
+pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.thorough]  # compile faster
 # One module for all examples, and one for each.
 SHARED: dict[str, Any] = {
     "variable_axes": {"params": None, "batch_stats": None},

@@ -17,7 +17,10 @@ from benchmarks.programs import arguments
 from jaxnorm.kernels import tpu
 
 # conftest.py keeps compiled programs; those of a chip that is not there can't be loaded again.
-pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache"),
+    pytest.mark.thorough,
+]
 
 X = jax.ShapeDtypeStruct((1024, 256), jnp.float32)
 SIZE = 4 * 1024 * 256

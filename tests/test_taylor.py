@@ -127,6 +127,7 @@ def state(rng):
     return jn.BatchNormState(jnp.asarray(mean), jnp.asarray(var), jnp.zeros((), jnp.int32))
 
 
+@pytest.mark.thorough
 @float64
 @pytest.mark.parametrize(
     "options",
@@ -161,12 +162,14 @@ def test_moments_that_are_given(function, rng):
     check(given(function), args, rng)
 
 
+@pytest.mark.thorough
 @float64
 @pytest.mark.parametrize("small", FAMILY, ids=lambda small: small.name)
 def test_small_norms(small, rng):
     check(small.function, small.arguments(rng, SHAPE, np.float64), rng)
 
 
+@pytest.mark.thorough
 @float64
 @pytest.mark.parametrize(
     "function",
@@ -182,6 +185,7 @@ def test_weights(function, rng):
     check(function, (rng.standard_normal(SHAPE), rng.standard_normal(4)), rng)
 
 
+@pytest.mark.thorough
 @float64
 @pytest.mark.parametrize("options", [{"steps": 1}, {"steps": 20}, {"train": False}], ids=str)
 def test_spectral_norm(options, rng):
@@ -225,6 +229,7 @@ TRANSFORMED = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("kernel", "x64", "unoptimized")
 @pytest.mark.parametrize("implementation", ["xla", "kernel"])
 @pytest.mark.parametrize("transformed", TRANSFORMED)

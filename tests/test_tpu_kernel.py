@@ -22,7 +22,7 @@ from jaxnorm.kernels import tpu
 from jaxnorm.kernels.tpu import blocks
 
 # The interpreter is slow to compile, and its programs do not resemble those of a TPU.
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.thorough]
 ROWS = {norm.name: norm for norm in (NORMS[1], NORMS[3])}
 EACH_NORM = pytest.mark.parametrize("norm", ROWS.values(), ids=ROWS)
 SHAPES = {
