@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxnorm as jn
+from jaxnorm.kernels import cpu
 
 EPSILON = 1e-5
 UNIT = float(np.finfo(np.float32).eps)
@@ -217,6 +218,7 @@ def main() -> int:
         print("PyTorch is skipped: it is not installed.", file=sys.stderr)
     page = PAGE.format(
         epsilon=EPSILON,
+        kernel=cpu.level(),
         versions=f"{versions}, {platform.machine()}, {jax.default_backend()}",
         layer="\n".join(table("layer", peers)),
         batch="\n".join(table("batch", peers)),
@@ -268,9 +270,10 @@ error of 8 units; every kind in the table, among them six that are hard for a sa
 
 A float32 sum rounds at every addition. Behind an outlier these errors do not average out where the
 elements are alike: each addition to a sum of 1e12 rounds to a multiple of 65536. Their size depends
-on how many elements a vector of the processor holds. So on CPUs XLA's sums are taken in float64, in
-the forward and the backward pass. For the statistics, the CPU kernel adds about ten numbers in
-float32, sixteen in columns, and goes on in float64; the gradients of columns it adds in float64.
+on how many elements a vector of the processor holds. So on CPUs XLA's sums of more than 4096
+numbers are taken in float64, in the forward pass and, where x is float32, in the backward pass. For
+the statistics, the CPU kernel adds about ten numbers in float32, sixteen in columns, and goes on in
+float64; the gradients of columns it adds in float64.
 
 `tests/test_numerics.py` bounds every number of the columns of jaxnorm by 4, on all processors. On
 the longest columns the gradient of scale is a sum of 2^18 terms of both signs, and its error is
