@@ -96,6 +96,7 @@ def test_y_alone_is_one_kernel_of_a_row_for_gpus():
         assert row["bytes"] <= 1.01 * row["least"]
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize(
     "name",

@@ -81,6 +81,7 @@ def test_a_wheel_without_the_kernel_says_how_to_build_it(monkeypatch, tmp_path):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not build.find_compiler(), reason="there is no C++ compiler")
 @pytest.mark.skipif(
     platform.machine().lower() not in ("x86_64", "amd64"), reason="levels are those of x86-64"

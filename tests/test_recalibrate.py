@@ -90,7 +90,7 @@ def stats_of(model):
     return [{"mean": norm.mean[...], "var": norm.var[...]} for norm in norms]
 
 
-@pytest.mark.parametrize("how", ["pooled", "mean"])
+@pytest.mark.parametrize("how", ["pooled", pytest.param("mean", marks=pytest.mark.thorough)])
 def test_both_norms_have_the_moments_of_what_they_saw(variables, batches, how):
     right = list(truth(variables, batches, how))
     new = jaxnorm.linen.recalibrate(Linen(), variables, batches, how=how, train=True)
@@ -119,6 +119,7 @@ def test_many_small_batches_move_what_many_elements_have(how):
     assert float(var) == pytest.approx(1 + between, rel=1e-6)
 
 
+@pytest.mark.thorough
 def test_sharded_batches_and_axis_names_give_the_same(variables, rng):
     mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
     arrays = [rng.standard_normal((16, 3)).astype(np.float32) + place for place in range(2)]
@@ -174,6 +175,7 @@ def test_mean_is_update_bn_of_pytorch(variables, batches):
         np.testing.assert_allclose(unbiased * stats["var"], norm.running_var, rtol=10 * TOL)
 
 
+@pytest.mark.thorough
 def test_modes_keys_and_failures_leave_no_trace(variables, batches):
     class Noisy(Nnx):
         def __init__(self, rngs):
@@ -212,6 +214,7 @@ def test_modes_keys_and_failures_leave_no_trace(variables, batches):
     assert type(model.first) is nnx.BatchNorm
 
 
+@pytest.mark.thorough
 def test_layers_that_are_stacked_are_measured_one_by_one(batches):
     class Scanned(nn.Module):
         @nn.compact

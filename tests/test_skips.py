@@ -23,7 +23,7 @@ def test_passes():
     ("expected", "said", "processes"),
     [
         ("# a comment\n2 no torch\n", None, []),
-        ("# a comment\n2 no torch\n", None, ["-n", "2"]),
+        pytest.param("# a comment\n2 no torch\n", None, ["-n", "2"], marks=pytest.mark.thorough),
         ("", "2 tests skipped where skips.txt expects 0: no torch", []),
         ("", "2 tests skipped where skips.txt expects 0: no torch", ["-n", "2"]),
         ("1 no torch\n", "2 tests skipped where skips.txt expects 1: no torch", []),

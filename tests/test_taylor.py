@@ -97,6 +97,7 @@ def test_rows_of_one_number_have_a_variance_of_the_second_order(norm, rng):
     check(ours, (jnp.full(SHAPE, 3.0), *params), rng, plain)
 
 
+@pytest.mark.thorough
 @float64
 def test_sums_in_pieces(rng):
     """That is what GPUs do with a long axis, and which it is, the program chooses."""
