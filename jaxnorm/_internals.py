@@ -36,10 +36,10 @@ from jax.lax import optimization_barrier_p
 
 try:
     from jax.experimental import jet
-
-    jet.jet2, jet.jet_rules, jet.zero_prop, jet.JetTrace.process_custom_jvp_call  # noqa: B018
-except (ImportError, AttributeError):  # it is experimental, and norms do without it
+except ImportError:  # it is experimental, and norms do without it
     jet: Any = None
+if not all(hasattr(jet, name) for name in ("JetTrace", "jet2", "jet_rules", "zero_prop")):
+    jet = None
 
 __all__ = [
     "ClosedJaxpr",

@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Deselect the tests whose values, or pairs of values, others have."""
     if config.getoption("--all") or any("::" in argument for argument in config.args):
         return
-    pairs = config.getoption("--pairs")
+    pairs = bool(config.getoption("--pairs"))
     left_out = {item for item in items if not pairs and item.get_closest_marker("thorough")}
     grids: dict[Hashable, list[pytest.Item]] = {}
     for item in items:

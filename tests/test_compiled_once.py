@@ -44,7 +44,7 @@ FUNCTIONS: dict[str, Any] = {
     "add_layer_norm": lambda x: jn.add_layer_norm(x, x, PARAMS)[0],
     "masked": lambda x: jn.layer_norm(x, PARAMS, where=X > -1),
     "standardize_weight": lambda x: jn.standardize_weight(x[0]),
-    "weight_norm": lambda x: jn.weight_norm(x[0], PARAMS.scale),
+    "weight_norm": lambda x: jn.weight_norm(x[0], jnp.ones(x.shape[-1])),
     "unit_norm": jn.unit_norm,
     "dynamic_tanh": lambda x: jn.dynamic_tanh(x, 0.5, PARAMS),
 }
@@ -177,7 +177,8 @@ class NnxModel(nnx.Module):
 def test_nnx_recalibrate_and_audit():
     mask = X[..., :1] > 0
     means = []
-    for call in ({}, {"how": "mean"}, {"mask": mask}, {"mask": ~mask}):
+    calls: list[dict[str, Any]] = [{}, {"how": "mean"}, {"mask": mask}, {"mask": ~mask}]
+    for call in calls:
         jaxnorm.nnx.recalibrate(NnxModel(), [X], **call)
         module = NnxModel()
         recalibrate = lambda m=module, call=call: jaxnorm.nnx.recalibrate(m, [X, X + 1], **call)

@@ -50,7 +50,7 @@ def exported(function, x, shape=None):
 
     model = jax2onnx.to_onnx(function, [shape or x.shape], model_name="norm")
     session = onnxruntime.InferenceSession(model.SerializeToString())
-    return session.run(None, {session.get_inputs()[0].name: x})
+    return list(map(np.asarray, session.run(None, {session.get_inputs()[0].name: x})))
 
 
 def assert_same(function, x=X):

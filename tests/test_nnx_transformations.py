@@ -189,6 +189,7 @@ def test_what_works_with_a_layer_of_flax_works_with_ours(how, name):
         return
     assert not isinstance(ours, Exception), ours
     expected = outcome(how, plain(name), {})
+    assert not isinstance(expected, Exception), expected
     # Six or eighteen products of numbers below 2, a few roundings each.
     assert_trees_all_close(ours[0], expected[0], atol=TOL, rtol=0)
 

@@ -21,7 +21,7 @@ from jaxnorm.core.layouts import moments_layout
 
 PAGE = (Path(__file__).parent.parent / "docs" / "numerics.md").read_text()
 OURS = ["jaxnorm", "jaxnorm (XLA)"]
-IMPLEMENTATIONS = dict(zip(("kernel", "xla"), map(PEERS.get, OURS), strict=True))
+IMPLEMENTATIONS = {"kernel": PEERS["jaxnorm"], "xla": PEERS["jaxnorm (XLA)"]}
 
 
 def printed(norm: str) -> dict[tuple[str, str], tuple[float, float]]:

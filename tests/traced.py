@@ -3,6 +3,7 @@
 Only shapes go in. If something starts JAX's backends, the program names what did, and fails.
 """
 
+import functools
 import socket
 import sys
 from typing import Any
@@ -16,6 +17,7 @@ from family import FAMILY
 from norms import NORMS, norm_id
 
 import jaxnorm as jn
+from jaxnorm.kernels import cpu
 
 MASK = np.arange(6)[:, None] < 5
 
@@ -66,13 +68,13 @@ def functions():
     for norm in NORMS:
         name, params = norm_id(norm), [shape(*norm.features(X.shape))] * 2
         by_kernel = lambda *args, norm=norm: norm(*args, implementation="kernel")
-        masked = lambda *args, norm=norm: norm(*args, MASK)
+        masked = functools.partial(norm, where=MASK)
         refused(f"{name} with a mask, by the kernel", by_kernel, X, None, None, MASK)
         for dtype in (jnp.float32, jnp.bfloat16):
             x = shape(*X.shape, dtype=dtype)
             traced(name, norm, x, *params)
             traced(f"{name} with a mask", masked, x, *params)
-        if not jn.kernels.cpu.missing():
+        if not cpu.missing():
             traced(f"{name} by the kernel", by_kernel, X)
         traced(
             f"{name} of parameters that no kernel takes", norm, X, shape(8, 1, 64), shape(1, 6, 1)
