@@ -79,18 +79,19 @@ def devices_of(ctx: LoweringRuleContext) -> int | None:
 
     XLA would gather such arrays to call a kernel.
     """
-    axes: Any = getattr(ctx.module_context, "axis_context", None)
+    axes: Any = getattr(getattr(ctx, "module_context", None), "axis_context", None)
     mesh = getattr(axes, "mesh", None)
     if mesh is None:  # jit
         return getattr(axes, "num_devices", None)
     if getattr(axes, "manual_axes", None) == frozenset(mesh.axis_names):
         return 1  # in shard_map, where each device has arrays of its own
-    return mesh.size
+    return getattr(mesh, "size", None)
 
 
 def is_exported(ctx: LoweringRuleContext) -> bool:
     """Whether the program may run where jaxnorm is not installed, which has its kernels."""
-    parameters: Any = getattr(ctx.module_context, "lowering_parameters", None)
+    module = getattr(ctx, "module_context", None)
+    parameters: Any = getattr(module, "lowering_parameters", None)
     return getattr(parameters, "for_export", True)
 
 

@@ -37,6 +37,7 @@ def over_devices(x, where, params):
 
 FUNCTIONS = {
     "batch": batch(),
+    "evaluation": batch(train=False),
     "ghost": batch(virtual_batch_size=2),
     "renorm": batch(renorm=jn.Renorm(2.0, 1.0)),
     "vmap": over_names,

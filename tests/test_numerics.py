@@ -108,6 +108,10 @@ def test_long_sums_in_evaluation_of_a_function_and_of_weights(rng):
     (found,) = jax.vjp(lambda g: jn.weight_norm(v, g), ones)[1](dy)
     exact = (dy * oracle.wide(v) / np.linalg.norm(oracle.wide(v), axis=0)).sum(0)
     assert oracle.units(found, exact) <= BOUND
+    # All are below such a threshold.
+    above = lambda threshold: jn.filter_response_norm(x[None], threshold=threshold)[0]
+    (found,) = jax.vjp(above, 1e3 * ones)[1](dy)
+    assert oracle.units(found, dy.sum(0, dtype=float)) <= BOUND
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])

@@ -13,6 +13,7 @@ from jaxnorm.core.layout import Layout
 from jaxnorm.core.normalize import make_spec, program
 from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.standardize import NormParams, affine
+from jaxnorm.core.sums import expand
 
 
 def bound(
@@ -52,11 +53,11 @@ def _bounded(
     shift: jax.Array | None,
     params: NormParams,
 ) -> jax.Array:
-    argument = spec.prepare(x) * _per_feature(spec, alpha)
+    argument = spec.prepare(x) * _per_feature(spec, alpha, x)
     if shift is not None:
-        argument = argument + _per_feature(spec, shift)
+        argument = argument + _per_feature(spec, shift, x)
     return affine(spec, function(argument), params)
 
 
-def _per_feature(spec: NormSpec, a: jax.Array) -> jax.Array:
-    return spec.prepare(spec.layout.broadcast(a) if a.ndim else a)
+def _per_feature(spec: NormSpec, a: jax.Array, x: jax.Array) -> jax.Array:
+    return expand(spec.prepare(spec.layout.broadcast(a) if a.ndim else a), x)

@@ -2,7 +2,11 @@
 
 While they trace, they replace functions of `jax.numpy` by some that take fewer arguments, and they
 take primitives of JAX only. So for them a norm is traced with `jax.numpy` as it was, by the
-formulas, and for one platform. JAX would keep a program that was traced so: it is not compiled.
+formulas, and for one platform. JAX would keep such a program for later calls, so it is not
+compiled.
+
+The functions of `jax.numpy` belong to the whole process: while one thread exports, no other should
+trace. A program that replaces `jax.numpy.where` for another reason gets the formulas, too.
 """
 
 import contextlib
@@ -24,7 +28,7 @@ _ORIGINAL = _functions()
 _exported = ContextVar("exported", default=False)
 
 
-def is_exported() -> bool:
+def exporter_traces() -> bool:
     """Whether an exporter is tracing."""
     return _exported.get() or jnp.where is not _ORIGINAL[0]["where"]
 
@@ -35,7 +39,7 @@ def jit(function: Callable, static_argnums: int | tuple[int, ...] = ()) -> Calla
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        if not is_exported():
+        if not exporter_traces():
             return compiled(*args)
         with _original_numpy():
             return function(*args)
@@ -45,7 +49,7 @@ def jit(function: Callable, static_argnums: int | tuple[int, ...] = ()) -> Calla
 
 def platform_dependent(*args: jax.Array, default: Callable, **branches: Callable) -> Any:
     """`lax.platform_dependent`, or the default if an exporter is tracing."""
-    if is_exported():
+    if exporter_traces():
         return default(*args)
     return lax.platform_dependent(*args, default=default, **branches)
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import kernels
@@ -17,7 +18,7 @@ from jaxnorm.core import operations, primitives
 from jaxnorm.core.arguments import check_epsilon, check_param, check_params, check_scale_offset
 from jaxnorm.core.arithmetic import promote, real_dtype, reciprocal_std
 from jaxnorm.core.devices import LOCAL, Devices
-from jaxnorm.core.exporting import is_exported, jit
+from jaxnorm.core.exporting import exporter_traces, jit
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.moments import Moments, Statistics
 from jaxnorm.core.spec import NormSpec
@@ -69,7 +70,7 @@ def checked(
     The arithmetic is in float32 or better; the result has `dtype`, by default that of x.
     """
     spec = make_spec(name, x, layout, epsilon, dtype)
-    if implementation is None and is_exported():
+    if implementation is None and exporter_traces():
         implementation = "xla"  # no exporter has our primitives
     spec = spec._replace(
         subtract_mean=subtract_mean,
@@ -131,9 +132,13 @@ def normalize_with(
     epsilon: float,
     scale_offset: float = 0.0,
     dtype: DTypeLike | None = None,
+    where: ArrayLike | None = None,
     inverse: bool = False,
 ) -> jax.Array:
-    """Standardize x by a given mean and variance, such as running ones; or undo that."""
+    """Standardize x by a given mean and variance, such as running ones; or undo that.
+
+    What `where` leaves out may be NaN, and does not reach the gradients.
+    """
     spec = make_spec(name, x, layout, epsilon, dtype)
     spec = spec._replace(scale_offset=check_scale_offset(scale_offset, params))
     mean, var = (
@@ -143,18 +148,23 @@ def normalize_with(
     if jnp.iscomplexobj(var):
         raise TypeError(f"the variance must be real, got {var.dtype}; take its real part.")
     params = check_params(params, layout, spec.dtype)
-    return _normalize_with(spec, inverse, x, mean, var, params)
+    return _normalize_with(spec, inverse, x, mean, var, params, layout.mask(where))
 
 
 @functools.partial(program, static_argnums=(0, 1))
-def _normalize_with(spec, inverse, x, mean, var, params):
+def _normalize_with(spec, inverse, x, mean, var, params, where):
     with jax.named_scope(spec.name):
         mean = spec.layout.broadcast(mean).astype(spec.compute_dtype)
         var = spec.layout.broadcast(var).astype(real_dtype(spec.compute_dtype))
         rstd = reciprocal_std(var, spec.epsilon)
         if inverse:
             return undo_standardize(spec, x, mean, rstd, params)
-        return standardize_by(spec, x, mean, None, rstd, params)
+        apply = lambda x: standardize_by(spec, x, mean, None, rstd, params)
+        if where is None:
+            return apply(x)
+        y = lax.stop_gradient(apply(x))
+        lost = ~(where | jnp.isfinite(y))
+        return jnp.where(lost, y, apply(jnp.where(lost, 0, x)))
 
 
 def make_spec(

@@ -150,6 +150,7 @@ def batch_norm(
             params,
             epsilon=epsilon,
             scale_offset=scale_offset,
+            where=where,
         )
         return y, state
     check_running_dtypes(state)

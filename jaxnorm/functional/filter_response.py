@@ -86,4 +86,4 @@ def _standardize_above(spec, x, rstd, params, threshold):
     wide = spec._replace(dtype=spec.compute_dtype)
     y = standardize(wide, x, None, None, rstd, params, expand)
     threshold = spec.layout.broadcast(threshold) if threshold.ndim else threshold
-    return jnp.maximum(y, spec.prepare(threshold)).astype(spec.dtype)
+    return jnp.maximum(y, expand(spec.prepare(threshold), x)).astype(spec.dtype)

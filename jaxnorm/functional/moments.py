@@ -119,7 +119,10 @@ def check_moments(moments: Moments) -> Moments:
             f"moments must be a Moments, got {type(moments).__name__}; measure them with "
             "jaxnorm.moments(x, axis)."
         )
-    return Moments(*map(as_array, moments))
+    mean, var, count = map(as_array, moments)
+    if jnp.issubdtype(count.dtype, jnp.integer):  # the sum of two may overflow
+        count = count.astype(var.dtype)
+    return Moments(mean, var, count)
 
 
 def _stack(a: jax.Array, b: jax.Array) -> jax.Array:

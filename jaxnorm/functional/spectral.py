@@ -150,7 +150,8 @@ def divide(
             u = _turned(u, _product(layout, jnp.conj(constant), transposed.broadcast(v)))
             return SpectralNormState(u, v)
 
-        vectors = jax.tree.map(lambda a: lax.stop_gradient(a.astype(matrix.dtype)), state)
+        given = jax.tree.map(lambda a: lax.stop_gradient(a.astype(matrix.dtype)), state)
+        vectors = SpectralNormState(*(_on_mesh_of(matrix, vector) for vector in given))
         u, v = lax.fori_loop(0, steps, step, vectors, unroll=max(1, min(steps, UNROLLED)))
         moved = SpectralNormState(u.astype(state.u.dtype), v.astype(state.v.dtype))
         of_u = matrix * layout.broadcast(u)
@@ -164,6 +165,14 @@ def divide(
 def _product(layout: Layout, matrix: jax.Array, vector: jax.Array) -> jax.Array:
     """The matrix times a vector that broadcasts against it: an array of the layout's features."""
     return jnp.squeeze(layout.sum(matrix * vector), layout.reduction_axes)
+
+
+def _on_mesh_of(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+    """The vector, and on the explicit mesh of the matrix if it was made before that was sharded."""
+    sharding = jax.typeof(matrix).sharding
+    if sharding.mesh.empty or not jax.typeof(vector).sharding.mesh.empty:
+        return vector
+    return jax.sharding.reshard(vector, sharding.update(spec=jax.P(*[None] * vector.ndim)))
 
 
 def _turned(old: jax.Array, new: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from jaxnorm.core.axes import Axes
 from jaxnorm.core.exporting import jit
 from jaxnorm.core.layouts import batch_layout
 from jaxnorm.core.lengths import two_norm, unit
+from jaxnorm.core.sums import expand
 
 EPSILON = 1e-12
 
@@ -63,7 +64,7 @@ def _weight_norm(layout, epsilon, v, g):
         direction = unit(v, layout.reduction_axes, epsilon)
         lengths = layout.broadcast(g)
         dtype = promote(direction.dtype, lengths.dtype)
-        return (direction.astype(dtype) * lengths.astype(dtype)).astype(v.dtype)
+        return (direction.astype(dtype) * expand(lengths.astype(dtype), v)).astype(v.dtype)
 
 
 def init_weight_norm(w: ArrayLike, *, feature_axis: Axes = -1) -> tuple[jax.Array, jax.Array]:

@@ -85,6 +85,7 @@ class BatchNorm(nn.BatchNorm):
                 epsilon=self.epsilon,
                 scale_offset=self.scale_offset,
                 dtype=dtype,
+                where=None if mask is None else jnp.asarray(mask, bool),
             )
         call = arguments_of(
             "batch_norm",

@@ -115,6 +115,7 @@ class BatchNorm(nnx.BatchNorm):
                 epsilon=self.epsilon,
                 scale_offset=self.scale_offset,
                 dtype=dtype,
+                where=None if mask is None else jnp.asarray(mask, bool),
             )
         call = _checked(
             "batch_norm",

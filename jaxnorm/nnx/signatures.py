@@ -10,9 +10,10 @@ F = TypeVar("F", bound=Callable)
 def flax_positions(f: F) -> F:
     """Show the keyword-only arguments of a function as `**given`.
 
-    `nnx.vmap(norm)` and `nnx.remat(norm)` turn all arguments into positions, by the signature, also
-    those that have a default and are not given. They refuse keyword-only ones, and with more
-    positions than Flax's, `in_axes` would not fit.
+    `nnx.vmap(norm)` and `nnx.remat(norm)` pass each argument of the signature by position, also
+    those that have a default and are not given. A keyword-only one fails, and with more positions
+    than Flax's, `in_axes` would not fit. To pass such an argument, transform a function that calls
+    the norm.
     """
     passed = inspect.signature(f).parameters.values()
     positions = [parameter for parameter in passed if parameter.kind is not parameter.KEYWORD_ONLY]
