@@ -30,7 +30,7 @@ from jaxnorm.core.moments import (
     tangents_of,
 )
 from jaxnorm.core.spec import NormSpec
-from jaxnorm.core.sums import expand, sum_exactly
+from jaxnorm.core.sums import expand, with_exact_sums
 
 
 @functools.partial(export.register_namedtuple_serialization, serialized_name="jaxnorm.NormParams")
@@ -222,25 +222,22 @@ def _tangents(spec, kept, tangents):
     tx, tparams = tangents
     x, stats, params = kept.x, kept.stats, kept.params
     t_mean, q = averages(spec, kept, tx)
-    rest = sum_exactly(functools.partial(_rest, spec), x, stats, params, tparams, t_mean, q)
+    rest = with_exact_sums(functools.partial(_rest, spec), x, stats, params, tparams, t_mean, q)
     return (_factor(spec, stats, params) * spec.prepare(tx) + rest).astype(spec.dtype), t_mean, q
 
 
-def _rest(spec, repeat, x, stats, params, tparams, t_mean, q):
-    """ty is factor * tx + slope * h + offset, and this is slope * h + offset.
+def _rest(spec, exact, x, stats, params, tparams, t_mean, q):
+    """ty = factor * tx + slope * h + offset; the last two summands.
 
     Slope and offset have the size of the statistics and parameters together, so the transpose
-    takes the sums over positions of g h and of g once, for both. Where the transpose of `repeat` is
-    exact, the mean's low part is part of the offset: in each h it would be lost where |h| is 1 or
-    more, and over the elements of one mean that does not average out. Elsewhere it would be one
-    more kernel.
+    takes the sums over positions of g h and of g once, for both.
     """
     statistic = lambda a: spec.layout.spread(spec.prepare(a))
     param = lambda a: spec.prepare(spec.layout.broadcast(a))
-    factor = _factor(spec, stats, params)
     shapes = [statistic(stats.rstd).shape, *(param(a).shape for a in params if a is not None)]
     shape = jnp.broadcast_shapes(*shapes)
-    together = lambda a: repeat(a, shape) if repeat else a
+    together = lambda a: exact(a, shape) if exact else a
+    factor = _factor(spec, stats, params)
     slope, offset = -(factor * together(statistic(q))), None
     if params.scale is not None:
         slope = together(param(tparams.scale)) + slope
@@ -249,13 +246,14 @@ def _rest(spec, repeat, x, stats, params, tparams, t_mean, q):
     if params.bias is not None:
         t_bias = together(param(tparams.bias))
         offset = t_bias if offset is None else t_bias + offset
-    if repeat is None:
-        repeat = lambda a, shape: spec.layout.repeat(a, x)
-    elif stats.mean_low is not None and shape != x.shape:
+    if exact and stats.mean_low is not None and shape != x.shape:
+        # Subtracted from each h, the mean's low part would be rounded away where |h| >= 1, always
+        # the same way; so it is part of the offset. Elsewhere this would be one more kernel.
         low = statistic(stats.mean_low * stats.rstd.astype(stats.mean_low.dtype))
         offset, stats = offset - slope * low, stats._replace(mean_low=None)
-    rest = repeat(slope, x.shape) * standardized(spec, x, stats)
-    return rest if offset is None else rest + repeat(offset, x.shape)
+    to_x = lambda a: exact(a, x.shape) if exact else spec.layout.repeat(a, x)
+    rest = to_x(slope) * standardized(spec, x, stats)
+    return rest if offset is None else rest + to_x(offset)
 
 
 def _factor(spec, stats, params):

@@ -8,7 +8,7 @@ What else the steps are depends on the platform:
 
 - CPUs take long sums in float64, if x is in float32. In float32 the rounding would depend on how
   many elements the vectors of the processor hold: a sum of 2**18 numbers of both signs lost 9 units
-  on one and 3 on another. Half precision has rounded its elements by more.
+  on one and 3 on another. Gradients of half precision need not: their elements are rounded by more.
 - XLA for GPUs gives each block of threads some of the sums of a column. Where these are too few to
   keep a GPU busy, it writes what it sums to memory first, in float32. So there the first step takes
   the sums of pieces. On TPUs that would be more passes over x.
@@ -31,7 +31,8 @@ Arrays = tuple[jax.Array, ...]
 ENOUGH = 2**15  # sums at a time keep a GPU busy
 LONG = 256  # elements that a piece should have
 SHORT = 32  # elements that it must have
-ROUNDS = 2**12  # elements of a sum, from which on its rounding may be more than a unit
+LONGEST = 2**12  # sums of more elements are taken in float64 on CPUs
+# Dtypes whose long sums CPUs take in another.
 WIDE = {jnp.dtype("float32"): "float64", jnp.dtype("complex64"): "complex128"}
 
 
@@ -41,13 +42,12 @@ def sums(arrays: Sequence[jax.Array], axes: Axes, where: jax.Array | None = None
     The second step is one kernel for all arrays. Masked arrays are not divided into pieces.
     """
     plan = _plan(arrays[0], axes)
-    whole = plan._replace(pieces=1)
-    pieces = plan if where is None else whole
+    whole, divided = plan._replace(pieces=1), plan.pieces > 1 and where is None
     return _by_platform(
         arrays,
         functools.partial(_in_steps, whole, jnp.sum, where),
         cpu=functools.partial(_in_steps, whole, _sum_in_float64, where),
-        gpu=functools.partial(_in_steps, pieces, jnp.sum, where) if pieces.pieces > 1 else None,
+        gpu=functools.partial(_in_steps, plan, jnp.sum, where) if divided else None,
         length=_length(arrays[0].shape, axes),
     )
 
@@ -81,25 +81,22 @@ def expand(a: jax.Array, x: jax.Array) -> jax.Array:
     return _expand(_Target(x.shape, explicit_sharding(x)), a)
 
 
-def sum_exactly(function: Callable, x: jax.Array, *trees: Any) -> jax.Array:
-    """`function(repeat, x, *trees)`, whose transpose has sums over the axes of x.
+def with_exact_sums(function: Callable, x: jax.Array, *trees: Any) -> jax.Array:
+    """`function(exact, x, *trees)`, whose transpose has sums over the axes of x.
 
-    On CPUs, `repeat(a, shape)` makes them exact; elsewhere it is None.
+    On CPUs, `exact(a, shape)` broadcasts, and its transpose is an exact sum; elsewhere it is None.
     """
     default = functools.partial(function, None)
     if x.dtype not in WIDE or not _is_long(x.size):
         return default(x, *trees)
 
-    def exact(x, *trees):
-        def repeat(a, shape):
-            if not _is_long(math.prod(shape) // math.prod(a.shape)):
-                return a
-            sharding = explicit_sharding(x) if shape == x.shape else None
-            return _in_float64(_Target(shape, sharding).broadcast, a)
+    def exact(a, shape):
+        if not _is_long(math.prod(shape) // math.prod(a.shape)):
+            return a
+        sharding = explicit_sharding(x) if shape == x.shape else None
+        return _in_float64(_Target(shape, sharding).broadcast, a)
 
-        return function(repeat, x, *trees)
-
-    return platform_dependent(x, *trees, cpu=exact, default=default)
+    return platform_dependent(x, *trees, cpu=functools.partial(function, exact), default=default)
 
 
 class _Target(NamedTuple):
@@ -156,7 +153,7 @@ def _pieces(a: jax.Array, axes: Axes) -> int:
 
 def _is_long(length: int) -> bool:
     """Whether a float32 sum may round too much; a symbolic length, of jax.export, may be any."""
-    return not isinstance(length, int) or length > ROUNDS
+    return not isinstance(length, int) or length > LONGEST
 
 
 def _length(shape: tuple[int, ...], axes: Axes) -> int:
