@@ -175,13 +175,12 @@ class NnxModel(nnx.Module):
 
 
 def test_nnx_recalibrate_and_audit():
-    mask = X[..., :1] > 0
-    means = []
+    mask, batches, means = X[..., :1] > 0, [X, X + 1], []
     calls: list[dict[str, Any]] = [{}, {"how": "mean"}, {"mask": mask}, {"mask": ~mask}]
     for call in calls:
         jaxnorm.nnx.recalibrate(NnxModel(), [X], **call)
         module = NnxModel()
-        recalibrate = lambda m=module, call=call: jaxnorm.nnx.recalibrate(m, [X, X + 1], **call)
+        recalibrate = lambda m=module, call=call: jaxnorm.nnx.recalibrate(m, batches, **call)
         assert compilations(recalibrate) == 0
         means.append(module.first.mean[...])
     assert np.abs(means[2] - means[3]).max() > 0.1

@@ -31,6 +31,8 @@ from jaxnorm.core.network import MACHINES
 
 PAGE = (Path(__file__).parent.parent / "docs" / "devices.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+if jax.__version_info__ < (0, 10, 2):  # see the page: two dense layers over explicit axes
+    BLOCKS = [block for block in BLOCKS if "nnx.Optimizer" not in block or "set_mesh" not in block]
 LIBRARY = pytest.mark.parametrize("library", NORMS)
 
 
@@ -112,8 +114,9 @@ def test_an_unknown_flag_is_one_sentence(monkeypatch, capsys):
 def test_the_recipes_are_training_on_one_device():
     """On eight devices, over automatic and explicit axes and in shard_map."""
     recipes = [block for block in BLOCKS if "nnx.Optimizer" in block]
-    assert ["set_mesh" in block for block in recipes] == [False, True, False]
-    assert ["shard_map" in block for block in recipes] == [False, False, True]
+    kinds = [("set_mesh" in block, "shard_map" in block) for block in recipes]
+    explicit = [(True, False)] if jax.__version_info__ >= (0, 10, 2) else []
+    assert kinds == [(False, False), *explicit, (False, True)]
     alone = recipes[0].replace("(jax.device_count(),)", "(1,)")
     program = f"""
 import jax, numpy as np
