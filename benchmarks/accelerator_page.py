@@ -139,7 +139,7 @@ def device_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def kernel_table(rows: list[dict[str, Any]]) -> list[str]:
-    """The kernel: bytes over the least, in context over Flax's, scratch, and VMEM."""
+    """The kernel: bytes over the least, in context over Flax's, and scratch."""
     found = {key(row)[1:]: row for row in rows}
     cases = [case for case, program, library in found if (program, library) == ("forward", KERNEL)]
     if not cases:
@@ -148,8 +148,8 @@ def kernel_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "",
         "| by the kernel | forward | backward | with residual: forward | backward | "
-        "context, over Flax | scratch over x | MiB of VMEM |",
-        "|---|" + "---:|" * 7,
+        "context, over Flax | scratch over x |",
+        "|---|" + "---:|" * 6,
     ]
     for case in cases:
         own = {program: row for (c, program, by), row in found.items() if (c, by) == (case, KERNEL)}
@@ -159,7 +159,6 @@ def kernel_table(rows: list[dict[str, Any]]) -> list[str]:
         cells.append(f"{own['context']['bytes'] / flax['bytes']:.3f}" if flax else "")
         alone = [row for name, row in own.items() if name != "context"]
         cells.append(f"{max(row['scratch'] / row['x'] for row in alone):.3f}")
-        cells.append(f"{max(row['vmem'] for row in alone) / 2**20:.1f}")
         lines.append(f"| {case} | {' | '.join(cells)} |")
     return lines
 

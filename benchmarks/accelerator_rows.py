@@ -15,7 +15,6 @@ from benchmarks.collectives import collectives_of
 from benchmarks.hlo import Program
 from benchmarks.jax_norms import jaxnorm_norm, linen_norm
 from benchmarks.kernel_calls import with_residual
-from benchmarks.pallas_bytes import vmem
 from benchmarks.programs import arguments, programs_of, size_of
 from benchmarks.training_steps import Step, training_step
 from jaxnorm.kernels import KERNELS, VARIABLE
@@ -46,7 +45,6 @@ def measure(executable: Any, x: Any, least: float, **row: Any) -> dict[str, Any]
         "x": size_of(x),
         "passes": traffic.passes(x.size),
         "kernels": traffic.kernels,
-        "vmem": vmem(text),
         "collectives": [
             {"kind": each.kind, "bytes": each.bytes, "sent": each.bytes_sent}
             for each in collectives_of(text)

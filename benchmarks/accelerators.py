@@ -65,7 +65,7 @@ def work(chip: Chip, parts: Sequence[str], only: str) -> Iterator[tuple[str, Cal
     if "norms" in parts:
         for problem in PROBLEMS:
             yield name_of(problem), lambda problem=problem: norm_rows(chip, problem)
-    if "kernels" in parts:
+    if "kernels" in parts and chip.platform in KERNELS:
         for problem in FOR_KERNELS:
             name, reason = name_of(problem), refusal(KERNELS[chip.platform], problem)
             if reason and re.search(only, name):

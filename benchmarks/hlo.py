@@ -8,8 +8,6 @@ text tells how many bytes the program moves at least:
 - an operand of which only slices are used counts as much as the slices;
 - an array that is updated in place counts as much as the update;
 - a loop counts as often as it runs;
-- a kernel of Pallas counts as it says itself (benchmarks/pallas_bytes.py): it may read a part of an
-  operand, or all of it several times;
 - of the branches of a conditional the one that moves least counts. jaxnorm has one conditional,
   whose other branch is for data that the sample of a mean misjudges (core/moments.py);
 - on a TPU an array in memory space 1 is in VMEM, on the chip, and counts apart.
@@ -43,13 +41,11 @@ class Array(NamedTuple):
       elements: how many it has.
       bytes: its size, with the padding of tiles.
       on_chip: whether it is in VMEM.
-      bits: of an element.
     """
 
     elements: int
     bytes: int
     on_chip: bool
-    bits: int = 0
 
 
 class Instruction(NamedTuple):
@@ -166,11 +162,7 @@ class Program:
             reads, writes = [copy._replace(on_chip=source.on_chip)], [copy]
         total = lambda on_chip: sum(a.bytes for a in reads + writes if a.on_chip == on_chip)
         moves = lambda arrays: tuple((a.elements, 1.0) for a in arrays if not a.on_chip)
-        main = total(False)
-        if said := re.search(r'"bytes_accessed":"(\d+)"', kernel.attributes):
-            # Beside each array once.
-            main += int(said[1]) - sum(a.elements * a.bits // 8 for a in reads + writes)
-        return Traffic(main, total(True), moves(reads), moves(writes), 1.0)
+        return Traffic(total(False), total(True), moves(reads), moves(writes), 1.0)
 
     def _reads(self, computation: str, kernel: Instruction) -> Iterator[Array]:
         scope = self.computations[computation]
@@ -333,4 +325,4 @@ def _array(found: tuple[str, str, str]) -> Array:
     if bits is None:
         bits = int(re.sub(r"\D", "", dtype))
     size = math.prod(padded) * max(bits, 8) // 8 if bits else 0
-    return Array(math.prod(shape), size, ON_CHIP in layout, bits)
+    return Array(math.prod(shape), size, ON_CHIP in layout)

@@ -173,7 +173,7 @@ class Step:
 
     @property
     def rows(self) -> bool:
-        """Whether all its norms are of rows, which are what the kernels of TPUs and GPUs take."""
+        """Whether all its norms are of rows, which are what the GPU's kernel takes."""
         return self.name.startswith("transformer")
 
 

@@ -1,7 +1,5 @@
 """What the compiler for TPUs makes of the norms; it is in the extra `tpu` and needs no TPU."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,25 +48,6 @@ def test_a_norm_passes_over_x_once_and_keeps_nothing_but_x(norm, tpu):
     assert backward["scratch"] <= 0.05 * backward["x"]
     assert forward["kept"] <= 1.01 * forward["x"]
     assert context["bytes"] <= page.LIMIT * flax["bytes"]
-
-
-def test_the_kernel_moves_the_least(tpu):
-    problem = Problem("layer", "any", (256, 197, 768), "bfloat16")
-    rows = list(accelerator_rows.kernel_rows(tpu, problem, ["forward", "backward"]))
-    assert len(rows) == 4  # forward and backward, with and without a residual
-    for row in rows:
-        assert row["bytes"] <= 1.05 * row["least"]
-        assert row["scratch"] <= 0.05 * row["x"]
-    (_, *lines) = page.kernel_table(rows)
-    assert lines[-1].startswith("| layer/any/bfloat16 | 1.0")
-
-
-def test_the_kernel_computes_every_norm_of_a_training_step(tpu, monkeypatch):
-    monkeypatch.setenv("JAXNORM_IMPLEMENTATION", "xla")
-    (row,) = accelerator_rows.kernel_step_rows(tpu, SMALL["transformer, add layer norm"])
-    assert row["library"] == page.KERNEL
-    assert row["vmem"] > 0  # of kernels of Pallas
-    assert os.environ["JAXNORM_IMPLEMENTATION"] == "xla"
 
 
 def test_collectives_of_batch_norm(tpu):
@@ -142,9 +121,16 @@ def test_the_page_compares_with_flax_and_with_before(rows, tmp_path):
     assert "moves 1.10 times the bytes of Flax" in page.sentences(rows)[0]
     assert "1,300" not in text  # a TPU starts a program once, a GPU each kernel
     assert "1,300" in "\n".join(page.tables([row | {"chip": "H100"} for row in rows], []))
+    assert page.kernel_table(rows) == []  # no kernel computed them
     page.write({"rows": rows}, tmp_path)
     assert page.read(tmp_path / "results.json") == {"rows": rows}
     assert (tmp_path / "table.md").read_text().startswith("# Bytes over Flax's")
+
+
+def test_a_kernel_has_its_own_table(rows):
+    by_kernel = [row | {"library": page.KERNEL} for row in rows if row["library"] == "jaxnorm"]
+    (*_, line) = page.kernel_table(by_kernel + rows)
+    assert line == "| layer/any/bfloat16 | 0.550 | 0.550 |  |  | 1.100 | 0.000 |"
 
 
 @pytest.mark.parametrize(

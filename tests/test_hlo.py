@@ -109,3 +109,20 @@ def test_tiles_are_padded_and_vmem_is_counted_apart():
 def test_a_text_that_is_no_program_is_an_error():
     with pytest.raises(ValueError, match="got no ENTRY"):
         Program("HloModule empty")
+
+
+COPIES = """\
+HloModule copies
+
+ENTRY %main (x: f32[16,128]) -> f32[16,128] {
+  %x = f32[16,128]{1,0:T(8,128)} parameter(0)
+  %slice-start = (f32[16,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) slice-start(%x), slice={[0:8], [0:128]}
+  %copy-start = (f32[16,128]{1,0:T(8,128)S(1)}, f32[16,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
+  ROOT %y = f32[16,128]{1,0:T(8,128)S(1)} copy-done(%copy-start)
+}
+"""  # noqa: E501 (a line of a program)
+
+
+def test_a_copy_to_vmem_is_read_once_and_a_slice_as_a_slice():
+    found = Program(COPIES).traffic()
+    assert found.main == found.chip == 4 * (16 + 8) * 128

@@ -32,7 +32,7 @@ from typing import Protocol
 import jax
 
 from jaxnorm._internals import LoweringRuleContext, devices_of, is_exported
-from jaxnorm.kernels import cpu, gpu, tpu
+from jaxnorm.kernels import cpu, gpu
 from jaxnorm.kernels.request import Request
 
 VARIABLE = "JAXNORM_IMPLEMENTATION"
@@ -145,7 +145,7 @@ class Kernel(Protocol):
 
 PLATFORMS = ("cpu", "tpu", "cuda")  # that may have one
 # Read-only: programs that are compiled depend on it, and JAX would find them after a change.
-KERNELS: Mapping[str, Kernel] = MappingProxyType({"cpu": cpu, "tpu": tpu, "cuda": gpu})
+KERNELS: Mapping[str, Kernel] = MappingProxyType({"cpu": cpu, "cuda": gpu})
 
 
 def implementations() -> dict[str, str]:
