@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 
 import jaxnorm as jn
-from benchmarks import jax_calls
-from benchmarks.accelerator_rows import measure
-from benchmarks.chips import CHIPS, compiled
-from benchmarks.timing import take_turns
+from benchmarks.accelerators.chips import CHIPS, compiled
+from benchmarks.accelerators.rows import measure
+from benchmarks.programs import jax_calls
+from benchmarks.programs.timing import take_turns
 
 Norm = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 

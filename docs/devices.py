@@ -20,7 +20,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm.linen
-from benchmarks.collectives import Collective, collectives
+from benchmarks.accelerators.collectives import Collective, collectives
 from jaxnorm.core.network import MACHINES, Machine, gather_is_faster
 
 HERE = Path(__file__).parent

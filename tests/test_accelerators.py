@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import accelerator_page as page
-from benchmarks import accelerator_rows, accelerators, training_steps
-from benchmarks.cases import Problem
-from benchmarks.chips import CHIPS, Chip, compiled
-from benchmarks.jax_norms import jaxnorm_norm
-from benchmarks.programs import arguments, size_of
+from benchmarks.accelerators import __main__ as accelerators
+from benchmarks.accelerators import page
+from benchmarks.accelerators import rows as accelerator_rows
+from benchmarks.accelerators.chips import CHIPS, Chip, compiled
+from benchmarks.programs import training_steps
+from benchmarks.programs.cases import Problem
+from benchmarks.programs.jax_norms import jaxnorm_norm
+from benchmarks.programs.norms import arguments, size_of
 
 CHIP = CHIPS["v5e"]
 SMALL = {step.name: step for step in training_steps.steps(small=True)}

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import shapes
 
-from benchmarks import __main__ as command
-from benchmarks import cases, machine, summary, table, truth
-from benchmarks.cases import SHAPES, Case, Problem
-from benchmarks.peers import PEERS, Peer
-from benchmarks.timing import Call, take_turns
+from benchmarks.cpu_times import command, machine, summary, table
+from benchmarks.programs import cases, truth
+from benchmarks.programs.cases import SHAPES, Case, Problem
+from benchmarks.programs.peers import PEERS, Peer
+from benchmarks.programs.timing import Call, take_turns
 
 TINY = {
     norm: Problem(norm, "tiny", networks["tiny"], "float32") for norm, networks in SHAPES.items()

@@ -5,8 +5,10 @@ import json
 import jax
 import pytest
 
-from benchmarks import chip_figure, chip_times, training_steps
-from benchmarks.cases import Problem
+from benchmarks.chip_times import __main__ as chip_times
+from benchmarks.chip_times import figure as chip_figure
+from benchmarks.programs import training_steps
+from benchmarks.programs.cases import Problem
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +22,7 @@ def lenient():
 def small(monkeypatch):
     """Small problems, and one small training step."""
     problem = Problem("layer", "any", (4, 4, 4, 32), "bfloat16")
-    monkeypatch.setattr(chip_times, "PROBLEMS", [problem])
+    monkeypatch.setattr(chip_times, "CHIP_PROBLEMS", [problem])
     few = {name: chip_times.JAX_NORMS[name] for name in ("jaxnorm", "flax.linen")}
     monkeypatch.setattr(chip_times, "JAX_NORMS", few)
     step = next(s for s in training_steps.steps(small=True) if s.name == "transformer, rms norm")

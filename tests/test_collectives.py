@@ -22,7 +22,7 @@ from maps import (
 from norms import NORMS, norm_id
 
 import jaxnorm as jn
-from benchmarks.collectives import collectives
+from benchmarks.accelerators.collectives import collectives
 
 C = SHAPE[-1]
 OF_EXAMPLES = [norm for norm in NORMS if norm.name != "batch"]

@@ -26,7 +26,7 @@ from devices import (
 from jax.sharding import AxisType
 
 import jaxnorm as jn
-from benchmarks.collectives import collectives
+from benchmarks.accelerators.collectives import collectives
 from jaxnorm.core.network import MACHINES
 
 PAGE = (Path(__file__).parent.parent / "docs" / "devices.md").read_text()

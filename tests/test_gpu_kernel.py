@@ -14,7 +14,7 @@ from contract import Results, assert_kept, compute, example_of
 from norms import NORMS
 
 import jaxnorm as jn
-from benchmarks.chips import CHIPS, compiled, compiled_over
+from benchmarks.accelerators.chips import CHIPS, compiled, compiled_over
 from jaxnorm import kernels
 from jaxnorm.kernels import gpu
 from jaxnorm.kernels.gpu.tiles import tile

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from benchmarks.hlo import Program
+from benchmarks.accelerators.hlo import Program
 
 N = 4096
 X = jax.ShapeDtypeStruct((N,), jnp.float32)

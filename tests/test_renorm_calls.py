@@ -17,7 +17,7 @@ from renorming import LIMITS, MEAN, VAR, assert_equal, problem, renormed, some, 
 import jaxnorm as jn
 import jaxnorm.linen
 import jaxnorm.nnx
-from benchmarks.collectives import collectives_of
+from benchmarks.accelerators.collectives import collectives_of
 
 
 def over_devices(shards, params, groups=None):

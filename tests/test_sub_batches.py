@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxnorm as jn
 import jaxnorm.linen
 import jaxnorm.nnx
-from benchmarks.collectives import collectives
+from benchmarks.accelerators.collectives import collectives
 
 
 @pytest.fixture

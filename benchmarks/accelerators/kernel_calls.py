@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from benchmarks.cases import EPSILON, Problem
+from benchmarks.programs.cases import EPSILON, Problem
 from jaxnorm.kernels import Kernel
 from jaxnorm.kernels.request import Request
 

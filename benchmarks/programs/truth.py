@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.cases import EPSILON, WIDTH, Case, Problem
+from benchmarks.programs.cases import EPSILON, WIDTH, Case, Problem
 
 Arrays = dict[str, np.ndarray]
 

@@ -67,6 +67,11 @@ class Problem(NamedTuple):
     dtype: str
 
     @property
+    def name(self) -> str:
+        """The name that --only matches."""
+        return f"{self.norm}/{self.network}/{self.dtype}"
+
+    @property
     def features(self) -> int:
         """The number of scales, and of biases except for rms norm."""
         return self.shape[-1]
@@ -109,7 +114,7 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         """The name that --only matches."""
-        return f"{self.problem.norm}/{self.problem.network}/{self.problem.dtype}/{self.mode}"
+        return f"{self.problem.name}/{self.mode}"
 
     @property
     def minimum_bytes(self) -> int | None:
@@ -128,6 +133,22 @@ class Case(NamedTuple):
         if self.mode not in passes:
             return None
         return passes[self.mode] * math.prod(self.problem.shape) * self.problem.itemsize
+
+
+# Batches that fill a GPU or TPU.
+CHIP_SHAPES = {
+    "batch": {"resnet-stem": (256, 56, 56, 64), "resnet-stage4": (256, 7, 7, 2048)},
+    "layer": {"llama-7b": (8192, 4096), "vit-base": (256, 197, 768)},
+    "rms": {"llama-7b": (8192, 4096)},
+    "group": {"diffusion-unet": (64, 64, 64, 320), "diffusion-unet-8": (8, 64, 64, 320)},
+    "instance": {"style-transfer": (16, 256, 256, 64)},
+}
+CHIP_PROBLEMS = [
+    Problem(norm, network, shape, dtype)
+    for norm, shapes in CHIP_SHAPES.items()
+    for network, shape in shapes.items()
+    for dtype in reversed(DTYPES)
+]
 
 
 def all_cases() -> list[Case]:

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from benchmarks import jax_norms
-from benchmarks.cases import Case
-from benchmarks.jax_calls import jax_call
-from benchmarks.timing import Call
-from benchmarks.torch_calls import torch_call
+from benchmarks.programs import jax_norms
+from benchmarks.programs.cases import Case
+from benchmarks.programs.jax_calls import jax_call
+from benchmarks.programs.timing import Call
+from benchmarks.programs.torch_calls import torch_call
 
 
 class Peer(NamedTuple):

@@ -4,8 +4,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import MODES
-from benchmarks.summary import COPY, OURS, ratio, speedup
+from benchmarks.cpu_times.summary import COPY, OURS, ratio, speedup
+from benchmarks.programs.cases import MODES
 
 # From the palette of Okabe and Ito, which is safe for colour-blind readers.
 LOOKS = {OURS: ("#D55E00", "o"), "flax.linen": ("#0072B2", "s"), "torch": ("#009E73", "^")}

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from benchmarks.summary import COPY, OURS, peer_medians, sentences
+from benchmarks.cpu_times.summary import COPY, OURS, peer_medians, sentences
 
 LEGEND = """\
 Times are medians. The number next to each time is the largest error compared with float64, in units

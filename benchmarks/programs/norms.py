@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.cases import Problem
-from benchmarks.jax_calls import JaxNorm
+from benchmarks.programs.cases import Problem
+from benchmarks.programs.jax_calls import JaxNorm
 
 
 def size_of(tree: Any) -> int:

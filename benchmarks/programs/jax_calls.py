@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.cases import Case, Problem
-from benchmarks.timing import Call
-from benchmarks.truth import context_inputs, inputs
+from benchmarks.programs.cases import Case, Problem
+from benchmarks.programs.timing import Call
+from benchmarks.programs.truth import context_inputs, inputs
 
 Params = dict[str, jax.Array]
 

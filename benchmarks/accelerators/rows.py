@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.accelerator_page import KERNEL
-from benchmarks.cases import Problem
-from benchmarks.chips import Chip, compiled, compiled_over
-from benchmarks.collectives import collectives_of
-from benchmarks.hlo import Program
-from benchmarks.jax_norms import jaxnorm_norm, linen_norm
-from benchmarks.kernel_calls import with_residual
-from benchmarks.programs import arguments, programs_of, size_of
-from benchmarks.training_steps import Step, training_step
+from benchmarks.accelerators.chips import Chip, compiled, compiled_over
+from benchmarks.accelerators.collectives import collectives_of
+from benchmarks.accelerators.hlo import Program
+from benchmarks.accelerators.kernel_calls import with_residual
+from benchmarks.accelerators.page import KERNEL
+from benchmarks.programs.cases import Problem
+from benchmarks.programs.jax_norms import jaxnorm_norm, linen_norm
+from benchmarks.programs.norms import arguments, programs_of, size_of
+from benchmarks.programs.training_steps import Step, training_step
 from jaxnorm.kernels import KERNELS, VARIABLE
 
 LIBRARIES: dict[str, Callable] = {"jaxnorm": jaxnorm_norm, "Flax": linen_norm}
@@ -60,7 +60,7 @@ def norm_rows(
 ) -> Iterator[dict[str, Any]]:
     """Forward, backward, and both in context; of each library."""
     x, params, weight = arguments(problem)
-    about = {"chip": chip.name, "problem": problem._asdict(), "case": name_of(problem)}
+    about = {"chip": chip.name, "problem": problem._asdict(), "case": problem.name}
     for library in libraries:
         norm = (LIBRARIES | {KERNEL: BY_KERNEL})[library](problem)
         row = about | {"library": library}
@@ -88,7 +88,7 @@ def kernel_rows(
     x, params, _ = arguments(problem)
     forward, backward = with_residual(KERNELS[chip.platform], problem)
     kept = jax.eval_shape(forward, x, x, params)[1:]
-    row = {"chip": chip.name, "case": name_of(problem), "library": KERNEL}
+    row = {"chip": chip.name, "case": problem.name, "library": KERNEL}
     of_sums = {
         "forward, residual": (forward, (x, x, params), 4),
         "backward, residual": (backward, (kept, params, x, x), 4),
@@ -149,7 +149,7 @@ def device_rows(
                 chip, backward, (x, params, x), sharded, DEVICES, axis_name=axis_name
             )
             how = "shard_map" if axis_name else "jit"
-            row = {"chip": chip.name, "case": f"{name_of(problem)}, {how}", "library": library}
+            row = {"chip": chip.name, "case": f"{problem.name}, {how}", "library": library}
             local = jax.ShapeDtypeStruct((x.shape[0] // DEVICES, *x.shape[1:]), x.dtype)
             n = size_of(local)
             yield measure(forward, local, 2 * n, **row, program="forward of 8")
@@ -168,8 +168,3 @@ def batch_norm_over(problem: Problem, library: str, axis_name: str | None) -> Ca
     zeros = jnp.zeros(problem.features)
     state = {"batch_stats": {"mean": zeros, "var": zeros}}
     return lambda x, params: module.apply({"params": params, **state}, x, mutable=["batch_stats"])
-
-
-def name_of(problem: Problem) -> str:
-    """As --only matches it."""
-    return f"{problem.norm}/{problem.network}/{problem.dtype}"

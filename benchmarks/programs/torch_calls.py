@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.cases import EPSILON, MOMENTUM, Case, Problem
-from benchmarks.jax_norms import UnableError
-from benchmarks.timing import Call
-from benchmarks.truth import context_inputs, inputs
+from benchmarks.programs.cases import EPSILON, MOMENTUM, Case, Problem
+from benchmarks.programs.jax_norms import UnableError
+from benchmarks.programs.timing import Call
+from benchmarks.programs.truth import context_inputs, inputs
 
 Tensor = Any  # torch.Tensor, if PyTorch is installed
 Function = Callable[[Tensor, dict[str, Tensor]], Tensor]

@@ -14,36 +14,21 @@ from typing import Any
 
 import jax
 
-from benchmarks import accelerator_page as page
-from benchmarks.accelerator_rows import (
+from benchmarks.accelerators import page
+from benchmarks.accelerators.chips import CHIPS, Chip
+from benchmarks.accelerators.kernel_calls import refusal
+from benchmarks.accelerators.rows import (
     FOR_DEVICES,
     device_rows,
     kernel_rows,
     kernel_step_rows,
-    name_of,
     norm_rows,
     step_rows,
 )
-from benchmarks.cases import Problem
-from benchmarks.chips import CHIPS, Chip
-from benchmarks.kernel_calls import refusal
-from benchmarks.training_steps import steps
+from benchmarks.programs.cases import CHIP_PROBLEMS, Problem
+from benchmarks.programs.training_steps import steps
 from jaxnorm.kernels import KERNELS
 
-# Batches that fill a chip.
-SHAPES = {
-    "batch": {"resnet-stem": (256, 56, 56, 64), "resnet-stage4": (256, 7, 7, 2048)},
-    "layer": {"llama-7b": (8192, 4096), "vit-base": (256, 197, 768)},
-    "rms": {"llama-7b": (8192, 4096)},
-    "group": {"diffusion-unet": (64, 64, 64, 320), "diffusion-unet-8": (8, 64, 64, 320)},
-    "instance": {"style-transfer": (16, 256, 256, 64)},
-}
-PROBLEMS = [
-    Problem(norm, network, shape, dtype)
-    for norm, shapes in SHAPES.items()
-    for network, shape in shapes.items()
-    for dtype in ("bfloat16", "float32")
-]
 # For kernels of rows, which have to be asked for.
 ROWS = {
     "vit-base": (256, 197, 768),
@@ -63,11 +48,11 @@ PARTS = ("norms", "steps", "devices", "kernels")
 def work(chip: Chip, parts: Sequence[str], only: str) -> Iterator[tuple[str, Callable]]:
     """The names of what is compiled for a chip, and functions that yield its rows."""
     if "norms" in parts:
-        for problem in PROBLEMS:
-            yield name_of(problem), lambda problem=problem: norm_rows(chip, problem)
+        for problem in CHIP_PROBLEMS:
+            yield problem.name, lambda problem=problem: norm_rows(chip, problem)
     if "kernels" in parts and chip.platform in KERNELS:
         for problem in FOR_KERNELS:
-            name, reason = name_of(problem), refusal(KERNELS[chip.platform], problem)
+            name, reason = problem.name, refusal(KERNELS[chip.platform], problem)
             if reason and re.search(only, name):
                 print(f"{chip.name} {name}, by the kernel: left out, {reason}", file=sys.stderr)
             if not reason:
@@ -76,7 +61,7 @@ def work(chip: Chip, parts: Sequence[str], only: str) -> Iterator[tuple[str, Cal
             if step.rows and not KERNELS[chip.platform].missing():
                 yield step.name, lambda step=step: kernel_step_rows(chip, step)
     if "devices" in parts:
-        yield name_of(FOR_DEVICES), lambda: device_rows(chip)
+        yield FOR_DEVICES.name, lambda: device_rows(chip)
     if "steps" in parts:
         for step in steps():
             yield step.name, lambda step=step: step_rows(chip, step)

@@ -23,14 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import chip_figure
-from benchmarks.accelerators import PROBLEMS, name_of
-from benchmarks.cases import Case, Problem
-from benchmarks.jax_norms import jaxnorm_norm, linen_norm
-from benchmarks.peers import PEERS
-from benchmarks.programs import arguments, programs_of
-from benchmarks.timing import Call, quartiles, take_turns
-from benchmarks.training_steps import Step, steps, training_step
+from benchmarks.chip_times import figure as chip_figure
+from benchmarks.programs.cases import CHIP_PROBLEMS, Case, Problem
+from benchmarks.programs.jax_norms import jaxnorm_norm, linen_norm
+from benchmarks.programs.norms import arguments, programs_of
+from benchmarks.programs.peers import PEERS
+from benchmarks.programs.timing import Call, quartiles, take_turns
+from benchmarks.programs.training_steps import Step, steps, training_step
 
 JAX_NORMS: dict[str, Callable] = {
     "jaxnorm": jaxnorm_norm,
@@ -142,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.torch and not torch_is_here():
         return fail("--torch must find PyTorch for the device that JAX uses; leave it out.")
     work: dict[str, Callable] = {
-        name_of(problem): partial(norm_calls, problem, options.torch) for problem in PROBLEMS
+        problem.name: partial(norm_calls, problem, options.torch) for problem in CHIP_PROBLEMS
     }
     work |= {step.name: partial(step_calls, step) for step in steps() if not step.axis_name}
     wanted = [name for name in work if chosen.search(name)]

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chips import CHIPS
+from benchmarks.accelerators.chips import CHIPS
 
 OURS, KERNEL, PEER = "jaxnorm", "jaxnorm, kernel", "Flax"
 COLORS = {"before": "#999999", "now": "#D55E00"}  # of Okabe and Ito

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 import jaxnorm as jn
-from benchmarks.cases import EPSILON, MOMENTUM, Problem
-from benchmarks.jax_calls import JaxNorm
+from benchmarks.programs.cases import EPSILON, MOMENTUM, Problem
+from benchmarks.programs.jax_calls import JaxNorm
 
 
 class UnableError(Exception):

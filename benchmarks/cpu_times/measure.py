@@ -4,13 +4,13 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.cases import Case
-from benchmarks.jax_calls import copy_call
-from benchmarks.jax_norms import UnableError
-from benchmarks.peers import Peer
-from benchmarks.summary import COPY
-from benchmarks.timing import quartiles, take_turns
-from benchmarks.truth import largest_error
+from benchmarks.cpu_times.summary import COPY
+from benchmarks.programs.cases import Case
+from benchmarks.programs.jax_calls import copy_call
+from benchmarks.programs.jax_norms import UnableError
+from benchmarks.programs.peers import Peer
+from benchmarks.programs.timing import quartiles, take_turns
+from benchmarks.programs.truth import largest_error
 
 
 def measure(

@@ -1,0 +1,1 @@
+"""Times of norms and training steps on the chip at hand."""

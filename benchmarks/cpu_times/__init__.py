@@ -1,0 +1,1 @@
+"""Times, memory and errors of the norms of jaxnorm and of other libraries."""
