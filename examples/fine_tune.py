@@ -126,7 +126,7 @@ def audit(args: argparse.Namespace, title: str, model: Network, images: np.ndarr
     jn.unfreeze(copy)  # a frozen norm sees no batch
     findings = jn.audit(copy, images, batch_size=args.tune_batch_size)
     print(f"Audit, {title}:\n{findings}\n")
-    findings.plot(args.out / f"audit-{title}.png")
+    jn.plot_audit(findings, args.out / f"audit-{title}.png")
 
 
 def tune(args: argparse.Namespace, name: str, model: Network, few: Labelled, shown: Labelled):

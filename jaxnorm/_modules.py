@@ -25,6 +25,12 @@ from jaxnorm.functional.state import BatchNormState, update_batch_norm_state
 from jaxnorm.functional.weight import weight_norm
 
 
+def replacements(flax: Any, ours: Any) -> dict[type, type]:
+    """Map the norms of Flax, which are in the module `flax`, to the classes of the same names."""
+    names = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
+    return {getattr(flax, name): getattr(ours, name) for name in names}
+
+
 def checked_call(
     name: str,
     module: Any,

@@ -100,7 +100,7 @@ def test_a_sound_model(settled, rng):
     before = jax.tree.map(np.asarray, nnx.state(settled, nnx.Not(nnx.RngKey)))
     found = both(settled, x)
     assert found == []
-    assert str(found) == "No findings in 2 batch norms, at level 0.001."
+    assert str(found) == "No findings in 2 batch norms, at significance 0.001."
     jax.tree.map(np.testing.assert_array_equal, before, nnx.state(settled, nnx.Not(nnx.RngKey)))
     assert settled.outer.use_running_average
     assert settled.drop.deterministic
@@ -128,7 +128,7 @@ def test_other_data(settled, rng):
     assert rows[0].split() == ["batch", "norm", "problem", "effect", "figures"]
     assert rows[2].startswith(f"outer       {DIFFER}  ")
     assert f"\n{DIFFER}: Evaluation is" in str(found)
-    assert rows[-1] == "1 finding in 2 batch norms, at level 0.001."
+    assert rows[-1] == "1 finding in 2 batch norms, at significance 0.001."
     assert max(map(len, rows)) <= 100
 
 
@@ -182,7 +182,7 @@ def test_few_examples_tell_nothing(settled, rng):
     assert found == []
     assert "2 norms with fewer than 8 examples, too few" in str(found)
     assert np.isnan(found.norms["outer"].distance).all()
-    assert jnnx.audit(settled, 2 * batch(rng, 64), level=1e-300) == []
+    assert jnnx.audit(settled, 2 * batch(rng, 64), significance=1e-300) == []
 
 
 def test_frozen_norms_and_those_that_are_not_called(settled, rng):
@@ -198,10 +198,10 @@ def test_frozen_norms_and_those_that_are_not_called(settled, rng):
 
 def test_errors(settled, rng):
     x, variables = batch(rng), as_linen(settled)
-    with pytest.raises(ValueError, match=r"level must lie between 0 and 1, got 5; it is"):
-        jnnx.audit(settled, x, level=5)
-    with pytest.raises(ValueError, match=r"level must lie between 0 and 1, got 0"):
-        jlinen.audit(LinenModel(), variables, x, train=True, level=0)
+    with pytest.raises(ValueError, match=r"significance must lie between 0 and 1, got 5; it is"):
+        jnnx.audit(settled, x, significance=5)
+    with pytest.raises(ValueError, match=r"significance must lie between 0 and 1, got 0"):
+        jlinen.audit(LinenModel(), variables, x, train=True, significance=0)
     with pytest.raises(ValueError, match="must have a batch norm, got none; there is nothing"):
         jnnx.audit(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), x)
     with pytest.raises(ValueError, match="must have a batch norm, got none; there is nothing"):
@@ -223,7 +223,7 @@ def test_errors(settled, rng):
 def test_the_figure(settled, rng, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is in the extra 'examples'")
     found = jnnx.audit(settled, 20 * batch(rng))
-    figure = found.plot(tmp_path / "norms.png")
+    figure = jnnx.plot_audit(found, tmp_path / "norms.png")
     assert (tmp_path / "norms.png").read_bytes().startswith(b"\x89PNG")
     left, right = figure.axes
     assert "in running standard deviations" in left.get_xlabel()
@@ -242,6 +242,8 @@ def test_the_figure(settled, rng, tmp_path):
 def test_a_figure_needs_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.delitem(sys.modules, "jaxnorm._audit_figure", raising=False)
-    with pytest.raises(ImportError, match="plot must have matplotlib, which is not installed; pip"):
-        jnnx.Findings([], {}, 0.001).plot()
+    monkeypatch.delitem(sys.modules, "jaxnorm.tools.audit_figure", raising=False)
+    with pytest.raises(
+        ImportError, match="plot_audit must have matplotlib, which is not installed"
+    ):
+        jnnx.plot_audit(jnnx.Findings([], {}, 0.001))

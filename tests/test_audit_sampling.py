@@ -5,18 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnorm._audit_sampling import LEAST, explained, quantile
-from jaxnorm._seen import Seen, look, merge_seen, nothing_seen
 from jaxnorm.core.moments import Moments
+from jaxnorm.tools.audit_sampling import LEAST, explained, quantile
+from jaxnorm.tools.batch_moments import BatchMoments, merge_batch_moments, no_batch_moments, observe
 
 FEATURES, EXAMPLES, MOMENTUM = 16, 32, 0.9
 # Programs that run once or twice.
 pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.thorough]
-looked = jax.jit(look, static_argnums=(1, 2, 4))
-merged = jax.jit(merge_seen)
+looked = jax.jit(observe, static_argnums=(1, 2, 4))
+merged = jax.jit(merge_batch_moments)
 
 
-def truth(x, where=None) -> Seen:
+def truth(x, where=None) -> BatchMoments:
     """What is seen of x, of shape (examples, positions, features), in float64."""
     x = np.asarray(x, np.result_type(x, np.float64))
     where = np.ones(x.shape, bool) if where is None else np.broadcast_to(where, x.shape)
@@ -25,11 +25,11 @@ def truth(x, where=None) -> Seen:
     var = np.mean(squared, (0, 1), where=where)
     norm = lambda a: np.sqrt(np.sum(np.abs(np.sum(a, 1, where=where)) ** 2, 0))
     elements = Moments(mean, var, where.sum((0, 1)))  # pyright: ignore[reportArgumentType]
-    return Seen(elements, where.any(1).sum(0), norm(x - mean), norm(squared - var))
+    return BatchMoments(elements, where.any(1).sum(0), norm(x - mean), norm(squared - var))
 
 
-def check(seen, right):
-    for part, exact in zip(jax.tree.leaves(seen), jax.tree.leaves(right), strict=True):
+def check(observed, right):
+    for part, exact in zip(jax.tree.leaves(observed), jax.tree.leaves(right), strict=True):
         np.testing.assert_allclose(part, exact, rtol=1e-5)  # float32, and sums near zero
 
 
@@ -55,11 +55,11 @@ def test_features_in_another_place_and_devices_that_share(rng):
     x = rng.standard_normal((3, 16, 4)).astype(np.float32)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     shard, all_ = jax.P("data"), jax.P()
-    f = lambda x: look(x, (3,), 2, None, "data")
-    seen = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=shard, out_specs=all_))(
+    f = lambda x: observe(x, (3,), 2, None, "data")
+    observed = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=shard, out_specs=all_))(
         np.moveaxis(x, 0, 2)
     )
-    check(seen, truth(np.moveaxis(x, 0, 2)))
+    check(observed, truth(np.moveaxis(x, 0, 2)))
     alone = looked(x, (3,), 0, None, None)  # each element is an example
     check(alone, truth(np.moveaxis(x.reshape(3, 64, 1), 0, 2)))
 
@@ -68,7 +68,7 @@ def test_two_calls(rng):
     """The bound is exact if a layer sees the same twice, and a bound if it does not."""
     x = rng.standard_normal((6, 4, 3)).astype(np.float32)
     one = looked(x, (3,), -1, None, None)
-    check(merged(nothing_seen(jnp.zeros(3)), one), truth(x))
+    check(merged(no_batch_moments(jnp.zeros(3)), one), truth(x))
     check(merged(one, one), truth(np.concatenate([x, x], 1)))
     z = (2 - x + 0.1 * rng.standard_normal(x.shape)).astype(np.float32)
     both, right = merged(one, looked(z, (3,), -1, None, None)), truth(np.concatenate([x, z], 1))
@@ -85,11 +85,11 @@ def rejected(draw, models, level, rng, trained=EXAMPLES, told=None, batches=25) 
         means, variances = drawn.mean(1), drawn.var(1)
         weights = MOMENTUM ** np.arange(batches)
         mean, var = (np.average(a, 0, weights) for a in (means, variances))
-        seen = truth(draw((EXAMPLES, 1, FEATURES), rng))
-        t = quantile(np.asarray(seen.examples), level, 2 * FEATURES)
-        distance, lowest, highest = explained(seen, mean, var, MOMENTUM, 0, t, told)
-        v = seen.elements.var
-        far = np.abs(seen.elements.mean - mean) > distance
+        observed = truth(draw((EXAMPLES, 1, FEATURES), rng))
+        t = quantile(np.asarray(observed.examples), level, 2 * FEATURES)
+        distance, lowest, highest = explained(observed, mean, var, MOMENTUM, 0, t, told)
+        v = observed.elements.var
+        far = np.abs(observed.elements.mean - mean) > distance
         number += (far | (v < lowest) | (v > highest)).any()
     return number / models
 
@@ -119,12 +119,12 @@ def test_examples_of_different_lengths(rng):
     lengths = rng.integers(1, 40, 200)
     x = rng.standard_normal((200, 40, 1)) + 0.1 * lengths[:, None, None]
     where = np.arange(40)[None, :, None] < lengths[:, None, None]
-    all_seen, seen = truth(x, where), truth(x[:100], where[:100])
+    all_seen, observed = truth(x, where), truth(x[:100], where[:100])
     mean, var, _ = (np.asarray(part) for part in all_seen.elements)
-    t = quantile(np.asarray(seen.examples), 0.01, 2)
-    distance, lowest, highest = explained(seen, mean, var, 0.99, 0, t)
-    assert abs(seen.elements.mean - mean) < distance < 0.6
-    assert lowest < seen.elements.var < highest
+    t = quantile(np.asarray(observed.examples), 0.01, 2)
+    distance, lowest, highest = explained(observed, mean, var, 0.99, 0, t)
+    assert abs(observed.elements.mean - mean) < distance < 0.6
+    assert lowest < observed.elements.var < highest
     unweighted = np.mean(x[:100], 1, where=where[:100]).mean()
     assert abs(unweighted - mean) > distance
 
@@ -132,8 +132,8 @@ def test_examples_of_different_lengths(rng):
 def test_rounding_of_running_statistics_is_explained(rng):
     """A running average stops moving where its steps are rounded away."""
     x = 1000 + rng.standard_normal((64, 100, 1))
-    seen = truth(x)
-    t = quantile(np.asarray(seen.examples), 0.001, 2)
+    observed = truth(x)
+    t = quantile(np.asarray(observed.examples), 0.001, 2)
     mean, momentum, half = np.float32(900), np.float32(0.99), jnp.bfloat16
     for _ in range(2000):
         mean = np.asarray(momentum * mean + (1 - momentum) * np.float32(1000), half).astype(
@@ -141,17 +141,17 @@ def test_rounding_of_running_statistics_is_explained(rng):
         )
     assert mean == 900  # steps of 1, where half a unit is 2
     options = {"mean": np.array([900.0]), "var": np.array([1.0]), "momentum": 0.99, "t": t}
-    distance, *_ = explained(seen, rounding=0, **options)
+    distance, *_ = explained(observed, rounding=0, **options)
     assert distance < 100
-    distance, *_ = explained(seen, rounding=float(jnp.finfo(half).eps), **options)
+    distance, *_ = explained(observed, rounding=float(jnp.finfo(half).eps), **options)
     assert distance > 100
 
 
 def test_running_statistics_of_a_small_momentum_are_less_exact(rng):
     """They are an average of three batches, effectively, at 0.5: (1 + m) / (1 - m)."""
-    seen, one = truth(rng.standard_normal((64, 1, 1))), np.ones(1)
-    t = quantile(np.asarray(seen.examples), 0.001, 2)
-    exact, average = (explained(seen, one, one, momentum, 0, t)[0] for momentum in (1.0, 0.5))
+    observed, one = truth(rng.standard_normal((64, 1, 1))), np.ones(1)
+    t = quantile(np.asarray(observed.examples), 0.001, 2)
+    exact, average = (explained(observed, one, one, momentum, 0, t)[0] for momentum in (1.0, 0.5))
     np.testing.assert_allclose(average, exact * np.sqrt(1 + 1 / 3))
 
 

@@ -115,7 +115,7 @@ def test_linen_recalibrate():
     mask = X[..., :1] > 0
     for call in (
         {},
-        {"how": "mean"},
+        {"reduction": "mean"},
         {"train": True},
         {"mask": mask},
         {"rngs": {"dropout": KEY}},
@@ -176,7 +176,7 @@ class NnxModel(nnx.Module):
 
 def test_nnx_recalibrate_and_audit():
     mask, batches, means = X[..., :1] > 0, [X, X + 1], []
-    calls: list[dict[str, Any]] = [{}, {"how": "mean"}, {"mask": mask}, {"mask": ~mask}]
+    calls: list[dict[str, Any]] = [{}, {"reduction": "mean"}, {"mask": mask}, {"mask": ~mask}]
     for call in calls:
         jaxnorm.nnx.recalibrate(NnxModel(), [X], **call)
         module = NnxModel()

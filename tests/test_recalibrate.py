@@ -12,8 +12,8 @@ from flax import nnx
 
 import jaxnorm.linen
 import jaxnorm.nnx
-from jaxnorm._recalibrate import add_seen, nothing_yet
 from jaxnorm.core.moments import Moments
+from jaxnorm.tools.recalibrate import add_moments, zero_total
 
 TOL = 2e-6  # roundings of dense layers and norms of numbers near one
 SIZES = 4, 7, 5  # of the batches
@@ -62,13 +62,13 @@ def nnx_model(variables, **options):
     return model
 
 
-def truth(variables, batches, how):
+def truth(variables, batches, reduction):
     """What both norms saw, in float64."""
     kernel = oracle.wide(variables["params"]["dense"]["kernel"])
     first = [(oracle.wide(x) @ kernel)[mask[:, 0]] for x, mask in batches]
     standardized = [(h - h.mean(0)) / np.sqrt(h.var(0) + 1e-5) for h in first]
     for seen in (first, [h**2 for h in standardized]):
-        if how == "pooled":
+        if reduction == "pooled":
             yield np.concatenate(seen).mean(0), np.concatenate(seen).var(0)
         else:
             yield np.mean([h.mean(0) for h in seen], 0), np.mean([h.var(0) for h in seen], 0)
@@ -90,32 +90,32 @@ def stats_of(model):
     return [{"mean": norm.mean[...], "var": norm.var[...]} for norm in norms]
 
 
-@pytest.mark.parametrize("how", ["pooled", pytest.param("mean", marks=pytest.mark.thorough)])
-def test_both_norms_have_the_moments_of_what_they_saw(variables, batches, how):
-    right = list(truth(variables, batches, how))
-    new = jaxnorm.linen.recalibrate(Linen(), variables, batches, how=how, train=True)
+@pytest.mark.parametrize("reduction", ["pooled", pytest.param("mean", marks=pytest.mark.thorough)])
+def test_both_norms_have_the_moments_of_what_they_saw(variables, batches, reduction):
+    right = list(truth(variables, batches, reduction))
+    new = jaxnorm.linen.recalibrate(Linen(), variables, batches, reduction=reduction, train=True)
     check(in_order(new["batch_stats"]), right)
     assert new["params"] is variables["params"]
     assert jax.tree.structure(new) == jax.tree.structure(variables)
     model = nnx_model(variables)
-    jaxnorm.nnx.recalibrate(model, batches, how=how)
+    jaxnorm.nnx.recalibrate(model, batches, reduction=reduction)
     check(stats_of(model), right)
 
 
-@pytest.mark.parametrize("how", ["pooled", "mean"])
-def test_many_small_batches_move_what_many_elements_have(how):
+@pytest.mark.parametrize("reduction", ["pooled", "mean"])
+def test_many_small_batches_move_what_many_elements_have(reduction):
     """Counts beyond 2**24, and steps too small for float32: five million batches after 2**29."""
     batches, size, before = 5_000_000, 32, 2**29
     moments = lambda *parts: Moments(*map(jnp.float32, parts))
-    start = add_seen(nothing_yet(jnp.float32(0)), moments(0, 1, before), how)
-    step = lambda _, total: add_seen(total, moments(1, 1, size), how)
+    start = add_moments(zero_total(jnp.float32(0)), moments(0, 1, before), reduction)
+    step = lambda _, total: add_moments(total, moments(1, 1, size), reduction)
     (mean, var, count), low = jax.jit(lambda: jax.lax.fori_loop(0, batches, step, start))()
-    total = before + batches * size if how == "pooled" else 1 + batches
-    share = batches * size / total if how == "pooled" else batches / total
+    total = before + batches * size if reduction == "pooled" else 1 + batches
+    share = batches * size / total if reduction == "pooled" else batches / total
     assert int(count) + int(low.count) == total
     # Each step has a few roundings of float32, relative to the step and not to the total.
     assert float(mean) == pytest.approx(share, rel=1e-6)
-    between = share * (1 - share) if how == "pooled" else 0
+    between = share * (1 - share) if reduction == "pooled" else 0
     assert float(var) == pytest.approx(1 + between, rel=1e-6)
 
 
@@ -158,7 +158,7 @@ def test_mean_is_update_bn_of_pytorch(variables, batches):
     torch = pytest.importorskip("torch", reason="PyTorch is in the extra 'peers'")
     arrays = [x[:4] for x, _ in batches]
     model = nnx_model(variables)
-    jaxnorm.nnx.recalibrate(model, arrays, how="mean")
+    jaxnorm.nnx.recalibrate(model, arrays, reduction="mean")
 
     class Square(torch.nn.Module):
         def forward(self, x):
@@ -293,8 +293,8 @@ def test_what_is_wrong_is_said(variables, batches):
     model = nnx_model(variables)
     linen = lambda *args, **options: jaxnorm.linen.recalibrate(Linen(), variables, *args, **options)
     for call in (lambda *a, **o: jaxnorm.nnx.recalibrate(model, *a, **o), linen):
-        with pytest.raises(ValueError, match='how must be "pooled" or "mean", got \'sum\''):
-            call(batches, how="sum")
+        with pytest.raises(ValueError, match='reduction must be "pooled" or "mean", got \'sum\''):
+            call(batches, reduction="sum")
         with pytest.raises(ValueError, match="batches must hold at least one batch, got none"):
             call([])
         with pytest.raises(TypeError, match="an iterable of batches, got ndarray; put a single"):

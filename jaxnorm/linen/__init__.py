@@ -15,7 +15,6 @@ StandardizedConv are Flax's Dense and Conv with standardized kernels. `audit` fi
 with batch norms.
 """
 
-from jaxnorm._findings import Finding, Findings
 from jaxnorm.linen.add import AddLayerNorm, AddRMSNorm
 from jaxnorm.linen.audit import audit
 from jaxnorm.linen.family import (
@@ -33,6 +32,8 @@ from jaxnorm.linen.weights import (
     StandardizedDense,
     WeightNorm,
 )
+from jaxnorm.tools.audit import plot_audit
+from jaxnorm.tools.findings import Finding, Findings
 
 __all__ = [
     "AddLayerNorm",
@@ -53,6 +54,7 @@ __all__ = [
     "StandardizedDense",
     "WeightNorm",
     "audit",
+    "plot_audit",
     "recalibrate",
     "replaced",
 ]

@@ -7,19 +7,25 @@ import flax.linen as nn
 import jax
 from flax.traverse_util import flatten_dict
 
-from jaxnorm._audit import Given, check_options
-from jaxnorm._audit import audit as audit_norms
-from jaxnorm._findings import Findings
-from jaxnorm._programs import Fixed, Keyed, Noted, once, split
-from jaxnorm._seen import arguments
-from jaxnorm.linen.watched import check_model, keyed, watched_call
+from jaxnorm.linen.instrumented import by_structure, check_model, instrumented_call
+from jaxnorm.tools.audit import AuditedNorm, check_options
+from jaxnorm.tools.audit import audit as audit_norms
+from jaxnorm.tools.findings import Findings
+from jaxnorm.tools.programs import (
+    StaticArguments,
+    StaticByKey,
+    StaticResult,
+    memoize,
+    model_arguments,
+    partition,
+)
 
 
 def audit(
     model: nn.Module,
     variables: Mapping[str, Any],
     *inputs: Any,
-    level: float = 0.001,
+    significance: float = 0.001,
     batch_size: int | None = None,
     **call: Any,
 ) -> Findings:
@@ -33,19 +39,19 @@ def audit(
       variables: those of the model, with "params" and "batch_stats".
       *inputs: a batch, as in training: the arguments of the model, or one tuple of them as
         `recalibrate` takes it; of (images, labels) the images alone.
-      level: the chance of a finding by sampling alone, of all tests of the model together.
+      significance: the chance of a finding by sampling alone, of all tests of the model together.
       batch_size: how many examples a batch of training had, if not as many as these inputs.
       **call: other arguments of `model.apply`, such as `train=True` if the model needs it to train,
         or `rngs`.
 
     Returns:
       A list of `Finding`: path, problem, advice, figures and effect. `print` shows a table; its
-      `norms` has what was measured of every batch norm that is called, and its `plot` draws it.
+      `norms` has what was measured of every batch norm that is called, and `plot_audit` draws it.
 
     Raises:
       TypeError: the model is not a linen module, or the variables are no mapping.
       ValueError: the model calls no batch norm, or none in training mode, the variables have no
-        running statistics, or the level is not between 0 and 1.
+        running statistics, or the significance is not between 0 and 1.
 
     Examples:
       >>> import flax.linen as nn, jax, jaxnorm.linen as jn
@@ -55,13 +61,13 @@ def audit(
       >>> jn.audit(model, variables, x)[0].problem
       'running statistics were never updated'
       >>> print(jn.audit(model, jn.recalibrate(model, variables, [x]), x))
-      No findings in 1 batch norm, at level 0.001.
+      No findings in 1 batch norm, at significance 0.001.
     """
     check_model(model, variables)
-    check_options(level, batch_size)
-    inputs = arguments(inputs[0]) if len(inputs) == 1 else inputs
-    fixed, arrays = split(call)
-    seen, called = _program(keyed(model), fixed)(variables, arrays, *inputs)
+    check_options(significance, batch_size)
+    inputs = model_arguments(inputs[0]) if len(inputs) == 1 else inputs
+    static, arrays = partition(call)
+    observed, called = _program(by_structure(model), static)(variables, arrays, *inputs)
     modules = called.value
     if not modules:
         raise ValueError("model must have a batch norm, got none; there is nothing to audit.")
@@ -72,26 +78,28 @@ def audit(
             "variables must have the running statistics of all batch norms in batch_stats, got "
             f"none of {', '.join(missing)}; pass what init returns, with its batch_stats."
         )
-    if not any(one.examples.any() for one in seen.values()):
+    if not any(one.examples.any() for one in observed.values()):
         raise ValueError(
             "the model must have a batch norm that is called in training mode, got none; pass what "
             "makes it train, such as train=True; a norm that is frozen sees no batch."
         )
-    given = []
+    audited = []
     for path, norm in modules.items():
         mean, var = (stats[(*path, name)] for name in ("mean", "var"))
         name = "/".join(path)
-        given.append(Given(name, mean, var, seen.get(path), norm.epsilon, norm.momentum))
-    return audit_norms(given, level, batch_size)
+        audited.append(
+            AuditedNorm(name, mean, var, observed.get(path), norm.epsilon, norm.momentum)
+        )
+    return audit_norms(audited, significance, batch_size)
 
 
-@once
-def _program(model: Keyed, fixed: Fixed) -> Callable:
+@memoize
+def _program(model: StaticByKey, static: StaticArguments) -> Callable:
     """A program that returns what the batch norms see, and notes which are called."""
 
     @jax.jit
     def measure(variables, arrays, *inputs):
-        seen, called = watched_call(model.value, variables, inputs, fixed.named(arrays))
-        return seen, Noted(called)
+        observed, called = instrumented_call(model.value, variables, inputs, static.combine(arrays))
+        return observed, StaticResult(called)
 
     return measure

@@ -10,9 +10,15 @@ from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxnorm._modules import like
-from jaxnorm._programs import Fixed, Keyed, once, split
-from jaxnorm._recalibrate import add_seen, arguments_of, check_how, check_totals, nothing_yet
-from jaxnorm.linen.watched import check_model, keyed, norms_of, watched_call
+from jaxnorm.linen.instrumented import by_structure, check_model, instrumented_call, norms_of
+from jaxnorm.tools.programs import StaticArguments, StaticByKey, memoize, partition
+from jaxnorm.tools.recalibrate import (
+    add_moments,
+    batch_arguments,
+    check_reduction,
+    check_totals,
+    zero_total,
+)
 
 
 def recalibrate(
@@ -20,7 +26,7 @@ def recalibrate(
     variables: Mapping[str, Any],
     batches: Iterable[Any],
     *,
-    how: str = "pooled",
+    reduction: str = "pooled",
     **call: Any,
 ) -> Any:
     """Variables whose batch norms have the running statistics of these batches.
@@ -37,9 +43,9 @@ def recalibrate(
       batches: arrays, or tuples of the model's arguments; of (images, labels) the images alone. For
         a progress bar, pass `tqdm(batches)`. Sharded arrays count as a whole; an axis name that
         nothing binds is then left out.
-      how: "pooled" for the moments of all elements of all batches, or "mean" for the average of the
-        batches' means and (biased) variances, as PyTorch's `update_bn` has it but for its factor
-        n / (n - 1) of the variances.
+      reduction: "pooled" for the moments of all elements of all batches, or "mean" for the average
+        of the batches' means and (biased) variances, as PyTorch's `update_bn` has it but for its
+        factor n / (n - 1) of the variances.
       **call: other arguments of `model.apply`, such as `train=True` if the model needs it to train,
         or `rngs`, from which each batch gets its own.
 
@@ -50,7 +56,7 @@ def recalibrate(
       TypeError: the model is not a linen module, the variables are no mapping, or batches are an
         array.
       ValueError: there are no batches, no batch norm is called in training mode, what it sees is
-        not finite, or `how` is neither.
+        not finite, or `reduction` is neither.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxnorm.linen as jn
@@ -66,13 +72,13 @@ def recalibrate(
       (pooled statistics).
     """
     check_model(model, variables)
-    check_how(how)
+    check_reduction(reduction)
     rngs = call.pop("rngs", {})
-    fixed, arrays = split(call)
-    measure = _program(keyed(model), how, fixed)
+    static, arrays = partition(call)
+    measure = _program(by_structure(model), reduction, static)
     stats: dict[Any, Any] = flatten_dict(variables.get("batch_stats", {}))
-    totals = {path: nothing_yet(stats[(*path, "mean")]) for path in norms_of(stats)}
-    for number, arguments in enumerate(arguments_of(batches)):
+    totals = {path: zero_total(stats[(*path, "mean")]) for path in norms_of(stats)}
+    for number, arguments in enumerate(batch_arguments(batches)):
         totals = measure(variables, totals, jnp.int32(number), rngs, arrays, *arguments)
     remedy = (
         "pass what makes the model train, such as train=True; a norm that is frozen sees nothing"
@@ -87,16 +93,19 @@ def recalibrate(
     return variables.copy(new) if isinstance(variables, FrozenDict) else {**variables, **new}
 
 
-@once
-def _program(model: Keyed, how: str, fixed: Fixed) -> Callable:
+@memoize
+def _program(model: StaticByKey, reduction: str, static: StaticArguments) -> Callable:
     """A program that adds to the totals what the batch norms see of one batch."""
 
     @jax.jit
     def measure(variables, totals, number, rngs, arrays, *arguments):
-        call = fixed.named(arrays)
+        call = static.combine(arrays)
         if rngs:
             call["rngs"] = {name: jax.random.fold_in(key, number) for name, key in rngs.items()}
-        seen, _ = watched_call(model.value, variables, arguments, call)
-        return {path: add_seen(totals[path], part.elements, how) for path, part in seen.items()}
+        observed, _ = instrumented_call(model.value, variables, arguments, call)
+        return {
+            path: add_moments(totals[path], part.elements, reduction)
+            for path, part in observed.items()
+        }
 
     return measure

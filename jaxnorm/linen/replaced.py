@@ -7,15 +7,10 @@ from typing import Any
 
 import flax.linen as nn
 
+from jaxnorm._modules import replacements
 from jaxnorm.linen import norms
 
-_OURS = {
-    nn.BatchNorm: norms.BatchNorm,
-    nn.LayerNorm: norms.LayerNorm,
-    nn.RMSNorm: norms.RMSNorm,
-    nn.GroupNorm: norms.GroupNorm,
-    nn.InstanceNorm: norms.InstanceNorm,
-}
+_OURS = replacements(nn, norms)
 
 
 @contextlib.contextmanager

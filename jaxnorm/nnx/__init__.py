@@ -14,7 +14,6 @@ StandardizedConv are Flax's Linear and Conv with standardized kernels. `fold` ma
 batch norms are part of the layers before them, and `audit` finds what is wrong with batch norms.
 """
 
-from jaxnorm._findings import Finding, Findings
 from jaxnorm.nnx.add import AddLayerNorm, AddRMSNorm
 from jaxnorm.nnx.audit import audit
 from jaxnorm.nnx.family import (
@@ -34,6 +33,8 @@ from jaxnorm.nnx.weights import (
     StandardizedLinear,
     WeightNorm,
 )
+from jaxnorm.tools.audit import plot_audit
+from jaxnorm.tools.findings import Finding, Findings
 
 __all__ = [
     "AddLayerNorm",
@@ -56,6 +57,7 @@ __all__ = [
     "audit",
     "fold",
     "freeze",
+    "plot_audit",
     "recalibrate",
     "replace",
     "unfreeze",

@@ -5,18 +5,23 @@ from typing import Any
 
 from flax import nnx
 
-from jaxnorm._audit import Given, check_options
-from jaxnorm._audit import audit as audit_norms
-from jaxnorm._findings import Findings
-from jaxnorm._programs import Fixed, Noted, once, split
-from jaxnorm._seen import arguments
-from jaxnorm.nnx.watched import calls_noted, norms_of, watched
+from jaxnorm.nnx.instrumented import call_order, instrumented, norms_of
+from jaxnorm.tools.audit import AuditedNorm, check_options
+from jaxnorm.tools.audit import audit as audit_norms
+from jaxnorm.tools.findings import Findings
+from jaxnorm.tools.programs import (
+    StaticArguments,
+    StaticResult,
+    memoize,
+    model_arguments,
+    partition,
+)
 
 
 def audit(
     model: nnx.Module,
     *inputs: Any,
-    level: float = 0.001,
+    significance: float = 0.001,
     batch_size: int | None = None,
     **call: Any,
 ) -> Findings:
@@ -36,11 +41,11 @@ def audit(
     each other. Fewer than 8 examples tell too little and are not tested. The running statistics are
     an average over batches: of `batch_size` examples, or as many as these inputs have.
 
-    A sound model has such a finding with at most the chance `level`, if the data are normal. The
-    rate was simulated for a norm of 4 to 256 features and 8 to 1000 examples: 0 to 1 times the
-    level for normal data, up to 1.6 times for normal data after ReLU and for gamma data of shape 1,
-    up to 6 times for shape 1/2, and up to 12 times where one feature in eight is skewed. Within
-    networks it is lower, because norms make their inputs alike.
+    A sound model has such a finding with at most the chance `significance`, if the data are normal.
+    The rate was simulated for a norm of 4 to 256 features and 8 to 1000 examples: 0 to 1 times the
+    significance for normal data, up to 1.6 times for normal data after ReLU and for gamma data of
+    shape 1, up to 6 times for shape 1/2, and up to 12 times where one feature in eight is skewed.
+    Within networks it is lower, because norms make their inputs alike.
 
     A finding says that something differs; its `effect` estimates how much that matters.
 
@@ -48,18 +53,18 @@ def audit(
       model: any nnx module, whose batch norms are Flax's or jaxnorm's.
       *inputs: a batch, as in training: the arguments of the model, or one tuple of them as
         `recalibrate` takes it; of (images, labels) the images alone.
-      level: the chance of a finding by sampling alone, of all tests of the model together.
+      significance: the chance of a finding by sampling alone, of all tests of the model together.
       batch_size: how many examples a batch of training had, if not as many as these inputs.
       **call: keywords of the model's call, such as `train=True`, if it has any.
 
     Returns:
       A list of `Finding`: path, problem, advice, figures and effect. `print` shows a table; its
-      `norms` has what was measured of every batch norm, and its `plot` draws that.
+      `norms` has what was measured of every batch norm, and `plot_audit` draws that.
 
     Raises:
       TypeError: the model is not an nnx module.
-      ValueError: it has no batch norm, none is called in training mode, the level is not between
-        0 and 1, or batch_size is not a positive integer.
+      ValueError: it has no batch norm, none is called in training mode, the significance is not
+        between 0 and 1, or batch_size is not a positive integer.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxnorm.nnx as jn
@@ -68,7 +73,7 @@ def audit(
       >>> x = jax.random.normal(jax.random.key(0), (100, 2))
       >>> jn.recalibrate(model, [x])
       >>> print(jn.audit(model, x))
-      No findings in 1 batch norm, at level 0.001.
+      No findings in 1 batch norm, at significance 0.001.
       >>> [finding] = jn.audit(model, 2.0 * x + 1.0)
       >>> finding.problem
       'batch and running statistics differ'
@@ -79,36 +84,36 @@ def audit(
       Wilson and Hilferty, "The Distribution of Chi-Square", 1931 (the cube root of a variance).
       Dunn, "Multiple Comparisons Among Means", 1961 (all tests together).
     """
-    check_options(level, batch_size)
-    inputs = arguments(inputs[0]) if len(inputs) == 1 else inputs
+    check_options(significance, batch_size)
+    inputs = model_arguments(inputs[0]) if len(inputs) == 1 else inputs
     norms = norms_of(model)
     if not norms:
         raise ValueError("model must have a batch norm, got none; there is nothing to audit.")
-    fixed, arrays = split(call)
-    seen, order = _program(fixed)(watched(model), arrays, *inputs)
-    if not any(one.examples.any() for one in seen.values()):
+    static, arrays = partition(call)
+    observed, order = _program(static)(instrumented(model), arrays, *inputs)
+    if not any(one.examples.any() for one in observed.values()):
         raise ValueError(
             "the model must have a batch norm that is called in training mode, got none; unfreeze "
             "some, or choose use_running_average by train() and eval()."
         )
     called = [*order.value, *(path for path in norms if path not in order.value)]
-    given = []
+    audited = []
     for path in called:
         norm = norms[path]
         mean, var = norm.mean.get_value(), norm.var.get_value()
-        given.append(Given(path, mean, var, seen[path], norm.epsilon, norm.momentum))
-    return audit_norms(given, level, batch_size)
+        audited.append(AuditedNorm(path, mean, var, observed[path], norm.epsilon, norm.momentum))
+    return audit_norms(audited, significance, batch_size)
 
 
-@once
-def _program(fixed: Fixed) -> Callable:
+@memoize
+def _program(static: StaticArguments) -> Callable:
     """A program that returns what the batch norms of a copy see, and notes in which order."""
 
     @nnx.jit
     def measure(copy, arrays, *inputs):
-        with calls_noted() as order:
-            copy(*inputs, **fixed.named(arrays))
-        seen = {path: norm.seen.get_value() for path, norm in norms_of(copy).items()}
-        return seen, Noted(tuple(order))
+        with call_order() as order:
+            copy(*inputs, **static.combine(arrays))
+        observed = {path: norm.observed.get_value() for path, norm in norms_of(copy).items()}
+        return observed, StaticResult(tuple(order))
 
     return measure

@@ -5,9 +5,9 @@ from typing import Any
 
 from flax import nnx
 
+from jaxnorm.nnx.instrumented import norms_of
 from jaxnorm.nnx.norms import BatchNorm
 from jaxnorm.nnx.replace import make_ours
-from jaxnorm.nnx.watched import norms_of
 
 Paths = str | Iterable[str] | None
 

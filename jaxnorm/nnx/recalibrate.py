@@ -7,15 +7,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxnorm._modules import like
-from jaxnorm._programs import Fixed, once, split
-from jaxnorm._recalibrate import add_seen, arguments_of, check_how, check_totals, nothing_yet
-from jaxnorm._seen import nothing_seen
+from jaxnorm.nnx.instrumented import instrumented, norms_of
 from jaxnorm.nnx.replace import modules_of
-from jaxnorm.nnx.watched import norms_of, watched
+from jaxnorm.tools.batch_moments import no_batch_moments
+from jaxnorm.tools.programs import StaticArguments, memoize, partition
+from jaxnorm.tools.recalibrate import (
+    add_moments,
+    batch_arguments,
+    check_reduction,
+    check_totals,
+    zero_total,
+)
 
 
 def recalibrate(
-    model: nnx.Module, batches: Iterable[Any], *, how: str = "pooled", **call: Any
+    model: nnx.Module, batches: Iterable[Any], *, reduction: str = "pooled", **call: Any
 ) -> None:
     """Give the batch norms of a model the running statistics of these batches, in place.
 
@@ -31,15 +37,15 @@ def recalibrate(
       batches: arrays, or tuples of the model's arguments; of (images, labels) the images alone. For
         a progress bar, pass `tqdm(batches)`. Sharded arrays count as a whole; an axis name that
         nothing binds is then left out.
-      how: "pooled" for the moments of all elements of all batches, or "mean" for the average of the
-        batches' means and (biased) variances, as PyTorch's `update_bn` has it but for its factor
-        n / (n - 1) of the variances.
+      reduction: "pooled" for the moments of all elements of all batches, or "mean" for the average
+        of the batches' means and (biased) variances, as PyTorch's `update_bn` has it but for its
+        factor n / (n - 1) of the variances.
       **call: keywords of the model's call, such as `train=True`, if it has any.
 
     Raises:
       TypeError: the model is not an nnx module, or batches are an array.
       ValueError: there are no batches, no batch norm is called in training mode, what it sees is
-        not finite, or `how` is neither.
+        not finite, or `reduction` is neither.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm.nnx as jn
@@ -54,16 +60,16 @@ def recalibrate(
       arXiv:1803.05407; Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, arXiv:2105.07576
       (pooled statistics).
     """
-    check_how(how)
+    check_reduction(reduction)
     originals: dict[str, Any] = modules_of(model)
-    copy = watched(model)
-    totals = {path: nothing_yet(norm.mean[...]) for path, norm in norms_of(copy).items()}
+    copy = instrumented(model)
+    totals = {path: zero_total(norm.mean[...]) for path, norm in norms_of(copy).items()}
     if not totals:
         raise ValueError("model must have a batch norm, got none; there is nothing to recalibrate.")
 
-    fixed, arrays = split(call)
-    measure = _program(how, fixed)
-    for arguments in arguments_of(batches):
+    static, arrays = partition(call)
+    measure = _program(reduction, static)
+    for arguments in batch_arguments(batches):
         totals = measure(copy, totals, arrays, *arguments)
     moments = {path: total.high for path, total in totals.items()}
     check_totals(moments, "unfreeze some, or pass what makes the model train")
@@ -72,17 +78,17 @@ def recalibrate(
             stat.set_value(like(stat[...], jnp.where(count > 0, value, stat[...])))
 
 
-@once
-def _program(how: str, fixed: Fixed) -> Callable:
+@memoize
+def _program(reduction: str, static: StaticArguments) -> Callable:
     """A program that adds to the totals what the batch norms of a copy see of one batch."""
 
     @nnx.jit
     def measure(copy, totals, arrays, *arguments):
         norms = norms_of(copy)
         for norm in norms.values():
-            norm.seen.set_value(nothing_seen(norm.mean[...]))
-        copy(*arguments, **fixed.named(arrays))
-        new = {path: norm.seen.get_value().elements for path, norm in norms.items()}
-        return {path: add_seen(totals[path], part, how) for path, part in new.items()}
+            norm.observed.set_value(no_batch_moments(norm.mean[...]))
+        copy(*arguments, **static.combine(arrays))
+        new = {path: norm.observed.get_value().elements for path, norm in norms.items()}
+        return {path: add_moments(totals[path], part, reduction) for path, part in new.items()}
 
     return measure

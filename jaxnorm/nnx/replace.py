@@ -5,16 +5,11 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
+from jaxnorm._modules import replacements
 from jaxnorm.nnx import norms
 
 Model = TypeVar("Model", bound=nnx.Module)
-_OURS = {
-    nnx.BatchNorm: norms.BatchNorm,
-    nnx.LayerNorm: norms.LayerNorm,
-    nnx.RMSNorm: norms.RMSNorm,
-    nnx.GroupNorm: norms.GroupNorm,
-    nnx.InstanceNorm: norms.InstanceNorm,
-}
+_OURS = replacements(nnx, norms)
 
 
 def replace(model: Model) -> Model:

@@ -2,12 +2,12 @@
 
 import textwrap
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxnorm._audit_sampling import LEAST
-from jaxnorm._seen import named
+from jaxnorm.tools.audit_sampling import LEAST
+from jaxnorm.tools.programs import display_path
 
 WIDTH = 100  # columns of the table
 UNITS = (
@@ -104,44 +104,19 @@ class Findings(list[Finding]):
 
     Attributes:
       norms: what was measured of every batch norm, by its path, also of sound ones.
-      level: the chance that a sound model has a finding by sampling alone.
+      significance: the chance that a sound model has a finding by sampling alone.
     """
 
-    def __init__(self, findings: Iterable[Finding], norms: dict[str, Measured], level: float):
+    def __init__(
+        self, findings: Iterable[Finding], norms: dict[str, Measured], significance: float
+    ):
         """What was found and measured."""
         super().__init__(findings)
         self.norms = norms
-        self.level = level
+        self.significance = significance
 
     def __str__(self) -> str:
         return "\n".join([*_table(self), *_advice(self), *_summary(self)])
-
-    def plot(self, file: Any = None) -> Any:
-        """Draw how far batch and running statistics are apart, norm by norm.
-
-        Each feature is a stroke. On the left is the difference of the means in running standard
-        deviations, on the right the ratio of the variances. A box shows what sampling explains,
-        for the median of a norm's features. Norms that have findings are marked.
-
-        Args:
-          file: a path or an open file to save the figure to, if given.
-
-        Returns:
-          The figure, of matplotlib.
-
-        Raises:
-          ImportError: matplotlib is not installed.
-        """
-        try:
-            from jaxnorm._audit_figure import draw
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                "plot must have matplotlib, which is not installed; pip install matplotlib."
-            ) from error
-        figure = draw(self)
-        if file is not None:
-            figure.savefig(file)
-        return figure
 
 
 def _table(findings: Findings) -> list[str]:
@@ -150,7 +125,7 @@ def _table(findings: Findings) -> list[str]:
         return []
     rows = [("batch norm", "problem", "effect", "figures")]
     rows += [
-        (named(one.path), one.problem, _effect(one.effect), _figures(one.figures))
+        (display_path(one.path), one.problem, _effect(one.effect), _figures(one.figures))
         for one in findings
     ]
     first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
@@ -203,7 +178,8 @@ def _summary(findings: Findings) -> list[str]:
     norms = findings.norms
     number = lambda count, thing: f"{count} {thing}{'s' * (count != 1)}"
     found = number(len(findings), "finding") if findings else "No findings"
-    parts = [f"{found} in {number(len(norms), 'batch norm')}, at level {findings.level:g}"]
+    norms_text = number(len(norms), "batch norm")
+    parts = [f"{found} in {norms_text}, at significance {findings.significance:g}"]
     few = [one.examples for one in norms.values() if 0 < one.examples < LEAST]
     if few:
         parts.append(

@@ -1,4 +1,4 @@
-"""What each batch norm of a linen model sees in training mode."""
+"""Calls of linen models that record the moments of batches, for each batch norm in training."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,17 +8,23 @@ import flax.linen as nn
 from flax.core import DenyList
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxnorm._programs import Keyed
-from jaxnorm._seen import Seen, look, merge_seen, names_here, nothing_seen
 from jaxnorm.linen.norms import BatchNorm
 from jaxnorm.linen.replaced import made, replaced
+from jaxnorm.tools.batch_moments import (
+    BatchMoments,
+    bound_axis_name,
+    merge_batch_moments,
+    no_batch_moments,
+    observe,
+)
+from jaxnorm.tools.programs import StaticByKey
 
-_NAME = "seen by jaxnorm"
+_NAME = "jaxnorm_batch_moments"
 Path = tuple[str, ...]
 
 
 def check_model(model: Any, variables: Any) -> None:
-    """A model of linen, and its variables."""
+    """Check that this is a linen module, and its variables."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a linen module, got {type(model).__name__}; of an nnx model, use "
@@ -31,18 +37,18 @@ def check_model(model: Any, variables: Any) -> None:
         )
 
 
-def keyed(model: nn.Module) -> Keyed:
-    """A model that equals another if their programs are the same.
+def by_structure(model: nn.Module) -> StaticByKey:
+    """Make a model a static argument, equal to every model that computes the same program.
 
     Modules with lists can't be hashed, and modules that share a part equal those that have two.
     """
-    seen: dict[int, int] = {}
+    places: dict[int, int] = {}
 
     def key(value):
         if isinstance(value, nn.Module):
-            if id(value) in seen:
-                return seen[id(value)]
-            seen[id(value)] = len(seen)
+            if id(value) in places:
+                return places[id(value)]
+            places[id(value)] = len(places)
             names = [field.name for field in dataclasses.fields(value) if field.name != "parent"]
             return type(value), tuple((name, key(getattr(value, name, None))) for name in names)
         if isinstance(value, Mapping):
@@ -51,65 +57,65 @@ def keyed(model: nn.Module) -> Keyed:
             return type(value), tuple(map(key, value))
         return value
 
-    return Keyed(key(model), model)
+    return StaticByKey(key(model), model)
 
 
-def watched_call(
+def instrumented_call(
     model: nn.Module, variables: Any, arguments: tuple, call: dict[str, Any]
-) -> tuple[dict[Path, Seen], dict[Path, nn.Module]]:
-    """Call a model, and return what each of its batch norms saw in training mode, by its path.
+) -> tuple[dict[Path, BatchMoments], dict[Path, nn.Module]]:
+    """Call a model; return the moments that its batch norms measured in training, by their paths.
 
-    And those that were called by their paths, in the order of their first calls. Flax's batch norms
-    compute as ours. Nothing that the call changes is kept.
+    The second result holds the batch norms that were called, in the order of their first calls.
+    Flax's batch norms compute as ours. No change of the variables is kept.
     """
-    modules: dict[Path, nn.Module] = {}
+    called: dict[Path, nn.Module] = {}
     stats: dict[Path, Any] = flatten_dict(variables.get("batch_stats", {}))
     norms = norms_of(stats)
     # In place before the call, so that nn.scan may carry it. Other transformations stack it as they
     # do the statistics.
-    stats |= {(*path, _NAME): nothing_seen(stats[(*path, "mean")]) for path in norms}
+    stats |= {(*path, _NAME): no_batch_moments(stats[(*path, "mean")]) for path in norms}
     variables = {**variables, "batch_stats": unflatten_dict(stats)}
-    with replaced(), nn.intercept_methods(_watch(modules)):
+    with replaced(), nn.intercept_methods(_observer(called)):
         _, updates = model.apply(variables, *arguments, **call, mutable=DenyList("params"))
     stats = flatten_dict(updates["batch_stats"])
-    return {path: stats[(*path, _NAME)] for path in norms}, modules
+    return {path: stats[(*path, _NAME)] for path in norms}, called
 
 
 def norms_of(stats: dict[Path, Any]) -> list[Path]:
-    """The paths of all that have a running mean and variance."""
+    """Return the paths of all that have a running mean and variance."""
     return [path[:-1] for path in stats if path[-1] == "mean" and (*path[:-1], "var") in stats]
 
 
-def _watch(modules: dict[Path, nn.Module]) -> Callable:
-    """An interceptor that puts what is seen among the running statistics."""
-    looks = 0
+def _observer(called: dict[Path, nn.Module]) -> Callable:
+    """An interceptor that stores the moments of batches beside the running statistics."""
+    observations = 0
 
-    def watch(next_call, args, kwargs, context):
-        nonlocal looks
+    def observed_call(next_call, args, kwargs, context):
+        nonlocal observations
         module = context.module
         if context.method_name != "__call__" or not isinstance(module, nn.BatchNorm):
             return next_call(*args, **kwargs)
-        name = names_here(module.axis_name, module.axis_index_groups)
+        name = bound_axis_name(module.axis_name, module.axis_index_groups)
         if name != module.axis_name and type(module) is BatchNorm:
             return made(BatchNorm, module, axis_name=name)(*args, **kwargs)
-        modules.setdefault(module.path, module.clone(parent=None))
-        before = looks
+        called.setdefault(module.path, module.clone(parent=None))
+        before = observations
         y = next_call(*args, **kwargs)
         last = module.get_variable("batch_stats", _NAME)
-        # Where a subclass calls the class that it inherits from, that one has looked: at what it
-        # normalized.
-        if last is not None and looks == before and _trains(module, *args, **kwargs):
-            looks += 1
+        # If a subclass calls its base class, the call of the base class has been observed: it has
+        # the input that is normalized.
+        if last is not None and observations == before and _trains(module, *args, **kwargs):
+            observations += 1
             x, shape = args[0] if args else kwargs["x"], last.examples.shape
-            seen = look(x, shape, module.axis, kwargs.get("mask"), name)
-            module.put_variable("batch_stats", _NAME, merge_seen(last, seen))
+            new = observe(x, shape, module.axis, kwargs.get("mask"), name)
+            module.put_variable("batch_stats", _NAME, merge_batch_moments(last, new))
         return y
 
-    return watch
+    return observed_call
 
 
 def _trains(module: Any, x: Any = None, use_running_average: bool | None = None, **_: Any) -> bool:
-    """Whether a call with these arguments uses the statistics of the batch."""
+    """Return whether a call with these arguments uses the statistics of the batch."""
     if getattr(module, "frozen", False):
         return False
     return not nn.merge_param(

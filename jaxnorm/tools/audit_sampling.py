@@ -16,8 +16,8 @@ Of n independent examples, one feature:
     |m - M|                  is explained up to  t se(m)
     |(v / W)^(1/3) - 1| 3    is explained up to  t se(v) / v
 
-t is the quantile of Student's distribution with n - 1 degrees of freedom at level / (4 tests):
-Bonferroni's correction for two sides and for two tests of each feature.
+t is the quantile of Student's distribution with n - 1 degrees of freedom at significance / (4
+tests): Bonferroni's correction for two sides and for two tests of each feature.
 
 Few examples of skewed data often lack the rare large values. They are then too near to each other,
 and so seem exact. Hence the two bounds from below. The cube root of a variance is nearly normal
@@ -31,7 +31,7 @@ import numpy as np
 LEAST = 8  # examples: of fewer, only gross differences would be seen
 
 
-def quantile(examples: np.ndarray, level: float, tests: int) -> np.ndarray:
+def quantile(examples: np.ndarray, significance: float, tests: int) -> np.ndarray:
     """Of Student's distribution, for that many two-sided tests; NaN for too few examples.
 
     With t = sqrt(f) sinh(u), the density is proportional to cosh(u)^-f du. The tail's integral is
@@ -47,7 +47,7 @@ def quantile(examples: np.ndarray, level: float, tests: int) -> np.ndarray:
         return parts.sum(-1, keepdims=True) / rate
 
     u = np.zeros_like(f)
-    half, log_p = tail(u), np.log(level / (2 * max(tests, 1)))
+    half, log_p = tail(u), np.log(significance / (2 * max(tests, 1)))
     for _ in range(50):  # each step halves the distance at least, and soon squares it
         over = tail(u)
         u = u + over * (np.log(over / half / 2) - f * log_cosh(u) - log_p)
@@ -55,14 +55,14 @@ def quantile(examples: np.ndarray, level: float, tests: int) -> np.ndarray:
 
 
 def standard_errors(
-    seen: Any, momentum: float, batch_size: int | None = None
+    observed: Any, momentum: float, batch_size: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of the mean, and of the variance as a part of it; for `explained` and the same arguments."""
-    batch, n = seen.elements, seen.examples
+    batch, n = observed.elements, observed.examples
     average = 1 + (1 - momentum) / (1 + momentum) * _times(n, batch_size)
     with np.errstate(divide="ignore", invalid="ignore"):
         scale = np.sqrt(average * n / (n - 1)) / batch.count
-        return scale * seen.sums, scale * seen.squares / batch.var
+        return scale * observed.sums, scale * observed.squares / batch.var
 
 
 def _times(examples: np.ndarray, batch_size: int | None) -> np.ndarray | int:
@@ -71,7 +71,7 @@ def _times(examples: np.ndarray, batch_size: int | None) -> np.ndarray | int:
 
 
 def explained(
-    seen: Any,
+    observed: Any,
     mean: np.ndarray,
     var: np.ndarray,
     momentum: float,
@@ -82,17 +82,17 @@ def explained(
     """What sampling explains: a distance of means, the lowest and the highest variance of a batch.
 
     Args:
-      seen: a `Seen` of arrays of float64.
+      observed: a `BatchMoments` of arrays of float64.
       mean: the running mean.
       var: the running variance.
       momentum: the weight of the old statistics.
       rounding: the epsilon of their dtype. A running average stops within half a unit of rounding
         over 1 - momentum, which is explained too.
       t: the quantile, NaN for features that are not tested.
-      batch_size: the examples in a batch of training; None for those that were seen.
+      batch_size: the examples in a batch of training; None for those that were observed.
     """
-    batch, n = seen.elements, seen.examples
-    of_mean, of_var = standard_errors(seen, momentum, batch_size)
+    batch, n = observed.elements, observed.examples
+    of_mean, of_var = standard_errors(observed, momentum, batch_size)
     stop = rounding / 2 / (1 - momentum) if momentum < 1 else rounding
     with np.errstate(divide="ignore", invalid="ignore"):
         scaled_up = np.sqrt(np.maximum(1, var / batch.var))
@@ -102,6 +102,6 @@ def explained(
             part = np.maximum(part, np.nanquantile(part, 0.75))
         width = (t * part + stop) / 3
         times = _times(n, batch_size)
-        shift = n / (n - 1) * (seen.sums / batch.count) ** 2 * (times - 1)
+        shift = n / (n - 1) * (observed.sums / batch.count) ** 2 * (times - 1)
         expected = np.maximum(var + shift, 0)
     return distance, expected * np.maximum(1 - width, 0) ** 3, expected * (1 + width) ** 3

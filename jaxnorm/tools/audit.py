@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm._audit_sampling import LEAST, explained, quantile, standard_errors
-from jaxnorm._findings import Finding, Findings, Measured
-from jaxnorm._seen import Seen, nothing_seen
+from jaxnorm.tools.audit_sampling import LEAST, explained, quantile, standard_errors
+from jaxnorm.tools.batch_moments import BatchMoments, no_batch_moments
+from jaxnorm.tools.findings import Finding, Findings, Measured
 
 ADVICE = {
     "running statistics were never updated": "Call the norm in training mode, with a momentum "
@@ -34,14 +34,14 @@ ADVICE = {
 }
 
 
-class Given(NamedTuple):
+class AuditedNorm(NamedTuple):
     """A batch norm.
 
     Attributes:
       path: where it is in the model.
       mean: its running mean, as the model has it.
       var: its running variance.
-      seen: what it saw in training mode, or None.
+      observed: what it saw in training mode, or None.
       epsilon: that of the norm.
       momentum: that of the norm.
     """
@@ -49,38 +49,40 @@ class Given(NamedTuple):
     path: str
     mean: Any
     var: Any
-    seen: Seen | None
+    observed: BatchMoments | None
     epsilon: float
     momentum: float
 
 
-def check_options(level: float, batch_size: int | None) -> None:
-    """Check the level of the test, and the size of training's batches."""
+def check_options(significance: float, batch_size: int | None) -> None:
+    """Check the significance of the test, and the size of training's batches."""
     if batch_size is not None and not (isinstance(batch_size, int) and batch_size > 0):
         raise ValueError(
             f"batch_size must be a positive integer or None, got {batch_size!r}; pass the examples "
             "in a batch of training."
         )
-    if not isinstance(level, Real) or not 0 < level < 1:
+    if not isinstance(significance, Real) or not 0 < significance < 1:
         raise ValueError(
-            f"level must lie between 0 and 1, got {level!r}; it is the chance that a sound model "
-            "has a finding, such as 0.001."
+            f"significance must lie between 0 and 1, got {significance!r}; it is the chance that a "
+            "sound model has a finding, such as 0.001."
         )
 
 
-def audit(norms: Iterable[Given], level: float, batch_size: int | None = None) -> Findings:
+def audit(
+    norms: Iterable[AuditedNorm], significance: float, batch_size: int | None = None
+) -> Findings:
     """What is wrong with these batch norms."""
     norms = list(norms)
     measured = [_measured(norm) for norm in norms]
     tested = [_testable(one) for one in measured]
     tests = 2 * sum(int(features.sum()) for features in tested)
     for place, (norm, one, features) in enumerate(zip(norms, measured, tested, strict=True)):
-        seen = _seen(norm)
-        t = np.where(features, quantile(seen.examples, level, tests), np.nan)
+        observed = _observed(norm)
+        t = np.where(features, quantile(observed.examples, significance, tests), np.nan)
         eps = max(float(jnp.finfo(stat.dtype).eps) for stat in (norm.mean, norm.var))
         mean, var, momentum = one.running_mean, one.running_var, one.momentum
-        distance, lowest, highest = explained(seen, mean, var, momentum, eps, t, batch_size)
-        shift = _shift(one, *standard_errors(seen, momentum, batch_size))
+        distance, lowest, highest = explained(observed, mean, var, momentum, eps, t, batch_size)
+        shift = _shift(one, *standard_errors(observed, momentum, batch_size))
         measured[place] = one._replace(
             distance=distance, lowest=lowest, highest=highest, shift=shift
         )
@@ -90,12 +92,43 @@ def audit(norms: Iterable[Given], level: float, batch_size: int | None = None) -
         for norm, one in pairs
         for problem, effect, figures in _problems(norm, one)
     ]
-    return Findings(found, {norm.path: one for norm, one in pairs}, level)
+    return Findings(found, {norm.path: one for norm, one in pairs}, significance)
 
 
-def _seen(norm: Given) -> Any:
-    """What a norm saw, as arrays of NumPy."""
-    return jax.tree.map(_as_numpy, nothing_seen(norm.mean) if norm.seen is None else norm.seen)
+def plot_audit(findings: Findings, file: Any = None) -> Any:
+    """Draw how far batch and running statistics are apart, norm by norm.
+
+    Each feature is a stroke. On the left is the difference of the means in running standard
+    deviations, on the right the ratio of the variances. A box shows what sampling explains, for the
+    median of a norm's features. Norms that have findings are marked.
+
+    Args:
+      findings: what `audit` returns.
+      file: a path or an open file to save the figure to, if given.
+
+    Returns:
+      The figure, of matplotlib.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    try:
+        from jaxnorm.tools.audit_figure import draw
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "plot_audit must have matplotlib, which is not installed; pip install matplotlib."
+        ) from error
+    figure = draw(findings)
+    if file is not None:
+        figure.savefig(file)
+    return figure
+
+
+def _observed(norm: AuditedNorm) -> Any:
+    """The moments of the batch that a norm got in training, as NumPy arrays."""
+    return jax.tree.map(
+        _as_numpy, no_batch_moments(norm.mean) if norm.observed is None else norm.observed
+    )
 
 
 def _as_numpy(array: Any) -> np.ndarray:
@@ -103,10 +136,10 @@ def _as_numpy(array: Any) -> np.ndarray:
     return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
 
 
-def _measured(norm: Given) -> Measured:
+def _measured(norm: AuditedNorm) -> Measured:
     """What was measured of a norm, before the test."""
-    seen = _seen(norm)
-    mean, var, count = seen.elements
+    observed = _observed(norm)
+    mean, var, count = observed.elements
     unknown = np.full(count.shape, np.nan)
     return Measured(
         running_mean=_as_numpy(norm.mean),
@@ -114,7 +147,7 @@ def _measured(norm: Given) -> Measured:
         batch_mean=np.where(count == 0, np.nan, mean),
         batch_var=np.where(count == 0, np.nan, var),
         count=count,
-        examples=int(seen.examples.max(initial=0)),
+        examples=int(observed.examples.max(initial=0)),
         distance=unknown,
         lowest=unknown,
         highest=unknown,
@@ -166,7 +199,7 @@ def _untouched(one: Measured) -> bool:
     return bool((one.running_mean == 0).all() and (one.running_var == 1).all())
 
 
-def _problems(norm: Given, one: Measured) -> Iterator[tuple[str, float, dict[str, float]]]:
+def _problems(norm: AuditedNorm, one: Measured) -> Iterator[tuple[str, float, dict[str, float]]]:
     """Each problem of a norm, its effect, and its figures."""
     constant, apart = _constant(one), one.means_apart | one.variances_apart
     sound = _finite(one.running_mean, one.running_var) & ~constant
@@ -220,7 +253,7 @@ def _distances(one: Measured) -> dict[str, float]:
     }
 
 
-def _between_devices(norm: Given, one: Measured) -> dict[str, float]:
+def _between_devices(norm: AuditedNorm, one: Measured) -> dict[str, float]:
     """How far copies of one array on several devices are apart; empty if they are equal."""
     different, means, variances = set(), 0.0, 1.0
     scale = np.sqrt(np.maximum(one.running_var, 0) + one.epsilon)

@@ -14,7 +14,7 @@ from jaxnorm.core.moments import Moments
 from jaxnorm.functional.moments import merge_moments, moments
 
 
-class Seen(NamedTuple):
+class BatchMoments(NamedTuple):
     """Moments, and how far they may be from those of all data; of the running statistics' shape.
 
     The positions of an image resemble each other, so their number does not tell how far the mean of
@@ -34,32 +34,33 @@ class Seen(NamedTuple):
     squares: jax.Array
 
 
-def nothing_seen(running_mean: jax.Array) -> Seen:
-    """What was seen before the first call, for running statistics like these."""
+def no_batch_moments(running_mean: jax.Array) -> BatchMoments:
+    """What was observed before the first call, for running statistics like these."""
     mean = jnp.zeros(running_mean.shape, promote(running_mean.dtype, jnp.float32))
     real = jnp.zeros(mean.shape, real_dtype(mean.dtype))
-    return Seen(Moments(mean, real, real), real, real, real)
+    return BatchMoments(Moments(mean, real, real), real, real, real)
 
 
-def merge_seen(a: Seen, b: Seen) -> Seen:
+def merge_batch_moments(a: BatchMoments, b: BatchMoments) -> BatchMoments:
     """What was seen in two calls together.
 
-    They may have seen the same examples: a layer of two branches, or a step of a recurrent network.
-    Then examples are as many as before, and the norm of the sums is at most the sum of the norms.
+    They may have observed the same examples: a layer of two branches, or a step of a recurrent
+    network. Then examples are as many as before, and the norm of the sums is at most the sum of the
+    norms.
     """
     elements = merge_moments(a.elements, b.elements)
 
-    def squares(seen):  # about another mean, by the binomial formula
-        distance = jnp.abs(seen.elements.mean - elements.mean)
-        return seen.squares + 2 * distance * seen.sums
+    def squares(observed):  # about another mean, by the binomial formula
+        distance = jnp.abs(observed.elements.mean - elements.mean)
+        return observed.squares + 2 * distance * observed.sums
 
     examples = jnp.maximum(a.examples, b.examples)
-    return Seen(elements, examples, a.sums + b.sums, squares(a) + squares(b))
+    return BatchMoments(elements, examples, a.sums + b.sums, squares(a) + squares(b))
 
 
-def look(
+def observe(
     x: ArrayLike, shape: tuple[int, ...], feature_axis: Axes, where: Any, axis_name: Any
-) -> Seen:
+) -> BatchMoments:
     """What a batch norm sees of x, whose first axis holds the examples.
 
     If the first axis is a feature axis, each element counts as an example.
@@ -98,15 +99,10 @@ def look(
     sums = flat(norm(jnp.abs(total(centred)) / unit)) * flat(deviation)
     squares = flat(norm(total(scaled * scaled - 1))) * flat(var)
     elements = Moments(flat(mean), flat(var), flat(count))
-    return Seen(elements, flat(examples), sums, squares)
+    return BatchMoments(elements, flat(examples), sums, squares)
 
 
-def arguments(batch: Any) -> tuple:
-    """The model's arguments: a batch is a tuple of them, or the only one."""
-    return batch if type(batch) is tuple else (batch,)
-
-
-def names_here(axis_name: Any, axis_index_groups: Any) -> Any:
+def bound_axis_name(axis_name: Any, axis_index_groups: Any) -> Any:
     """The axis name of a norm, or None if nothing binds it: its statistics are then of the whole x.
 
     With groups the name stays, because they have no such equivalent.
@@ -114,8 +110,3 @@ def names_here(axis_name: Any, axis_index_groups: Any) -> Any:
     if axis_name is None or axis_index_groups is not None or is_bound(axis_name):
         return axis_name
     return None
-
-
-def named(path: str) -> str:
-    """A path as one reads it."""
-    return path or "the model"

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxnorm._seen import arguments, named, nothing_seen
 from jaxnorm.core.arithmetic import square
 from jaxnorm.core.moments import Moments
+from jaxnorm.tools.batch_moments import no_batch_moments
+from jaxnorm.tools.programs import display_path, model_arguments
 
 
 class Total(NamedTuple):
@@ -23,29 +24,29 @@ class Total(NamedTuple):
     low: Moments
 
 
-def nothing_yet(running_mean: jax.Array) -> Total:
+def zero_total(running_mean: jax.Array) -> Total:
     """The total before the first batch, for running statistics like these."""
-    nothing = nothing_seen(running_mean).elements
+    nothing = no_batch_moments(running_mean).elements
     return Total(nothing, nothing)
 
 
-def add_seen(total: Total, new: Moments, how: str) -> Total:
+def add_moments(total: Total, new: Moments, reduction: str) -> Total:
     """The moments of another batch added to those of the batches before.
 
-    `how` is "pooled", for the moments of all elements, or "mean", for the average of the batches'
-    moments, whose count is the number of batches. Each part moves by the batch's share of the
-    distance to that of the batch; "pooled" adds the variance between the two means (Chan, Golub and
-    LeVeque, 1979).
+    `reduction` is "pooled", for the moments of all elements, or "mean", for the average of the
+    batches' moments, whose count is the number of batches. Each part moves by the batch's share of
+    the distance to that of the batch; "pooled" adds the variance between the two means (Chan, Golub
+    and LeVeque, 1979).
     """
     (mean, var, count), low = total
     counted = new.count > 0
-    size = new.count if how == "pooled" else counted.astype(count.dtype)
+    size = new.count if reduction == "pooled" else counted.astype(count.dtype)
     number = _add(count, low.count, size)
     share = size / jnp.maximum(number[0], 1)
     # The numbers of a batch in which nothing counted may be anything.
     of_mean = jnp.where(counted, (new.mean - mean) - low.mean, 0)
     of_var = share * jnp.where(counted, (new.var - var) - low.var, 0)
-    if how == "pooled":
+    if reduction == "pooled":
         # The shares are part of the square, so that it overflows no sooner than the variance.
         of_var += square(jnp.sqrt(share * (1 - share)).astype(of_mean.dtype) * of_mean)
     means = _add(mean, low.mean, share.astype(of_mean.dtype) * of_mean)
@@ -62,7 +63,7 @@ def _add(high: jax.Array, low: jax.Array, term: jax.Array) -> tuple[jax.Array, j
     return rounded, rest - (rounded - total)
 
 
-def arguments_of(batches: Iterable[Any]) -> Iterator[tuple]:
+def batch_arguments(batches: Iterable[Any]) -> Iterator[tuple]:
     """The model's arguments of each batch."""
     if hasattr(batches, "ndim") or not isinstance(batches, Iterable):
         raise TypeError(
@@ -71,7 +72,7 @@ def arguments_of(batches: Iterable[Any]) -> Iterator[tuple]:
         )
     number = 0
     for number, batch in enumerate(batches, 1):  # noqa: B007 (counted)
-        yield arguments(batch)
+        yield model_arguments(batch)
     if not number:
         raise ValueError("batches must hold at least one batch, got none; pass some of the data.")
 
@@ -84,10 +85,10 @@ def check_totals(totals: dict[str, Moments], remedy: str) -> None:
     if not any((total.count > 0).any() for total in totals.values()):
         raise ValueError(
             "a batch norm must be called in training mode, and elements must count, got none of "
-            f"{', '.join(map(named, totals)) or 'them'}; {remedy}."
+            f"{', '.join(map(display_path, totals)) or 'them'}; {remedy}."
         )
     finite = lambda total: bool(jnp.isfinite(total.mean).all() & jnp.isfinite(total.var).all())
-    if wrong := [named(path) for path, total in totals.items() if not finite(total)]:
+    if wrong := [display_path(path) for path, total in totals.items() if not finite(total)]:
         raise ValueError(
             "batches must give finite statistics, got NaN or infinity in "
             f"{', '.join(wrong)}; look for the batch that has them, or for what comes before these "
@@ -95,10 +96,10 @@ def check_totals(totals: dict[str, Moments], remedy: str) -> None:
         )
 
 
-def check_how(how: str) -> None:
+def check_reduction(reduction: str) -> None:
     """Check the way in which batches are put together."""
-    if how not in ("pooled", "mean"):
+    if reduction not in ("pooled", "mean"):
         raise ValueError(
-            f'how must be "pooled" or "mean", got {how!r}; "pooled" gives the moments of all that '
-            "was seen."
+            f'reduction must be "pooled" or "mean", got {reduction!r}; "pooled" gives the moments '
+            "of all elements of all batches."
         )

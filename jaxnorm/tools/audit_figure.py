@@ -9,7 +9,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
-from jaxnorm._findings import Findings, Measured, named
+from jaxnorm.tools.findings import Findings, Measured
+from jaxnorm.tools.programs import display_path
 
 # From the palette of Okabe and Ito, which is safe for colour-blind readers.
 SOUND, APART, EXPLAINED, MARKED = "#444444", "#D55E00", "#56B4E9", "#FBE9C6"
@@ -33,7 +34,7 @@ def draw(findings: Findings) -> Figure:
         _draw_norm(left, right, row, one)
     _scale_means(left, [one for _, one in norms])
     _scale_ratios(right, [one for _, one in norms])
-    left.set_yticks(range(len(norms)), [named(path) for path, _ in norms], size=8)
+    left.set_yticks(range(len(norms)), [display_path(path) for path, _ in norms], size=8)
     for label, (path, _) in zip(left.get_yticklabels(), norms, strict=True):
         label.set_weight("bold" if path in wrong else "normal")
     left.set_ylim(len(norms) - 0.5, -0.5)

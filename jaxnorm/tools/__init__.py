@@ -1,0 +1,1 @@
+"""Audit and recalibration of batch norms: what linen and nnx share."""
