@@ -30,7 +30,7 @@ def groups(layout: Layout) -> np.ndarray:
     """The number of the group of each element: an array of the shape of x."""
     shape = layout.statistics_shape
     numbers = jnp.arange(math.prod(shape)).reshape(shape)
-    return np.broadcast_to(np.asarray(layout.spread(numbers)), layout.shape)
+    return np.broadcast_to(np.asarray(layout.broadcast_statistics(numbers)), layout.shape)
 
 
 def shares(name: str) -> dict[str, bool]:

@@ -218,7 +218,7 @@ def main() -> int:
         print("PyTorch is skipped: it is not installed.", file=sys.stderr)
     page = PAGE.format(
         epsilon=EPSILON,
-        kernel=cpu.level(),
+        kernel=cpu.target(),
         versions=f"{versions}, {platform.machine()}, {jax.default_backend()}",
         layer="\n".join(table("layer", peers)),
         batch="\n".join(table("batch", peers)),

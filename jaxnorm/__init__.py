@@ -15,13 +15,13 @@ from jaxnorm.functional.dynamic_erf import dynamic_erf
 from jaxnorm.functional.dynamic_tanh import dynamic_tanh
 from jaxnorm.functional.filter_response import filter_response_norm
 from jaxnorm.functional.fold import fold_batch_norm
-from jaxnorm.functional.given import denormalize, normalize
 from jaxnorm.functional.global_response import global_response_norm
 from jaxnorm.functional.group import group_norm
 from jaxnorm.functional.instance import instance_norm
 from jaxnorm.functional.layer import layer_norm
 from jaxnorm.functional.local_response import local_response_norm
 from jaxnorm.functional.moments import merge_moments, moments
+from jaxnorm.functional.normalize import denormalize, normalize
 from jaxnorm.functional.padding import pad_batch
 from jaxnorm.functional.renorm import Renorm
 from jaxnorm.functional.rms import rms_norm

@@ -17,10 +17,8 @@ from jaxnorm.core.devices import LOCAL, bound_devices
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.layouts import batch_layout
 from jaxnorm.core.moments import Moments
-from jaxnorm.core.normalize import Arrays, checked
-from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.standardize import NormParams
-from jaxnorm.functional.spectral import divide, start
+from jaxnorm.functional.spectral import init_vectors, spectral_normalize
 from jaxnorm.functional.state import BatchNormState, update_batch_norm_state
 from jaxnorm.functional.weight import weight_norm
 
@@ -31,42 +29,21 @@ def replacements(flax: Any, ours: Any) -> dict[type, type]:
     return {getattr(flax, name): getattr(ours, name) for name in names}
 
 
-def checked_call(
-    name: str,
-    module: Any,
-    layout: Layout,
-    prepared: tuple[jax.Array, NormParams, DTypeLike],
-    mask: jax.Array | None,
-    *,
-    residual: jax.Array | None = None,
-    subtract_mean: bool = True,
-    bind_names: bool = True,
-    implementation: str | None = None,
-) -> tuple[NormSpec, Arrays]:
-    """What `normalize` takes, by a module's attributes.
+def options_of(module: Any, mask: jax.Array | None, *, bind_names: bool) -> dict[str, Any]:
+    """Return the options of `prepare_call` that are attributes of a module, and its mask.
 
-    `prepared` holds x, the parameters and the result's dtype; a residual is cast to the dtype of
-    this x. Without `bind_names`, the statistics are those of this device, and nothing has to bind
-    the module's axis name.
+    Without `bind_names`, the statistics are those of this device, and nothing has to bind the
+    module's axis name.
     """
-    x, params, dtype = prepared
     devices = LOCAL
     if bind_names and module.axis_name is not None:
         devices = bound_devices(module.axis_name, module.axis_index_groups)
-    return checked(
-        name,
-        x,
-        layout,
-        params,
-        epsilon=module.epsilon,
-        scale_offset=module.scale_offset,
-        where=None if mask is None else jnp.asarray(mask, bool),
-        residual=None if residual is None else residual.astype(x.dtype),
-        subtract_mean=subtract_mean,
-        devices=devices,
-        dtype=dtype,
-        implementation=implementation,
-    )
+    return {
+        "epsilon": module.epsilon,
+        "scale_offset": module.scale_offset,
+        "where": None if mask is None else jnp.asarray(mask, bool),
+        "devices": devices,
+    }
 
 
 def add_params(
@@ -114,7 +91,7 @@ def update_running_statistics(
     )
 
 
-def like(old: Any, value: np.ndarray | jax.Array) -> jax.Array:
+def cast_and_place_like(old: Any, value: np.ndarray | jax.Array) -> jax.Array:
     """The value in the dtype of an array, and where that is."""
     new = jnp.asarray(value.astype(old.dtype))
     if isinstance(old, jax.Array) and not isinstance(old, Tracer) and old.committed:
@@ -143,7 +120,9 @@ def warn_of_single_elements(layout: Layout) -> None:
         )
 
 
-def called(function: Callable, x: Any, dtype: DTypeLike, *args: Any, **options: Any) -> jax.Array:
+def call_in_dtype(
+    function: Callable, x: Any, dtype: DTypeLike, *args: Any, **options: Any
+) -> jax.Array:
     """`function(x, ...)` with a result of `dtype`: x is cast up before, and y down after."""
     x = widened(x, dtype)
     return function(x.astype(promote(x.dtype, dtype)), *args, **options).astype(dtype)
@@ -173,7 +152,9 @@ def spectrally_normalized(
     """
     wide = weights.astype(promote(weights.dtype, dtype))
     layout = batch_layout(wide.shape, -1)
-    y, state, sigma = divide(layout, steps, epsilon, wide, start(layout, wide, u.reshape(-1)))
+    y, state, sigma = spectral_normalize(
+        layout, steps, epsilon, wide, init_vectors(layout, wide, u.reshape(-1))
+    )
     return y.astype(dtype), state.u.reshape(u.shape).astype(u.dtype), sigma
 
 

@@ -26,7 +26,7 @@ import jaxnorm as jn
 from jaxnorm import kernels
 
 LIMIT = 4.0  # units: rounding of the mean, of rstd, and of the operations of the formula
-RESULTS = ("y", "total", "dx", "dscale", "dbias")
+RESULTS = ("y", "sum", "dx", "dscale", "dbias")
 ROUNDS, CALLS = 7, 10
 ROUND_SECONDS = 0.05  # longer calls are fewer
 SECONDS = 110.0  # without --full; the rest of two minutes is for what starts before
@@ -36,7 +36,7 @@ MEGABYTES, FULL_MEGABYTES = 4, 256  # of x, when timed
 class Case(NamedTuple):
     """A norm of rows of k elements, drawn with a mean and a standard deviation.
 
-    The norms that add a residual get one, and a cotangent of the total.
+    The norms that add a residual get one, and a cotangent of the residual_sum.
     """
 
     norm: str
@@ -57,14 +57,14 @@ class Case(NamedTuple):
         return self.norm.endswith("layer")
 
     @property
-    def adds(self) -> bool:
-        """Whether it adds a residual."""
+    def has_residual(self) -> bool:
+        """Whether a residual is added to x."""
         return self.norm.startswith("add")
 
     @property
     def least(self) -> dict[str, int]:
         """How many arrays of the size of x each pass must read or write."""
-        return {"forward": 4, "backward": 4} if self.adds else {"forward": 2, "backward": 3}
+        return {"forward": 4, "backward": 4} if self.has_residual else {"forward": 2, "backward": 3}
 
     def arrays(self) -> tuple[tuple[jax.Array, ...], Any]:
         """The arguments: x, perhaps a residual, scale and bias; and a cotangent of the result."""
@@ -84,8 +84,8 @@ def _drawn(case: Case, key: jax.Array) -> tuple[tuple[jax.Array, ...], Any]:
     drawn = jax.random.normal(key, (3 * case.rows + 2, case.k), jnp.float32)
     x, dy, residual, scale, bias = jnp.split(drawn, np.cumsum([case.rows] * 3 + [1]))
     x, dy, residual = (a.astype(case.dtype) for a in (case.mean + case.std * x, dy, residual))
-    given = (x, *((residual,) if case.adds else ()), 1 + scale[0], bias[0])
-    return given, (dy, dy) if case.adds else dy
+    given = (x, *((residual,) if case.has_residual else ()), 1 + scale[0], bias[0])
+    return given, (dy, dy) if case.has_residual else dy
 
 
 def right_cases() -> Iterator[Case]:
@@ -119,21 +119,21 @@ def truth(case: Case, given: Any, cotangent: Any) -> dict[str, tuple[np.ndarray,
     """The results in float64, and of each the size of what it is a sum or difference of."""
     wide = lambda a: np.asarray(a.astype(jnp.float32), np.float64)
     *summands, scale, bias = map(wide, given)
-    dy = wide(cotangent[0] if case.adds else cotangent)
+    dy = wide(cotangent[0] if case.has_residual else cotangent)
     x = np.float32(sum(summands)).astype(np.float64)
-    # What the backward pass keeps is the total as it is returned.
-    total = wide(jnp.asarray(x, jnp.float32).astype(case.dtype))
+    # What the backward pass keeps is the residual sum as it is returned.
+    residual_sum = wide(jnp.asarray(x, jnp.float32).astype(case.dtype))
     mean = lambda a: a.mean(-1, keepdims=True)
     middle = mean(x) if case.centred else 0
     padded = mean((x - middle) ** 2) + case.epsilon
     rstd = np.where(padded > 0, 1 / np.sqrt(np.where(padded > 0, padded, 1)), 0)
-    y, h, g = (x - middle) * rstd * scale + bias, (total - middle) * rstd, dy * scale
+    y, h, g = (x - middle) * rstd * scale + bias, (residual_sum - middle) * rstd, dy * scale
     dx = rstd * (g - h * mean(g * h) - (mean(g) if case.centred else 0))
-    dx += dy if case.adds else 0
+    dx += dy if case.has_residual else 0
     along = lambda a: np.sqrt((a**2).sum(0)).max()
     return {
         "y": (y, np.abs(y - bias).max()),
-        "total": (total, 0),
+        "sum": (residual_sum, 0),
         "dx": (dx, np.abs(rstd * g).max()),
         "dscale": ((dy * h).sum(0), along(dy * h)),
         "dbias": (dy.sum(0), along(dy)),
@@ -147,11 +147,11 @@ def errors(case: Case, implementation: str) -> dict[str, float]:
     @jax.jit
     def results(given, cotangent):
         result, pullback = jax.vjp(case.function(implementation), *given)
-        y, *total = jax.tree.leaves(result)
+        y, *residual_sum = jax.tree.leaves(result)
         dx, *dresidual, dscale, dbias = pullback(cotangent)
         found = {"y": y, "dx": dx, "dscale": dscale, "dbias": dbias}
-        if total:  # the residual's gradient is that of x, to the bit
-            found["total"] = total[0]
+        if residual_sum:  # the residual's gradient is that of x, to the bit
+            found["sum"] = residual_sum[0]
             found["dx"] = jnp.where(dx == dresidual[0], dx, jnp.nan)
         return found
 
@@ -259,8 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     kernel = kernels.KERNELS.get("cuda" if backend == "gpu" else backend)
-    if kernel is None or kernel.missing():
-        why = kernel.missing() if kernel else "there is none for it"
+    if kernel is None or kernel.unavailable_reason():
+        why = kernel.unavailable_reason() if kernel else "there is none for it"
         print(f"{backend}: no kernel to verify, {why}.", file=sys.stderr)
         return 2
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {status}")

@@ -1,4 +1,4 @@
-"""The norms of a residual sum, as the tests see them: y and the total, and the truth of both."""
+"""The norms of a residual sum, for tests: y and the sum, and the truth of both."""
 
 import dataclasses
 import functools
@@ -27,21 +27,21 @@ class AddNorm:
 
     def truth(self, x, residual, *params, **options):
         """y, in float64."""
-        total = oracle.wide(x) + oracle.wide(residual)
-        return self.norm.truth(total, *params, **(self.norm.options | options))
+        residual_sum = oracle.wide(x) + oracle.wide(residual)
+        return self.norm.truth(residual_sum, *params, **(self.norm.options | options))
 
     # For the transformations of a norm: a function of x, scale and bias in which all that goes in
     # and comes out depends on x.
 
     def of_x(self, x, scale, bias, **options):
         """Ours."""
-        y, total = self(x, jnp.cos(x), scale, bias, **options)
-        return y + jnp.sin(total)
+        y, residual_sum = self(x, jnp.cos(x), scale, bias, **options)
+        return y + jnp.sin(residual_sum)
 
     def plain_of_x(self, x, scale, bias, **options):
         """The textbook's formula."""
-        total = x + jnp.cos(x)
-        return self.norm.plain(total, scale, bias, **options) + jnp.sin(total)
+        residual_sum = x + jnp.cos(x)
+        return self.norm.plain(residual_sum, scale, bias, **options) + jnp.sin(residual_sum)
 
 
 ADD_NORMS = [
@@ -53,21 +53,21 @@ ADD_NORM_IDS = ["layer", "layer-two-axes", "rms"]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def compute(add, implementation, epsilon, example, residual, dtotal):
-    """What an example gives: y, the total, the gradients of x and of the residual, and `Results`.
+def compute(add, implementation, epsilon, example, residual, d_residual_sum):
+    """Return y, the residual sum, the gradients of x and of the residual, and `Results`.
 
     The tangent of the residual is -tx / 2, so that no dtype rounds the sum of the two.
     """
     f = functools.partial(add, implementation=implementation, epsilon=epsilon)
     primals = (example.x, residual, example.scale, example.bias)
-    (y, total), pullback = jax.vjp(f, *primals)
-    dx, dresidual, dscale, dbias = pullback((example.dy, dtotal))
+    (y, residual_sum), pullback = jax.vjp(f, *primals)
+    dx, dresidual, dscale, dbias = pullback((example.dy, d_residual_sum))
     tangents = (example.tx, -example.tx / 2, example.tscale, example.tbias)
     ty, ttotal = jax.jvp(f, primals, tangents)[1]
-    return total, dresidual, ttotal, Results(y, dx, dscale, dbias, ty)
+    return residual_sum, dresidual, ttotal, Results(y, dx, dscale, dbias, ty)
 
 
-def expected(add, example, residual, dtotal, epsilon):
+def expected(add, example, residual, d_residual_sum, epsilon):
     """The truth of `Results`, and the sizes of what they are sums of.
 
     y and the statistics are of the sum in float32. The derivatives standardize the sum in the dtype
@@ -87,7 +87,7 @@ def expected(add, example, residual, dtotal, epsilon):
         return rstd * (centred - h * average(g * h))
 
     results = results._replace(
-        dx=of_x(a.dy * a.scale) + oracle.wide(dtotal),
+        dx=of_x(a.dy * a.scale) + oracle.wide(d_residual_sum),
         dscale=(a.dy * h).sum(tuple(range(h.ndim - a.scale.ndim))),
         ty=of_x(a.tx / 2) * a.scale + h * a.tscale + a.tbias,
     )
@@ -96,7 +96,9 @@ def expected(add, example, residual, dtotal, epsilon):
 
 
 def draw(add, shape=(4, 6, 8), dtype=jnp.float32):
-    """An example, a residual and a cotangent of the total."""
+    """An example, a residual and a cotangent of the residual sum."""
     rng = np.random.default_rng(1)
-    residual, dtotal = (rng.standard_normal(shape, np.float32).astype(dtype) for _ in range(2))
-    return example_of(add.norm, shape, dtype), residual, dtotal
+    residual, d_residual_sum = (
+        rng.standard_normal(shape, np.float32).astype(dtype) for _ in range(2)
+    )
+    return example_of(add.norm, shape, dtype), residual, d_residual_sum

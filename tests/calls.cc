@@ -58,10 +58,10 @@ std::string run(XLA_FFI_DataType type, const Block& b, int64_t batch, const Opti
   Array scale(kF32, scales), bias(kF32, biases), high(kF32, means), low(kF32, means);
   Array var(kF32, groups), rstd(kF32, groups);
   const int64_t sums = has.residual ? size : 0;
-  Array residual(type, sums), total(type, sums), dtotal(type, sums);
+  Array residual(type, sums), total(type, sums), d_residual_sum(type, sums);
   Array dscale(kF32, has.gradients ? batch * b.features() : 0);
   Array dbias(kF32, has.gradients && has.bias ? batch * b.features() : 0);
-  x.fill(1), dy.fill(2), scale.fill(3), bias.fill(4), residual.fill(5), dtotal.fill(6);
+  x.fill(1), dy.fill(2), scale.fill(3), bias.fill(4), residual.fill(5), d_residual_sum.fill(6);
   constexpr double kEpsilon = 1e-6;
   Call forward;
   forward.argument(x).argument(residual).argument(scale).argument(bias);
@@ -72,7 +72,7 @@ std::string run(XLA_FFI_DataType type, const Block& b, int64_t batch, const Opti
   if (!error.empty()) return error;
   const Array& kept = has.residual ? total : x;
   Call backward;
-  backward.argument(kept).argument(dy).argument(dtotal).argument(scale);
+  backward.argument(kept).argument(dy).argument(d_residual_sum).argument(scale);
   backward.argument(high).argument(low).argument(rstd);
   backward.result(dx).result(dscale).result(dbias);
   backward.integer("batch", batch).block(b).boolean("subtract_mean", has.subtract_mean);
@@ -86,7 +86,7 @@ std::string run(XLA_FFI_DataType type, const Block& b, int64_t batch, const Opti
   for (int64_t i = 0; i < sums; ++i) sum[i] += residual.at(i);
   const truth::Results wanted = truth::compute(
       {b, batch, kEpsilon, has.subtract_mean, sum, scale.numbers(batch * b.features(), 1),
-       bias.numbers(b.features(), 0), kept.numbers(size, 0), dy.numbers(size, 0), dtotal.numbers(size, 0)});
+       bias.numbers(b.features(), 0), kept.numbers(size, 0), dy.numbers(size, 0), d_residual_sum.numbers(size, 0)});
   return compared("y", y, wanted.y) + compared("dx", dx, wanted.dx) +
          compared("dscale", dscale, wanted.dscale) + compared("dbias", dbias, wanted.dbias);
 }

@@ -43,7 +43,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Put a test's levels of the kernel side by side: a worker compiles their program once."""
+    """Put a test's targets of the kernel side by side: a worker compiles their program once."""
     at = lambda item: (item.location[0], item.location[1] or 0)
     any_level = lambda item: re.sub("kernel-(baseline|avx2)", "kernel-avx512", item.nodeid)
     items.sort(key=lambda item: (at(item), any_level(item)))
@@ -86,24 +86,24 @@ def unoptimized():
 @pytest.fixture(params=["xla", "kernel-baseline", "kernel-avx2", "kernel-avx512"])
 def implementation(request):
     """Each that a function can be told to use; the kernel as compiled for each machine."""
-    name, _, level = request.param.partition("-")
-    if not level:
+    name, _, target = request.param.partition("-")
+    if not target:
         yield name
         return
-    if cpu.missing():
-        pytest.skip(f"there is no kernel: {cpu.missing()}")
-    before = cpu.level()
-    if not cpu.use_level(level):
-        pytest.skip(f"this machine can't run the kernel for {level}")
+    if cpu.unavailable_reason():
+        pytest.skip(f"there is no kernel: {cpu.unavailable_reason()}")
+    before = cpu.target()
+    if not cpu.use_target(target):
+        pytest.skip(f"this machine can't run the kernel for {target}")
     yield name
-    cpu.use_level(before)
+    cpu.use_target(before)
 
 
 @pytest.fixture
 def kernel():
     """Skips a test where there is no kernel."""
-    if cpu.missing():
-        pytest.skip(f"there is no kernel: {cpu.missing()}")
+    if cpu.unavailable_reason():
+        pytest.skip(f"there is no kernel: {cpu.unavailable_reason()}")
 
 
 @pytest.fixture

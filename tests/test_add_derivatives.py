@@ -151,12 +151,12 @@ def test_backward_keeps_the_total_and_nothing_else_of_its_size(add, implementati
 
 
 def test_a_gradient_of_one_result_alone():
-    example, residual, dtotal = draw(LAYER)
+    example, residual, d_residual_sum = draw(LAYER)
     _, pullback = jax.vjp(LAYER, example.x, residual)
     zero = jnp.zeros_like(example.x)
-    both = pullback((example.dy, dtotal))
+    both = pullback((example.dy, d_residual_sum))
     y = jax.vjp(lambda *args: LAYER(*args)[0], example.x, residual)[1](example.dy)
-    total = jax.vjp(lambda *args: LAYER(*args)[1], example.x, residual)[1](dtotal)
+    total = jax.vjp(lambda *args: LAYER(*args)[1], example.x, residual)[1](d_residual_sum)
     np.testing.assert_array_equal(y[0], pullback((example.dy, zero))[0])
-    np.testing.assert_array_equal(total[1], dtotal)
+    np.testing.assert_array_equal(total[1], d_residual_sum)
     np.testing.assert_allclose(y[0] + total[0], both[0], rtol=0, atol=4 * EPS)

@@ -19,16 +19,16 @@ LAYER, _, RMS = ADD_NORMS
 def both(add, **options):
     """A function that gives the results, and all gradients."""
 
-    def run(dy, dtotal, *args):
+    def run(dy, d_residual_sum, *args):
         results, pullback = jax.vjp(functools.partial(add, **options), *args)
-        return results, pullback((dy, dtotal))
+        return results, pullback((dy, d_residual_sum))
 
     return run
 
 
 def arguments_of_both(add, *draw_how):
-    example, residual, dtotal = draw(add, *draw_how)
-    args = (example.dy, dtotal, example.x, residual, example.scale, example.bias)
+    example, residual, d_residual_sum = draw(add, *draw_how)
+    args = (example.dy, d_residual_sum, example.x, residual, example.scale, example.bias)
     return jax.tree.map(jnp.asarray, args)
 
 

@@ -29,30 +29,30 @@ LAYER, _, RMS = ADD_NORMS
 )
 @EACH
 def test_the_contract(add, implementation, shape, dtype):
-    example, residual, dtotal = args = draw(add, shape, dtype)
-    total, dresidual, ttotal, results = compute(
-        add, implementation, 1e-6, example, residual, dtotal
+    example, residual, d_residual_sum = args = draw(add, shape, dtype)
+    residual_sum, dresidual, ttotal, results = compute(
+        add, implementation, 1e-6, example, residual, d_residual_sum
     )
-    for a in (total, dresidual, ttotal, *results[:2], results.ty):
+    for a in (residual_sum, dresidual, ttotal, *results[:2], results.ty):
         assert a.dtype == dtype
     exact = example.x.astype(np.float32) + residual.astype(np.float32)
-    np.testing.assert_array_equal(total, exact.astype(dtype))
+    np.testing.assert_array_equal(residual_sum, exact.astype(dtype))
     np.testing.assert_array_equal(dresidual, results.dx)
     np.testing.assert_array_equal(ttotal, example.tx / 2)
     assert_right(add, implementation, args, results)
 
 
 def assert_right(add, implementation, args, results):
-    example, residual, dtotal = args
-    right, sizes = expected(add, example, residual, dtotal, 1e-6)
+    example, residual, d_residual_sum = args
+    right, sizes = expected(add, example, residual, d_residual_sum, 1e-6)
     terms = example.x.size // example.scale.size
     assert_near(results, right, sizes, terms, formula=implementation == "xla")
 
 
 @pytest.mark.parametrize("add", [LAYER, RMS], ids=["layer", "rms"])
 def test_long_rows(add, implementation):
-    example, residual, dtotal = args = draw(add, SHAPES["long-rows"])
-    results = compute(add, implementation, 1e-6, example, residual, dtotal)[-1]
+    example, residual, d_residual_sum = args = draw(add, SHAPES["long-rows"])
+    results = compute(add, implementation, 1e-6, example, residual, d_residual_sum)[-1]
     assert_right(add, implementation, args, results)
 
 
@@ -60,27 +60,27 @@ def test_the_sum_is_normalized_before_it_is_rounded(implementation, rng):
     """Near 256 a bfloat16 holds even numbers only."""
     x = rng.standard_normal((8, 64), np.float32).astype(jnp.bfloat16)
     residual = jnp.full(x.shape, 256, jnp.bfloat16)
-    y, total = jax.jit(functools.partial(LAYER, implementation=implementation))(x, residual)
+    y, residual_sum = jax.jit(functools.partial(LAYER, implementation=implementation))(x, residual)
     truth = LAYER.truth(np.asarray(x, np.float32), np.float32(256))
     bound = 0.51 * float(jnp.finfo(jnp.bfloat16).eps) * np.abs(truth).max()
     np.testing.assert_allclose(oracle.wide(y.astype(jnp.float32)), truth, rtol=0, atol=bound)
-    np.testing.assert_array_equal(total, x + residual)
-    assert np.abs(oracle.wide(jn.layer_norm(total).astype(jnp.float32)) - truth).max() > 0.1
+    np.testing.assert_array_equal(residual_sum, x + residual)
+    assert np.abs(oracle.wide(jn.layer_norm(residual_sum).astype(jnp.float32)) - truth).max() > 0.1
 
 
 @EACH
 def test_it_is_the_norm_of_the_sum(add):
     """In float32 the sum is not rounded again."""
-    example, residual, dtotal = draw(add)
+    example, residual, d_residual_sum = draw(add)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(f):
         results, pullback = jax.vjp(f, example.x, residual, example.scale, example.bias)
-        return results, pullback((example.dy, dtotal))
+        return results, pullback((example.dy, d_residual_sum))
 
     def of_sum(x, residual, *params):
-        total = x + residual
-        return add.norm(total, *params), total
+        residual_sum = x + residual
+        return add.norm(residual_sum, *params), residual_sum
 
     for ours, plain in zip(*(jax.tree.leaves(run(f)) for f in (add, of_sum)), strict=True):
         np.testing.assert_allclose(ours, plain, rtol=0, atol=8 * EPS * np.abs(plain).max())
@@ -90,9 +90,9 @@ def test_it_is_the_norm_of_the_sum(add):
 @EACH
 def test_float64_is_the_norm_of_the_sum(add, rng):
     x, residual = rng.standard_normal((2, 4, 6, 8)) + 3
-    y, total = add(x, residual)
-    assert y.dtype == total.dtype == jnp.float64
-    np.testing.assert_array_equal(total, x + residual)
+    y, residual_sum = add(x, residual)
+    assert y.dtype == residual_sum.dtype == jnp.float64
+    np.testing.assert_array_equal(residual_sum, x + residual)
     np.testing.assert_allclose(y, add.truth(x, residual), rtol=0, atol=1e-14)
 
 
@@ -102,9 +102,9 @@ def test_other_dtypes(add, dtype, rng):
     x, residual = rng.standard_normal((2, 4, 6, 8)).astype(dtype)
     if dtype == jnp.complex64:
         x = x + 1j * residual[::-1]
-    y, total = add(x, residual)
-    assert y.dtype == total.dtype == dtype
-    np.testing.assert_array_equal(total, x + residual)
+    y, residual_sum = add(x, residual)
+    assert y.dtype == residual_sum.dtype == dtype
+    np.testing.assert_array_equal(residual_sum, x + residual)
     bound = 3 * float(jnp.finfo(dtype).eps) * np.abs(y).max()
     np.testing.assert_allclose(oracle.wide(y), add.truth(x, residual), rtol=0, atol=bound)
 
@@ -115,8 +115,8 @@ def test_masks(add, rng):
     where = rng.random(x.shape) < 0.6
     where[0] = False
     bias = np.ones(add.norm.features(x.shape), np.float32)
-    y, total = add(x, residual, None, bias, where=where)
-    np.testing.assert_array_equal(total, x + residual)
+    y, residual_sum = add(x, residual, None, bias, where=where)
+    np.testing.assert_array_equal(residual_sum, x + residual)
     np.testing.assert_array_equal(y[0], np.ones_like(y[0]))
     assert oracle.units(y, add.truth(x, residual, None, bias, where=where)) <= 4
 
@@ -134,8 +134,8 @@ def test_a_scale_with_an_offset(add, offset, implementation, rng):
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def run(implementation, offset, scale):
         f = functools.partial(add, implementation=implementation, **dict(offset))
-        (y, total), pullback = jax.vjp(f, x, residual, scale, bias)
-        return y, pullback((dy, jnp.zeros_like(total)))
+        (y, residual_sum), pullback = jax.vjp(f, x, residual, scale, bias)
+        return y, pullback((dy, jnp.zeros_like(residual_sum)))
 
     y, gradients = run(implementation, tuple(offsets.items()), scale)
     plain_y, plain_gradients = run("xla", (), scale.astype(np.float32) + np.float32(offset))

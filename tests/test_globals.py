@@ -25,7 +25,7 @@ def test_a_changed_table_finds_no_program_that_was_compiled_before():
     called = lambda: "jaxnorm_forward" in norm.lower(jnp.ones((3, 5))).as_text()
     assert called()
     with changes() as change:
-        none = types.SimpleNamespace(missing=lambda: "it is not there")
+        none = types.SimpleNamespace(unavailable_reason=lambda: "it is not there")
         change(kernels, "KERNELS", with_kernels(cpu=none))
         assert not called()
     assert called()

@@ -33,7 +33,7 @@ def interpreted(change, capfd):
     They are called directly: what interprets them calls back to Python in order, which JAX does not
     allow inside of a primitive.
     """
-    if gpu.missing():
+    if gpu.unavailable_reason():
         pytest.skip("Mosaic GPU is interpreted from jax 0.11 on")
     from jax.experimental.pallas import mosaic_gpu
 
@@ -50,7 +50,7 @@ def results_of(norm, example, epsilon, batch=1):
     k = example.scale.size
     rows = example.x.size // k
     scale, bias = (jnp.asarray(a, jnp.float32) for a in (example.scale, example.bias))
-    y, _, high, low, _, rstd = gpu.value(
+    y, _, high, low, _, rstd = gpu.forward(
         jnp.asarray(example.x),
         None,
         scale,
@@ -60,7 +60,7 @@ def results_of(norm, example, epsilon, batch=1):
         epsilon=epsilon,
         subtract_mean=norm.subtract_mean,
     )
-    gradients: Any = gpu.cotangent(
+    gradients: Any = gpu.vjp(
         jnp.asarray(example.x),
         jnp.asarray(example.dy),
         None,
@@ -127,16 +127,25 @@ def test_the_sum_with_a_residual_is_normalized_before_it_is_rounded(rng):
     rows, k = 4, 128
     x, residual = (jnp.asarray(rng.standard_normal((rows, k)), jnp.bfloat16) for _ in range(2))
     block = (rows, 1, 1, k)
-    y, total, high, low, _, rstd = gpu.value(
+    y, residual_sum, high, low, _, rstd = gpu.forward(
         x, residual, None, None, block=block, batch=1, epsilon=1e-6, subtract_mean=True
     )
-    assert total is not None
+    assert residual_sum is not None
     exact = x.astype(jnp.float32) + residual.astype(jnp.float32)
-    np.testing.assert_array_equal(total, exact.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(residual_sum, exact.astype(jnp.bfloat16))
     np.testing.assert_array_equal(y, jn.layer_norm(exact, implementation="xla").astype(y.dtype))
     dy = jnp.ones_like(x)
-    gradient = lambda dtotal: gpu.cotangent(
-        total, dy, dtotal, None, high, low, rstd, block=block, batch=1, wanted=(False, False)
+    gradient = lambda d_residual_sum: gpu.vjp(
+        residual_sum,
+        dy,
+        d_residual_sum,
+        None,
+        high,
+        low,
+        rstd,
+        block=block,
+        batch=1,
+        wanted=(False, False),
     )[0]
     assert not np.array_equal(gradient(None), gradient(dy))
     np.testing.assert_allclose(
@@ -159,10 +168,10 @@ def test_tiles():
 
 
 def test_refusals(monkeypatch, change):
-    monkeypatch.setattr(gpu, "missing", lambda: None)
+    monkeypatch.setattr(gpu, "unavailable_reason", lambda: None)
     change(kernels, "KERNELS", with_kernels(cpu=gpu))
     huge = Request((2**20, 1, 1, 4096), jnp.dtype("float32"), jnp.dtype("float32"))
-    assert "fewer than 2**31 elements" in (gpu.declines(huge) or "")
+    assert "fewer than 2**31 elements" in (gpu.unsupported_reason(huge) or "")
     x = jnp.ones((8, 128))
     for norm, sentence in (
         (lambda x: jn.layer_norm(x[:, :100], implementation="kernel"), "a multiple of 64"),
@@ -175,15 +184,15 @@ def test_refusals(monkeypatch, change):
 
 
 def test_without_a_gpu_it_has_to_be_asked_for():
-    assert "no NVIDIA GPU here" in (gpu.unproven() or "")
+    assert "no NVIDIA GPU here" in (gpu.opt_in_reason() or "")
 
 
 def test_the_devices_decide_each_time_whether_it_is_used_unasked(monkeypatch):
     gpus = lambda *kinds: lambda backend: [types.SimpleNamespace(device_kind=k) for k in kinds]
     monkeypatch.setattr(jax, "devices", gpus(gpu.PROVEN, gpu.PROVEN))
-    assert gpu.unproven() is None
+    assert gpu.opt_in_reason() is None
     monkeypatch.setattr(jax, "devices", gpus(gpu.PROVEN, "NVIDIA A100"))
-    assert "here is an NVIDIA A100" in (gpu.unproven() or "")
+    assert "here is an NVIDIA A100" in (gpu.opt_in_reason() or "")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -191,7 +200,7 @@ def test_it_compiles_for_an_h100(dtype):
     chip = CHIPS["H100"]
     if chip.missing:
         pytest.skip("the compiler for NVIDIA GPUs is in the extra 'cuda'")
-    if gpu.missing():
+    if gpu.unavailable_reason():
         pytest.skip("Mosaic GPU is interpreted from jax 0.11 on")
     like = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 

@@ -146,7 +146,11 @@ def test_flax_s_choices():
 )
 def test_a_kernel_declines_what_can_t_be_told(context, change):
     """JAX has renamed what tells whether arrays are sharded, and whether a program is exported."""
-    always = {"missing": lambda: None, "unproven": lambda: None, "declines": lambda request: None}
+    always = {
+        "unavailable_reason": lambda: None,
+        "opt_in_reason": lambda: None,
+        "unsupported_reason": lambda request: None,
+    }
     kernel: Any = types.SimpleNamespace(**always)
     ctx: Any = types.SimpleNamespace(module_context=types.SimpleNamespace(**context))
     request = Request((8, 1, 1, 64), np.dtype("float32"), np.dtype("float32"))

@@ -110,7 +110,7 @@ def test_the_variable_chooses_what_the_argument_leaves_open(monkeypatch):
         jn.layer_norm(X, where=X > 0)
     monkeypatch.setenv(kernels.VARIABLE, "")
     assert calls(lambda x: jn.layer_norm(x * 2), X)
-    assert jn.implementations()["cpu"] == f"kernel: {kernels.cpu.level()}"
+    assert jn.implementations()["cpu"] == f"kernel: {kernels.cpu.target()}"
 
 
 def same_bits(a, b):
@@ -177,7 +177,7 @@ def call_forward(y=None, stat=4, scale=6, x=None, residual=NONE, total=None, **s
     return call(x, residual, ones, ones, **block, epsilon=np.float64(1), subtract_mean=True)
 
 
-def call_backward(dy=None, dx=None, stat=4, of_scale=6, of_bias=6, dtotal=NONE, **sizes):
+def call_backward(dy=None, dx=None, stat=4, of_scale=6, of_bias=6, d_residual_sum=NONE, **sizes):
     x, stats = jnp.ones((4, 6)), jnp.ones(stat)
     block = {"batch": 1, "n": 4, "s": 1, "g": 1, "k": 6} | sizes
     results = [dx or struct(4, 6), struct(of_scale), struct(of_bias)]
@@ -185,7 +185,7 @@ def call_backward(dy=None, dx=None, stat=4, of_scale=6, of_bias=6, dtotal=NONE, 
     dy = x if dy is None else dy
     numbers = {name: np.int64(size) for name, size in block.items()}
     ones = jnp.ones(6)
-    return call(x, dy, dtotal, ones, stats, stats, stats, **numbers, subtract_mean=True)
+    return call(x, dy, d_residual_sum, ones, stats, stats, stats, **numbers, subtract_mean=True)
 
 
 def test_the_door_takes_what_fits():
@@ -193,7 +193,7 @@ def test_the_door_takes_what_fits():
     assert jnp.isfinite(call_backward()[0]).all()
     x = jnp.ones((4, 6))
     assert (call_forward(residual=2 * x)[1] == 3).all()
-    assert (call_backward(dtotal=2 * x)[0] == 2 + call_backward()[0]).all()
+    assert (call_backward(d_residual_sum=2 * x)[0] == 2 + call_backward()[0]).all()
 
 
 @pytest.mark.parametrize(
@@ -217,9 +217,9 @@ def test_the_door_takes_what_fits():
         lambda: call_forward(total=struct(4, 6)),
         lambda: call_forward(residual=jnp.ones((4, 6)), n=1, s=4, stat=1),
         lambda: call_forward(x=LONG, residual=LONG, n=1, k=2**14 + 1, stat=1, scale=0),
-        lambda: call_backward(dtotal=jnp.ones((4, 5))),
-        lambda: call_backward(dtotal=jnp.ones((4, 6), jnp.bfloat16)),
-        lambda: call_backward(dtotal=jnp.ones((4, 6)), n=1, s=4, stat=1),
+        lambda: call_backward(d_residual_sum=jnp.ones((4, 5))),
+        lambda: call_backward(d_residual_sum=jnp.ones((4, 6), jnp.bfloat16)),
+        lambda: call_backward(d_residual_sum=jnp.ones((4, 6)), n=1, s=4, stat=1),
         lambda: call_backward(batch=2),
         lambda: call_backward(batch=0),
         lambda: call_backward(k=12),

@@ -23,7 +23,7 @@ def fresh(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
 
     def forget():
-        cpu.missing.cache_clear()
+        cpu.unavailable_reason.cache_clear()
         cpu._library.cache_clear()
 
     forget()
@@ -84,16 +84,16 @@ def test_a_wheel_without_the_kernel_says_how_to_build_it(monkeypatch, tmp_path):
 @pytest.mark.thorough
 @pytest.mark.skipif(not build.find_compiler(), reason="there is no C++ compiler")
 @pytest.mark.skipif(
-    platform.machine().lower() not in ("x86_64", "amd64"), reason="levels are those of x86-64"
+    platform.machine().lower() not in ("x86_64", "amd64"), reason="targets are those of x86-64"
 )
 @pytest.mark.parametrize(
-    ("lacks", "levels"),
+    ("lacks", "targets"),
     [
         ("x86-64-v4", ["baseline", "avx2"]),
         ("x86-64-v[34]", ["baseline"]),
     ],
 )
-def test_an_old_compiler_loses_only_the_levels_it_lacks(monkeypatch, tmp_path, lacks, levels):
+def test_an_old_compiler_loses_only_the_targets_it_lacks(monkeypatch, tmp_path, lacks, targets):
     compiler = tmp_path / "old-c++"
     real = shlex.join(build.find_compiler() or [])
     compiler.write_text(
@@ -105,12 +105,12 @@ def test_an_old_compiler_loses_only_the_levels_it_lacks(monkeypatch, tmp_path, l
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     library = tmp_path / "norms.so"
-    assert build.build(library, ["-O0"]) == levels
+    assert build.build(library, ["-O0"]) == targets
     # Another library than that of this process, which the handlers are registered with.
-    use_level = ctypes.CDLL(str(library)).jaxnorm_use_level
-    use_level.restype = ctypes.c_bool
-    assert not use_level(b"avx512")
-    assert use_level(b"baseline")
+    use_target = ctypes.CDLL(str(library)).jaxnorm_use_target
+    use_target.restype = ctypes.c_bool
+    assert not use_target(b"avx512")
+    assert use_target(b"baseline")
 
 
 @pytest.mark.usefixtures("fresh")

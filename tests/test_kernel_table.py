@@ -15,7 +15,7 @@ from jaxnorm.kernels.request import rows_of
 
 
 @jax.jit
-def tiny_value(x, scale, epsilon):
+def tiny_forward(x, scale, epsilon):
     mean = x.mean(1, keepdims=True)
     var = x.var(1, keepdims=True)
     rstd = jax.lax.rsqrt(var + epsilon)
@@ -23,7 +23,7 @@ def tiny_value(x, scale, epsilon):
 
 
 @jax.jit
-def tiny_cotangent(x, dy, scale, mean, rstd):
+def tiny_vjp(x, dy, scale, mean, rstd):
     h, g = (x - mean) * rstd, dy * scale[None, None]
     dx = rstd * (g - g.mean(2, keepdims=True) - h * (g * h).mean(2, keepdims=True))
     return dx, (dy * h).sum(1)
@@ -32,31 +32,31 @@ def tiny_cotangent(x, dy, scale, mean, rstd):
 class Tiny:
     """Layer norm of float32 rows with a scale and no bias, and nothing else."""
 
-    def missing(self):
+    def unavailable_reason(self):
         return None
 
-    def level(self):
+    def target(self):
         return "tiny"
 
-    def unproven(self):
+    def opt_in_reason(self):
         return None
 
-    def declines(self, request):
+    def unsupported_reason(self, request):
         rows = rows_of(request.block) and request.subtract_mean
         return None if rows and not request.masked and not request.exported else "it is tiny"
 
-    def value(self, x, residual, scale, bias, *, block, batch, epsilon, subtract_mean):
+    def forward(self, x, residual, scale, bias, *, block, batch, epsilon, subtract_mean):
         assert batch == 1
         assert residual is None
         assert bias is None
         assert subtract_mean
-        y, *stats = tiny_value(x.reshape(block[0], block[3]), scale[None], epsilon)
+        y, *stats = tiny_forward(x.reshape(block[0], block[3]), scale[None], epsilon)
         return y.reshape(x.shape), None, *stats
 
-    def cotangent(self, x, dy, dtotal, scale, mean_high, mean_low, rstd, *, block, batch, wanted):
-        assert dtotal is None
+    def vjp(self, x, dy, d_residual_sum, scale, mean_high, mean_low, rstd, *, block, batch, wanted):
+        assert d_residual_sum is None
         rows = (batch, block[0], block[3])
-        dx, dscale = tiny_cotangent(x.reshape(rows), dy.reshape(rows), scale, mean_high, rstd)
+        dx, dscale = tiny_vjp(x.reshape(rows), dy.reshape(rows), scale, mean_high, rstd)
         return dx.reshape(x.shape), dscale if wanted[0] else None, None
 
 
@@ -77,7 +77,7 @@ def table(change):
 @pytest.fixture
 def no_compiler():
     """The entry of a platform whose kernel could not be built."""
-    return types.SimpleNamespace(missing=lambda: "no compiler was found")
+    return types.SimpleNamespace(unavailable_reason=lambda: "no compiler was found")
 
 
 def lowered(function, platform, *args):
@@ -90,7 +90,7 @@ def test_one_traced_program_runs_by_each_platform_s_kernel(table):
     traced = jax.jit(layer_norm).trace(X, SCALE)
     text = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu", "cuda")}
     assert ["jaxnorm_forward" in text[p] for p in ("cpu", "tpu", "cuda")] == [True, False, False]
-    assert ["tiny_value" in text[p] for p in ("cpu", "tpu", "cuda")] == [False, True, False]
+    assert ["tiny_forward" in text[p] for p in ("cpu", "tpu", "cuda")] == [False, True, False]
 
 
 @pytest.mark.usefixtures("kernel")
@@ -104,7 +104,7 @@ def test_each_platform_declines_by_itself(table):
 
 def test_a_kernel_is_reached_where_another_could_not_be_built(table, no_compiler):
     table(cpu=no_compiler, tpu=Tiny())
-    assert "tiny_value" in lowered(layer_norm, "tpu", X, SCALE)
+    assert "tiny_forward" in lowered(layer_norm, "tpu", X, SCALE)
     formula = layer_norm(X, SCALE, epsilon=0.25, implementation="xla")
     np.testing.assert_array_equal(layer_norm(X, SCALE, epsilon=0.25), formula)
     assert jn.implementations()["cpu"] == "xla: no compiler was found"
@@ -114,21 +114,21 @@ def test_a_kernel_is_reached_where_another_could_not_be_built(table, no_compiler
 @pytest.mark.usefixtures("kernel")
 def test_an_unproven_kernel_is_used_only_where_it_is_asked_for(table, monkeypatch):
     tiny = Tiny()
-    monkeypatch.setattr(tiny, "unproven", lambda: "it was never run on a real chip")
+    monkeypatch.setattr(tiny, "opt_in_reason", lambda: "it was never run on a real chip")
     table(tpu=tiny)
-    assert "tiny_value" not in lowered(layer_norm, "tpu", X, SCALE)
+    assert "tiny_forward" not in lowered(layer_norm, "tpu", X, SCALE)
     asked = functools.partial(layer_norm, implementation="kernel")
-    assert "tiny_value" in lowered(asked, "tpu", X, SCALE)
+    assert "tiny_forward" in lowered(asked, "tpu", X, SCALE)
     assert jn.implementations()["tpu"] == "xla: it was never run on a real chip"
     monkeypatch.setenv(kernels.VARIABLE, "kernel")  # it is read while a call is traced
-    assert "tiny_value" in lowered(lambda *args: layer_norm(*args), "tpu", X, SCALE)
+    assert "tiny_forward" in lowered(lambda *args: layer_norm(*args), "tpu", X, SCALE)
     assert jn.implementations()["tpu"] == "kernel: tiny"
 
 
 def test_asking_for_a_kernel_is_an_error_where_it_can_t_run(table, no_compiler):
     asked = functools.partial(layer_norm, implementation="kernel")
     table(cpu=no_compiler, tpu=Tiny())
-    assert "tiny_value" in lowered(asked, "tpu", X, SCALE)
+    assert "tiny_forward" in lowered(asked, "tpu", X, SCALE)
     with pytest.raises(ValueError, match=r"implementation='kernel' must.*no compiler was found"):
         asked(X, SCALE)
     with pytest.raises(ValueError, match=r"implementation='kernel' must.*no kernel for cuda"):
@@ -154,7 +154,7 @@ def test_what_an_entry_computes_is_what_jax_differentiates(table):
         return program.lower(SCALE, X).as_text(), program(SCALE, X)
 
     text, ours = results("kernel")
-    assert "tiny_value" in text
-    assert "tiny_cotangent" in text
+    assert "tiny_forward" in text
+    assert "tiny_vjp" in text
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(results("xla")[1]), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)  # some rounding of numbers near one

@@ -40,10 +40,11 @@ def printed(norm: str) -> dict[tuple[str, str], tuple[float, float]]:
 
 # Units of the largest element. An element of y or dx is rounded some five times, by half a unit
 # each time; the statistics are rounded to half a unit, and the formula's variance may lose three
-# bits of what it adds up (`_at_once` in core/moments.py). Gradients of scale and bias are sums of
-# terms that were rounded three times, each time by a fifth of a unit (the standard deviation). Of
-# 2**18 terms of random signs that is 180 units of a term, and the hardest of these sums is 108, so
-# that it is off by 1.7. The sum itself is taken in float64: the order of its terms costs nothing.
+# bits of what it adds up (`_in_one_pass` in core/moments.py). Gradients of scale and bias are sums
+# of terms that were rounded three times, each time by a fifth of a unit (the standard deviation).
+# Of 2**18 terms of random signs that is 180 units of a term, and the hardest of these sums is 108,
+# so that it is off by 1.7. The sum itself is taken in float64: the order of its terms costs
+# nothing.
 BOUND = 4
 
 

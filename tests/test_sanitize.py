@@ -1,8 +1,8 @@
 """The CPU kernel under sanitizers of addresses, undefined behaviour, and threads; and for Arm.
 
-Everything in the library runs: handlers, threads, and one level. The levels are one source compiled
-for different vectors, so each sanitizer sees one of them: not that for AVX-512, whose masked loads
-and stores sanitizers do not see. Compiling takes a minute, so this runs only where
+Everything in the library runs: handlers, threads, and one target. The targets are one source
+compiled for different vectors, so each sanitizer sees one of them: not that for AVX-512, whose
+masked loads and stores sanitizers do not see. Compiling takes a minute, so this runs only where
 JAXNORM_SANITIZERS=1 asks for it, as .ci/run does.
 """
 
@@ -20,10 +20,10 @@ from jaxnorm.kernels.cpu import build
 
 PROGRAM = Path(__file__).with_name("calls.cc")
 LEVEL = [
-    "-DJAXNORM_LEVEL=sanitized",
+    "-DJAXNORM_TARGET=sanitized",
     "-DJAXNORM_NAME=kBaseline",
 ]  # the only one that handlers.cc sees
-SOURCES = [build.HERE / "level.cc", build.HERE / "handlers.cc", PROGRAM]
+SOURCES = [build.HERE / "target.cc", build.HERE / "handlers.cc", PROGRAM]
 
 
 @pytest.fixture(autouse=True)

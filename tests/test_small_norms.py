@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from family import (
+from more_norms import (
     ERF,
     FAMILY,
     FILTER,

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adding import ADD_NORM_IDS, ADD_NORMS
-from family import FAMILY
 from flax import linen as nn
 from jax.experimental.jet import jet
 from jax.typing import DTypeLike
+from more_norms import FAMILY
 from norms import NORMS, norm_id
 from transformations import SHAPE, arguments, scalar
 

@@ -28,7 +28,7 @@ def few(monkeypatch):
 def test_the_kernel_of_this_machine_is_right(capsys):
     assert verify.main([]) == 0
     said = capsys.readouterr().out
-    assert f"kernel: {cpu.level()}" in said
+    assert f"kernel: {cpu.target()}" in said
     assert "layer_norm 8 x 64 float32, 10000 ± 1" in said
     assert "add_rms_norm 4 x 32768 bfloat16" in said
     assert "declined: it adds a residual to rows of bfloat16 of up to 16384" in said
@@ -40,19 +40,19 @@ def test_the_kernel_of_this_machine_is_right(capsys):
 
 @pytest.mark.usefixtures("kernel", "few")
 def test_a_wrong_kernel_is_found(capsys, change):
-    def value(*args, **options):
-        y, *others = cpu.value(*args, **options)
+    def forward(*args, **options):
+        y, *others = cpu.forward(*args, **options)
         return (1 + 1e-5) * y, *others
 
-    names = ("missing", "level", "unproven", "declines", "cotangent")
-    wrong = types.SimpleNamespace(value=value, **{name: getattr(cpu, name) for name in names})
+    names = ("unavailable_reason", "target", "opt_in_reason", "unsupported_reason", "vjp")
+    wrong = types.SimpleNamespace(forward=forward, **{name: getattr(cpu, name) for name in names})
     change(kernels, "KERNELS", with_kernels(cpu=wrong))
     assert verify.main([]) == 1
     assert "The kernel's errors are NOT within the limit in 1 cases." in capsys.readouterr().out
 
 
 def test_without_a_kernel_there_is_nothing_to_verify(capsys, change):
-    none = types.SimpleNamespace(missing=lambda: "no compiler was found")
+    none = types.SimpleNamespace(unavailable_reason=lambda: "no compiler was found")
     change(kernels, "KERNELS", with_kernels(cpu=none))
     assert verify.main([]) == 2
     assert "cpu: no kernel to verify, no compiler was found." in capsys.readouterr().err
@@ -60,10 +60,12 @@ def test_without_a_kernel_there_is_nothing_to_verify(capsys, change):
 
 @pytest.mark.usefixtures("few")
 def test_where_all_is_declined_nothing_is_verified(capsys, change):
-    names = ("missing", "level", "unproven", "value", "cotangent")
-    shy = types.SimpleNamespace(declines=lambda request: "it is shy")
-    vars(shy).update({name: getattr(cpu, name) for name in names} | {"missing": lambda: None})
-    vars(shy)["level"] = lambda: "none"
+    names = ("unavailable_reason", "target", "opt_in_reason", "forward", "vjp")
+    shy = types.SimpleNamespace(unsupported_reason=lambda request: "it is shy")
+    vars(shy).update(
+        {name: getattr(cpu, name) for name in names} | {"unavailable_reason": lambda: None}
+    )
+    vars(shy)["target"] = lambda: "none"
     change(kernels, "KERNELS", {"cpu": shy})
     assert verify.main([]) == 2
     said = capsys.readouterr().out

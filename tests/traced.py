@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adding import ADD_NORMS
-from family import FAMILY
+from more_norms import FAMILY
 from norms import NORMS, norm_id
 
 import jaxnorm as jn
@@ -74,7 +74,7 @@ def functions():
             x = shape(*X.shape, dtype=dtype)
             traced(name, norm, x, *params)
             traced(f"{name} with a mask", masked, x, *params)
-        if not cpu.missing():
+        if not cpu.unavailable_reason():
             traced(f"{name} by the kernel", by_kernel, X)
         traced(
             f"{name} of parameters that no kernel takes", norm, X, shape(8, 1, 64), shape(1, 6, 1)

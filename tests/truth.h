@@ -18,7 +18,7 @@ struct Given {
   double epsilon;
   bool subtract_mean;
   Vector x, scale, bias;       // x: with its residual; scale: of each block; bias: of all
-  Vector rounded, dy, dtotal;  // rounded: the x of the backward pass
+  Vector rounded, dy, d_residual_sum;  // rounded: the x of the backward pass
 };
 
 // A result, and the largest sum of absolute values of what one of its elements is the sum of.
@@ -65,8 +65,8 @@ inline Results compute(const Given& a) {
     each([&](int64_t at, int64_t k) {
       const double first = rstd * a.dy[at] * a.scale[params + k], second = rstd * own;
       const double third = rstd * (a.rounded[at] - mean) * rstd * along;
-      dx[at] = first - second - third + a.dtotal[at];
-      of_dx = std::max(of_dx, std::fabs(first) + std::fabs(second) + std::fabs(third) + std::fabs(a.dtotal[at]));
+      dx[at] = first - second - third + a.d_residual_sum[at];
+      of_dx = std::max(of_dx, std::fabs(first) + std::fabs(second) + std::fabs(third) + std::fabs(a.d_residual_sum[at]));
     });
   }
   auto largest = [](const Vector& v) { return *std::max_element(v.begin(), v.end()); };

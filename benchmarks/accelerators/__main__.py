@@ -16,7 +16,7 @@ import jax
 
 from benchmarks.accelerators import page
 from benchmarks.accelerators.chips import CHIPS, Chip
-from benchmarks.accelerators.kernel_calls import refusal
+from benchmarks.accelerators.kernel_calls import unsupported_reason
 from benchmarks.accelerators.rows import (
     FOR_DEVICES,
     device_rows,
@@ -52,13 +52,13 @@ def work(chip: Chip, parts: Sequence[str], only: str) -> Iterator[tuple[str, Cal
             yield problem.name, lambda problem=problem: norm_rows(chip, problem)
     if "kernels" in parts and chip.platform in KERNELS:
         for problem in FOR_KERNELS:
-            name, reason = problem.name, refusal(KERNELS[chip.platform], problem)
+            name, reason = problem.name, unsupported_reason(KERNELS[chip.platform], problem)
             if reason and re.search(only, name):
                 print(f"{chip.name} {name}, by the kernel: left out, {reason}", file=sys.stderr)
             if not reason:
                 yield name, lambda problem=problem: kernel_rows(chip, problem)
         for step in steps():
-            if step.rows and not KERNELS[chip.platform].missing():
+            if step.rows and not KERNELS[chip.platform].unavailable_reason():
                 yield step.name, lambda step=step: kernel_step_rows(chip, step)
     if "devices" in parts:
         yield FOR_DEVICES.name, lambda: device_rows(chip)

@@ -10,11 +10,11 @@ from jaxnorm.kernels import Kernel
 from jaxnorm.kernels.request import Request
 
 
-def refusal(kernel: Kernel, problem: Problem) -> str | None:
+def unsupported_reason(kernel: Kernel, problem: Problem) -> str | None:
     """Why the kernel does not support the problem with a residual, or None."""
     dtype, centred = jnp.dtype(problem.dtype), problem.norm == "layer"
-    request = Request(_block(problem), dtype, dtype, centred, adds=True)
-    return kernel.missing() or kernel.declines(request)
+    request = Request(_block(problem), dtype, dtype, centred, has_residual=True)
+    return kernel.unavailable_reason() or kernel.unsupported_reason(request)
 
 
 def _block(problem: Problem) -> tuple[int, int, int, int]:
@@ -27,7 +27,7 @@ def with_residual(kernel: Kernel, problem: Problem) -> tuple[Callable, Callable]
 
     def forward(x, residual, params):
         """y; and what is kept: the sum, the mean and rstd, with an axis of one for the features."""
-        y, total, *mean, _, rstd = kernel.value(
+        y, residual_sum, *mean, _, rstd = kernel.forward(
             x,
             residual,
             params["scale"],
@@ -38,16 +38,16 @@ def with_residual(kernel: Kernel, problem: Problem) -> tuple[Callable, Callable]
             subtract_mean=problem.norm == "layer",
         )
         numbers = [a.reshape(*problem.shape[:-1], 1) for a in (*mean, rstd) if a is not None]
-        return y, total, *numbers
+        return y, residual_sum, *numbers
 
-    def backward(kept, params, dy, dtotal):
-        total, *numbers = kept
+    def backward(kept, params, dy, d_residual_sum):
+        residual_sum, *numbers = kept
         *mean, rstd = (a.reshape(1, -1, 1) for a in numbers)
         high, low = mean or (None, None)
-        return kernel.cotangent(
-            total,
+        return kernel.vjp(
+            residual_sum,
             dy,
-            dtotal,
+            d_residual_sum,
             params["scale"],
             high,
             low,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm._modules import like
+from jaxnorm._modules import cast_and_place_like
 from jaxnorm.convert.reading import as_numpy, listed
 
 Model = TypeVar("Model")
@@ -113,7 +113,9 @@ def load(
             f"arrays must have the shapes of their places in the model, got {'; '.join(wrong)}; "
             "correct the table, or give a path and a function."
         )
-    return rebuild({path: like(targets[path].old, value) for path, value in new.items()})
+    return rebuild(
+        {path: cast_and_place_like(targets[path].old, value) for path, value in new.items()}
+    )
 
 
 def _check_names(arrays, places: dict[str, str | None], targets: dict[str, _Target], kept) -> None:

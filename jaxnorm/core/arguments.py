@@ -137,6 +137,19 @@ def check_param(value, name: str, layout: Layout, dtype: jnp.dtype) -> jax.Array
     return _real_if(value, name, dtype)
 
 
+def check_mean_and_variance(
+    moments: tuple[Any, Any], layout: Layout, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """A mean and a real variance, each of a shape as `check_param` has it."""
+    mean, var = (
+        check_param(value, f"the {what}", layout, dtype)
+        for value, what in zip(moments, ("mean", "variance"), strict=True)
+    )
+    if jnp.iscomplexobj(var):
+        raise TypeError(f"the variance must be real, got {var.dtype}; take its real part.")
+    return mean, var
+
+
 def _real_if(value: jax.Array, name: str, dtype: jnp.dtype) -> jax.Array:
     if jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(

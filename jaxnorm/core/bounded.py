@@ -10,7 +10,7 @@ import jax
 
 from jaxnorm.core.arguments import check_params, check_real, check_scalar_or_features
 from jaxnorm.core.layout import Layout
-from jaxnorm.core.normalize import make_spec, program
+from jaxnorm.core.norm import make_spec, program
 from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.standardize import NormParams, affine
 from jaxnorm.core.sums import expand

@@ -145,7 +145,7 @@ class Layout:
     def _whole_axes(self) -> tuple[int, ...]:
         return tuple(axis for axis in self.reduction_axes if axis != self.split)
 
-    def spread(self, statistic: jax.Array) -> jax.Array:
+    def broadcast_statistics(self, statistic: jax.Array) -> jax.Array:
         """A statistic so that it broadcasts against x."""
         if self.split is None or statistic.shape[self.split] == 1:
             return statistic

@@ -7,21 +7,25 @@ sum of a high and a low part, (mean_high, mean_low) = (m, c), as in double-doubl
 (Dekker, 1971).
 
 A pass over x costs more than anything else here. So m need not be the mean: any number near it will
-do, and `_at_once` takes the mean of a sample.
+do, and `_in_one_pass` takes the mean of a sample.
 
-The derivative of the statistics is written by hand. With e = x - mean, r = (var + epsilon)**-1/2,
-h = e r, and avg the average over the counted elements (and the devices), the tangents are
+The derivative of the statistics is written by hand. With e = x - mean, rstd = (var +
+epsilon)**-1/2, x_hat = e rstd, and avg the average over the counted elements (and the devices), the
+tangents are
 
-    t_mean = avg(tx),    t_var = 2 avg(tx e) = 2 q / r,    t_r = -r**3 / 2 t_var = -r**2 q
+    t_mean = avg(tx),    t_var = 2 avg(tx e) = 2 q / rstd,    t_rstd = -rstd**3 / 2 t_var = -rstd**2
+    q
 
-with q = avg(tx h), for complex x avg(Re(tx conj(h))). Written with h, nothing under- or overflows
-where r**3 or e**2 would. JAX transposes this into the backward pass; together with y = e r
-(standardize.py) it is the closed form, including the terms of the statistics:
+with q = avg(tx x_hat), for complex x avg(Re(tx conj(x_hat))). With x_hat instead of e, nothing
+under- or overflows where rstd**3 or e**2 would. JAX transposes this into the backward pass.
+Together with y = x_hat (standardize.py) it is the closed form, including the terms of the
+statistics:
 
-    ty = r (tx - avg(tx) - h avg(tx h)),    dx = r (dy - w / n (sum(dy) + h sum(dy h)))
+    ty = rstd (tx - avg(tx) - x_hat avg(tx x_hat))
+    dx = rstd (dy - w / n (sum(dy) + x_hat sum(dy x_hat)))
 
-where w is one for the counted elements and n is their number. dy flows to every position; the
-statistics' terms flow only to positions that were counted.
+where w is one for the counted elements and n is their number. Every position gets dy; only counted
+positions get the terms of the statistics.
 """
 
 import functools
@@ -101,22 +105,22 @@ def statistics(spec: NormSpec, x: jax.Array, where: jax.Array | None = None) -> 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _statistics(spec, x, where, group):
-    return measured(spec, x, where, group)
+    return measure(spec, x, where, group)
 
 
 @_statistics.defjvp
 def _statistics_jvp(spec, primals, tangents):
     x, where, group = primals
     stats = _statistics(spec, x, where, group)
-    kept = Kept(x, where, group, stats)
-    moved = computed_again(spec, functools.partial(averages, spec), kept, tangents[0])
-    return stats, tangents_of(stats, *moved)
+    residuals = Residuals(x, where, group, stats)
+    parts = rematerialized(spec, functools.partial(averages, spec), residuals, tangents[0])
+    return stats, statistics_jvp(stats, *parts)
 
 
-def measured(
+def measure(
     spec: NormSpec, x: jax.Array, where: jax.Array | None, group: jax.Array | None
 ) -> Statistics:
-    """The statistics; their derivative is not that of this function, but `averages`."""
+    """Measure the statistics. JAX does not differentiate this: their derivative is `averages`."""
     count = count_of(spec, where)
     high = low = None
     if not spec.subtract_mean:
@@ -124,18 +128,21 @@ def measured(
     elif where is None and spec.layout.rows and not spec.differentiated:
         # If nothing but y is wanted, XLA for GPUs keeps each row in one kernel, and reads it once:
         # not for a part of the row, but for any number of sums that follow each other.
-        by_steps, at_once = (
-            functools.partial(f, spec, where=None, count=count) for f in (_in_three_sums, _at_once)
+        in_three_passes, in_one_pass = (
+            functools.partial(f, spec, where=None, count=count)
+            for f in (_in_three_passes, _in_one_pass)
         )
-        high, low, var = platform_dependent(x, cuda=by_steps, rocm=by_steps, default=at_once)
+        high, low, var = platform_dependent(
+            x, cuda=in_three_passes, rocm=in_three_passes, default=in_one_pass
+        )
     else:
-        high, low, var = _at_once(spec, x, where, count)
+        high, low, var = _in_one_pass(spec, x, where, count)
     high, low, var, total = spec.statistics_devices.merge(merge, (high, low, var, count), group)
     rstd = reciprocal_std(var, spec.epsilon, None if where is None else total)
     return Statistics(high, low, var, jnp.broadcast_to(total, var.shape), rstd)
 
 
-def _at_once(spec, x, where, count) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _in_one_pass(spec, x, where, count) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The mean's high and low part and the variance, by one pass over x and one over a sample.
 
     With p the mean of the sample and d = x - p, the low part is avg(d) and the variance
@@ -151,10 +158,10 @@ def _at_once(spec, x, where, count) -> tuple[jax.Array, jax.Array, jax.Array]:
         sample = spec.layout.sample(x)
         part = count if sample is x else count * (sample.size / x.size)
         share = spec.prepare(1 / at_least_one(part))
-        pivot = spec.layout.sum(spec.prepare(sample) * spec.layout.spread(share))
+        pivot = spec.layout.sum(spec.prepare(sample) * spec.layout.broadcast_statistics(share))
     else:
         pivot = drop_last_bit(average(spec, spec.prepare(x), where, count))
-    d = spec.prepare(x) - spec.layout.spread(pivot)
+    d = spec.prepare(x) - spec.layout.broadcast_statistics(pivot)
     scaled, divisor = squares(spec, d, count)
     total, power = spec.layout.sums((d, scaled), where)
     low = total / at_least_one(count).astype(d.dtype)
@@ -167,15 +174,15 @@ def _at_once(spec, x, where, count) -> tuple[jax.Array, jax.Array, jax.Array]:
     return high, (pivot - high) + near, zero_where(var <= rounding, var)
 
 
-def _in_three_sums(spec, x, where, count) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _in_three_passes(spec, x, where, count) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same, each by a pass of its own."""
     high = drop_last_bit(average(spec, spec.prepare(x), where, count))
-    low = average(spec, less_mean(spec, x, high, None), where, count)
-    return high, low, mean_square(spec, less_mean(spec, x, high, low), where, count)
+    low = average(spec, subtract_mean(spec, x, high, None), where, count)
+    return high, low, mean_square(spec, subtract_mean(spec, x, high, low), where, count)
 
 
-class Kept(NamedTuple):
-    """What the derivative of a norm needs: all that is kept for the backward pass."""
+class Residuals(NamedTuple):
+    """What is kept for the backward pass of a norm; its derivative needs nothing else."""
 
     x: jax.Array
     where: jax.Array | None
@@ -184,60 +191,62 @@ class Kept(NamedTuple):
     params: Any = None
 
 
-def computed_again(spec: NormSpec, tangent: Callable, kept: Kept, tangents: Any) -> Any:
-    """`tangent(kept, tangents)`, whose transpose computes again what follows from `kept`.
+def rematerialized(spec: NormSpec, jvp: Callable, residuals: Residuals, tangents: Any) -> Any:
+    """Compute `jvp(residuals, tangents)`; its transpose recomputes what depends on the residuals.
 
-    The barrier keeps XLA from finding that the forward pass has computed the same, and keeping
-    that. It holds back what is kept and not the tangents: their transpose, dy, may be fused with
-    whatever computes it, such as a matmul. Nor the count: it is mostly a constant, which would have
-    to be written to memory. The mean's low part has no tangent; from jax 0.11 on, JAX can't
-    transpose a barrier if some tangents are zeros that it does not know of.
+    Without the barrier, XLA would notice that the forward pass computes the same, and keep it. The
+    barrier is around the residuals and not around the tangents: dy, their transpose, may be fused
+    with the operation that computes it, such as a matmul. The count is left out: it is mostly a
+    constant, which would have to be written to memory. The mean's low part has no tangent; from jax
+    0.11 on, JAX can't transpose a barrier if it does not know that some tangents are zeros.
     """
     if spec.devices.under_vmap:
         # JAX could not differentiate a `psum` in jax.checkpoint again.
-        return tangent(_finite(spec, kept), tangents)
+        return jvp(_finite(spec, residuals), tangents)
 
-    def function(kept, tangents):
-        low = lax.stop_gradient(kept.stats.mean_low)
-        stats = kept.stats._replace(mean_low=low, count=None)
-        x, stats, params = lax.optimization_barrier((kept.x, stats, kept.params))
-        stats = stats._replace(count=kept.stats.count)
-        return tangent(_finite(spec, kept._replace(x=x, stats=stats, params=params)), tangents)
+    def function(residuals, tangents):
+        low = lax.stop_gradient(residuals.stats.mean_low)
+        stats = residuals.stats._replace(mean_low=low, count=None)
+        x, stats, params = lax.optimization_barrier((residuals.x, stats, residuals.params))
+        stats = stats._replace(count=residuals.stats.count)
+        return jvp(_finite(spec, residuals._replace(x=x, stats=stats, params=params)), tangents)
 
-    return jax.checkpoint(function, prevent_cse=False)(kept, tangents)
+    return jax.checkpoint(function, prevent_cse=False)(residuals, tangents)
 
 
-def _finite(spec: NormSpec, kept: Kept) -> Kept:
-    """What is kept, with a number where x does not count and can't be standardized.
+def _finite(spec: NormSpec, residuals: Residuals) -> Residuals:
+    """Replace x by zero where it does not count and x_hat is not finite.
 
     A cotangent there may be zero, but zero times NaN or infinity is NaN, in each sum over x.
     """
-    if kept.where is None:
-        return kept
-    h = lax.stop_gradient(standardized(spec, kept.x, kept.stats))
-    return kept._replace(x=jnp.where(kept.where | jnp.isfinite(h), kept.x, 0))
+    if residuals.where is None:
+        return residuals
+    x_hat = lax.stop_gradient(compute_x_hat(spec, residuals.x, residuals.stats))
+    return residuals._replace(x=jnp.where(residuals.where | jnp.isfinite(x_hat), residuals.x, 0))
 
 
-def averages(spec: NormSpec, kept: Kept, tx: jax.Array) -> tuple[jax.Array | None, jax.Array]:
-    """avg(tx), or None if the mean is not subtracted, and avg(tx h)."""
-    x, where, group, stats, _ = kept
+def averages(
+    spec: NormSpec, residuals: Residuals, tx: jax.Array
+) -> tuple[jax.Array | None, jax.Array]:
+    """Return avg(tx), or None if the mean is not subtracted, and avg(tx x_hat)."""
+    x, where, group, stats, _ = residuals
     tx = spec.prepare(tx)
-    q = average(spec, real_product(tx, standardized(spec, x, stats)), where, stats.count)
+    q = average(spec, real_product(tx, compute_x_hat(spec, x, stats)), where, stats.count)
     t_mean = average(spec, tx, where, stats.count) if spec.subtract_mean else None
     return spec.statistics_devices.sum((t_mean, q), group)
 
 
-def tangents_of(stats: Statistics, t_mean: jax.Array | None, q: jax.Array) -> Statistics:
-    """The tangents of the statistics."""
+def statistics_jvp(stats: Statistics, t_mean: jax.Array | None, q: jax.Array) -> Statistics:
+    """Return the tangents of the statistics, by those averages."""
     t_low = None if stats.mean_low is None else jnp.zeros_like(stats.mean_low)
     t_var = 2 * q * reciprocal_or_zero(stats.rstd)
     return Statistics(t_mean, t_low, t_var, jnp.zeros_like(stats.count), -(stats.rstd**2) * q)
 
 
-def standardized(spec: NormSpec, x: jax.Array, stats: Statistics) -> jax.Array:
-    """h = (x - mean) * rstd."""
-    e = less_mean(spec, x, stats.mean_high, stats.mean_low)
-    return e * spec.layout.spread(spec.prepare(stats.rstd))
+def compute_x_hat(spec: NormSpec, x: jax.Array, stats: Statistics) -> jax.Array:
+    """Compute x_hat = (x - mean) * rstd."""
+    e = subtract_mean(spec, x, stats.mean_high, stats.mean_low)
+    return e * spec.layout.broadcast_statistics(spec.prepare(stats.rstd))
 
 
 def fits(a: jax.Array, x: jax.Array) -> jax.Array:
@@ -246,18 +255,18 @@ def fits(a: jax.Array, x: jax.Array) -> jax.Array:
     return a
 
 
-def less_mean(
+def subtract_mean(
     spec: NormSpec,
     x: jax.Array,
     high: jax.Array | None,
     low: jax.Array | None,
     fit: Callable = fits,
 ) -> jax.Array:
-    """x less the mean: first its high part, which is nearly exact, then its low part."""
+    """Subtract the mean: first its high part, which is nearly exact, then its low part."""
     e = spec.prepare(x)
     for part in (high, low):
         if part is not None:
-            e = e - fit(spec.layout.spread(spec.prepare(part)), x)
+            e = e - fit(spec.layout.broadcast_statistics(spec.prepare(part)), x)
     return e
 
 

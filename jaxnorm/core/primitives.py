@@ -1,10 +1,9 @@
-"""How JAX is told about the three operations: as primitives.
+"""JAX primitives for the three operations of a norm.
 
-Each operation (operations.py) has a formula, from which JAX makes the primitive's types, its
-derivatives and its lowering for every platform. Where the platform has a kernel that supports the
-call, the lowering calls that kernel instead; nothing else changes. Two rules connect the
-operations: the derivative of the value is the tangent, and the transpose of the tangent is the
-cotangent.
+Each operation (operations.py) has a formula, which gives the primitive its types, its derivatives
+and its lowering for every platform. If a platform has a kernel that supports the call, the lowering
+calls that kernel instead. Two rules connect the operations: the derivative of `forward` is `jvp`,
+and the transpose of `jvp` is `vjp`.
 """
 
 import functools
@@ -37,13 +36,13 @@ from jaxnorm.core.standardize import NormParams
 from jaxnorm.core.sums import sum_axes
 
 
-def normalize(
+def norm_by_primitives(
     spec: NormSpec, x: jax.Array, residual: jax.Array | None, params: NormParams
 ) -> tuple[jax.Array, Statistics, jax.Array | None]:
-    """y, the statistics, and the total if there is a residual, by the primitives."""
-    y, *stats = value(spec, *_equally_varying((x, residual, params)))
-    total = stats.pop() if spec.adds else None
-    return y, operations.statistics_of(spec, stats), total
+    """Compute y, the statistics, and the residual sum if there is one, by the primitives."""
+    y, *stats = forward(spec, *_equally_varying((x, residual, params)))
+    residual_sum = stats.pop() if spec.has_residual else None
+    return y, operations.statistics_of(spec, stats), residual_sum
 
 
 def _equally_varying(tree: Any) -> Any:
@@ -62,7 +61,7 @@ class Operation:
     """A primitive of one operation.
 
     Attributes:
-      formula: a function of a spec and trees of arrays; it knows nothing of `vmap`.
+      formula: a function of a spec and trees of arrays; without the axes that `vmap` adds.
       batched: for each tree, whether its arrays have the axes that `vmap` adds.
       by_kernel: a function of a kernel and the same, with those axes; None if no kernel has it.
     """
@@ -71,7 +70,7 @@ class Operation:
         self, formula: Callable, batched: Sequence[bool], by_kernel: Callable | None = None
     ):
         self.formula, self.batched, self.by_kernel = formula, batched, by_kernel
-        self.primitive = Primitive(f"jaxnorm_{formula.__name__}")
+        self.primitive = Primitive(f"norm_{formula.__name__}")
         self.primitive.multiple_results = True
         self.compiled = jax.jit(self.primitive.bind, static_argnames=("tree", "spec"))
         self.primitive.def_impl(self._run)
@@ -147,36 +146,34 @@ class Operation:
         return lower_fun(function, multiple_results=True)(ctx, *leaves)
 
 
-value = Operation(operations.value, (True, True, False), operations.value_by_kernel)
-tangent = Operation(operations.tangent, (True, False, True, True, False))
-cotangent = Operation(
-    operations.cotangent, (True, False, True, True, True), operations.cotangent_by_kernel
-)
+forward = Operation(operations.forward, (True, True, False), operations.forward_by_kernel)
+jvp = Operation(operations.jvp, (True, False, True, True, False))
+vjp = Operation(operations.vjp, (True, False, True, True, True), operations.vjp_by_kernel)
 
 
-def _value_derivative(primals, tangents, *, tree, spec):
+def _forward_jvp(primals, tangents, *, tree, spec):
     x, residual, params = tree.unflatten(primals)
-    results = value(spec._replace(differentiated=True), x, residual, params)
+    results = forward(spec._replace(differentiated=True), x, residual, params)
     stats = results[1:]
     tx, *tparams = tangents
-    if spec.adds:
+    if spec.has_residual:
         x, tx = stats.pop(), add_tangents(tx, tparams.pop(0))
     if all(type(t) is Zero for t in tparams):
         tparams = None
     else:
         tparams = jax.tree.structure(params).unflatten(map(instantiate_zeros, tparams))
-    return results, tangent(spec, x, params, stats, instantiate_zeros(tx), tparams)
+    return results, jvp(spec, x, params, stats, instantiate_zeros(tx), tparams)
 
 
-def _tangent_transpose(cotangents, *leaves, tree, spec):
+def _jvp_transpose(cotangents, *leaves, tree, spec):
     linear = [is_undefined_primal(leaf) for leaf in leaves]
     x, params, stats, _, tparams = tree.unflatten(leaves)
     dy, *dstats = cotangents
-    dtotal = dstats.pop() if spec.adds else None
+    d_residual_sum = dstats.pop() if spec.has_residual else None
     if type(dy) is not Zero and all(type(d) is Zero for d in dstats):
         spec = spec._replace(param_gradients=tparams is not None)
-        dtotal = None if type(dtotal) is Zero else dtotal
-        dx, *dparams = cotangent(spec, x, params, stats, dy, dtotal)
+        d_residual_sum = None if type(d_residual_sum) is Zero else d_residual_sum
+        dx, *dparams = vjp(spec, x, params, stats, dy, d_residual_sum)
         # All examples that `vmap` has added share one tangent of the parameters.
         added = tuple(range(spec.batch_dims))
         grads = [dx, *(sum_axes(d, added) for d in dparams)]
@@ -189,7 +186,7 @@ def _tangent_transpose(cotangents, *leaves, tree, spec):
                 next(given) if is_linear else leaf
                 for leaf, is_linear in zip(leaves, linear, strict=True)
             ]
-            return tangent.on_leaves(tree, spec)(*filled)
+            return jvp.on_leaves(tree, spec)(*filled)
 
         zeros = [zeros_like_aval(leaf.aval) for leaf in leaves if is_undefined_primal(leaf)]
         found = iter(jax.vjp(function, *zeros)[1]([*map(instantiate_zeros, cotangents)]))
@@ -197,5 +194,5 @@ def _tangent_transpose(cotangents, *leaves, tree, spec):
     return [grad if is_linear else None for grad, is_linear in zip(grads, linear, strict=True)]
 
 
-primitive_jvps[value.primitive] = _value_derivative
-primitive_transposes[tangent.primitive] = _tangent_transpose
+primitive_jvps[forward.primitive] = _forward_jvp
+primitive_transposes[jvp.primitive] = _jvp_transpose

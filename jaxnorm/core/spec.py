@@ -20,7 +20,7 @@ class NormSpec(NamedTuple):
       epsilon: added to the variance.
       subtract_mean: whether the mean is measured and subtracted.
       scale_offset: added to the scale.
-      adds: whether a residual is added to x, and the norm is that of the sum.
+      has_residual: whether a residual is added to x, and the norm is that of the sum.
       devices: the devices that share the moments.
       implementation: "xla" for the formula; None for a kernel if one supports this, else the
         formula; "kernel" if it is an error that none does.
@@ -37,7 +37,7 @@ class NormSpec(NamedTuple):
     epsilon: float = 0.0
     subtract_mean: bool = True
     scale_offset: float = 0.0
-    adds: bool = False
+    has_residual: bool = False
     devices: Devices = LOCAL
     implementation: str | None = None
     differentiated: bool = False

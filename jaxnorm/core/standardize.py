@@ -1,11 +1,10 @@
 """The equation of every norm: y = (x - mean) * rstd * (scale_offset + scale) + bias.
 
-The derivative of the statistics is defined in moments.py; JAX differentiates the rest. This file
-only says what to keep for the backward pass: x in its own dtype and the statistics, never the
-standardized x, which is computed again.
+moments.py has the derivative of the statistics; JAX differentiates the rest. The backward pass
+keeps x in its own dtype and the statistics, never the standardized x (x_hat), which it recomputes.
 
-With a residual, x is the sum. y and the statistics are those of the sum before it is rounded; the
-derivative standardizes the total, which is kept instead of its summands.
+With a residual, x is the residual sum. y and the statistics are those of the sum before it is
+rounded. The rounded sum is kept, and the derivative standardizes it.
 """
 
 import functools
@@ -19,15 +18,15 @@ from jax.typing import DTypeLike
 
 from jaxnorm.core.arithmetic import reciprocal_or_zero
 from jaxnorm.core.moments import (
-    Kept,
+    Residuals,
     Statistics,
     averages,
-    computed_again,
+    compute_x_hat,
     fits,
-    less_mean,
-    measured,
-    standardized,
-    tangents_of,
+    measure,
+    rematerialized,
+    statistics_jvp,
+    subtract_mean,
 )
 from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.sums import expand, with_exact_sums
@@ -90,10 +89,10 @@ def standardize(
 
     Where JAX differentiates it, `fit` is `expand`: the gradients are sums.
     """
-    spread, prepare = spec.layout.spread, spec.prepare
+    spread, prepare = spec.layout.broadcast_statistics, spec.prepare
     factor, offset = spread(prepare(rstd)), None
     if params.scale is not None:
-        factor = factor * whole_scale(spec, params.scale)
+        factor = factor * effective_scale(spec, params.scale)
     if params.bias is not None:
         offset = prepare(spec.layout.broadcast(params.bias))
     if mean_low is not None and x.dtype.itemsize == 2:
@@ -102,23 +101,24 @@ def standardize(
         # them in each matmul that needs y, and writes y out.
         low = spread(mean_low) * factor
         offset, mean_low = (-low if offset is None else offset - low), None
-    y = less_mean(spec, x, mean_high, mean_low, fit) * fit(factor, x)
+    y = subtract_mean(spec, x, mean_high, mean_low, fit) * fit(factor, x)
     return (y if offset is None else y + fit(offset, x)).astype(spec.dtype)
 
 
-def whole_scale(spec: NormSpec, scale: jax.Array) -> jax.Array:
-    """The factor of h. The offset is added here because in bfloat16 1 + 0.00390625 is 1."""
+def effective_scale(spec: NormSpec, scale: jax.Array) -> jax.Array:
+    """Return the factor of x_hat. The offset is added here: in bfloat16, 1 + 0.00390625 is 1."""
     scale = spec.prepare(spec.layout.broadcast(scale))
     return scale + spec.scale_offset if spec.scale_offset else scale
 
 
-def affine(spec: NormSpec, h: jax.Array, params: NormParams) -> jax.Array:
-    """Scale and bias of what is standardized, or stands in its place."""
+def affine(spec: NormSpec, x_hat: jax.Array, params: NormParams) -> jax.Array:
+    """Apply scale and bias to the standardized x, or to what takes its place."""
+    y = x_hat
     if params.scale is not None:
-        h = h * expand(whole_scale(spec, params.scale), h)
+        y = y * expand(effective_scale(spec, params.scale), y)
     if params.bias is not None:
-        h = h + expand(spec.prepare(spec.layout.broadcast(params.bias)), h)
-    return h.astype(spec.dtype)
+        y = y + expand(spec.prepare(spec.layout.broadcast(params.bias)), y)
+    return y.astype(spec.dtype)
 
 
 @functools.partial(jax.checkpoint, static_argnums=0)
@@ -130,7 +130,7 @@ def undo_standardize(
     if params.bias is not None:
         x = x - expand(spec.prepare(spec.layout.broadcast(params.bias)), x)
     if params.scale is not None:
-        x = x / expand(whole_scale(spec, params.scale), x)
+        x = x / expand(effective_scale(spec, params.scale), x)
     std = spec.prepare(reciprocal_or_zero(rstd))
     return (x * expand(std, x) + expand(mean, x)).astype(spec.dtype)
 
@@ -146,32 +146,32 @@ def measure_and_standardize(
     params: NormParams,
     where: jax.Array | None = None,
 ) -> tuple[jax.Array, Statistics, jax.Array | None]:
-    """y, the statistics of x, and the total if there is a residual: the formula of every norm."""
+    """Compute y, the statistics of x, and the residual sum: the formula of every norm."""
     return _norm(spec, x, residual, params, where, spec.statistics_devices.group())
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _norm(spec, x, residual, params, where, group):
-    total = None
+    residual_sum = None
     if residual is not None:
         # Or XLA lets the matmul that makes x write it in float32, as the sum reads it.
         x, residual = lax.optimization_barrier((x, residual))
         exact = spec.prepare(x) + spec.prepare(residual)
-        x, total = exact, exact.astype(x.dtype)
-    stats = measured(spec, x, where, group)
+        x, residual_sum = exact, exact.astype(x.dtype)
+    stats = measure(spec, x, where, group)
     y = standardize(spec, x, stats.mean_high, stats.mean_low, stats.rstd, params)
-    return y, stats, total
+    return y, stats, residual_sum
 
 
 @_norm.defjvp
 def _norm_jvp(spec, primals, tangents):
     x, residual, params, where, group = primals
     tx, tresidual, tparams, *_ = tangents
-    y, stats, total = _norm(spec._replace(differentiated=True), *primals)
+    y, stats, residual_sum = _norm(spec._replace(differentiated=True), *primals)
     if residual is not None:
-        x, tx = total, tx + tresidual
-    kept = Kept(x, where, group, stats, params)
-    return (y, stats, total), norm_tangents(spec, kept, tx, tparams)
+        x, tx = residual_sum, tx + tresidual
+    residuals = Residuals(x, where, group, stats, params)
+    return (y, stats, residual_sum), norm_jvp(spec, residuals, tx, tparams)
 
 
 def standardize_measured(
@@ -200,39 +200,40 @@ def _norm_of_measured_jvp(spec, primals, tangents):
     x, params, where, group, _ = primals
     tx, tparams, *_ = tangents
     y, stats = _norm_of_measured(spec, *primals)
-    ty, tstats, _ = norm_tangents(spec, Kept(x, where, group, stats, params), tx, tparams)
+    ty, tstats, _ = norm_jvp(spec, Residuals(x, where, group, stats, params), tx, tparams)
     return (y, stats), (ty, tstats)
 
 
-def norm_tangents(
-    spec: NormSpec, kept: Kept, tx: jax.Array, tparams: NormParams
+def norm_jvp(
+    spec: NormSpec, residuals: Residuals, tx: jax.Array, tparams: NormParams
 ) -> tuple[jax.Array, Statistics, jax.Array | None]:
-    """The tangents of y, of the statistics, and of the total if there is a residual."""
-    total = None
-    if spec.adds:
-        # Cast once, so that the transpose adds the cotangents of y and of the total, then rounds.
+    """Return the tangents of y, of the statistics, and of the residual sum if there is one."""
+    residual_sum = None
+    if spec.has_residual:
+        # Cast once, so that the transpose adds the cotangents of y and of the residual sum, then
+        # rounds.
         tx = spec.prepare(tx)
-        total = tx.astype(kept.x.dtype)
-    tangent = functools.partial(_tangents, spec)
-    ty, *moved = computed_again(spec, tangent, kept, (tx, tparams))
-    return ty, tangents_of(kept.stats, *moved), total
+        residual_sum = tx.astype(residuals.x.dtype)
+    jvp = functools.partial(_jvp, spec)
+    ty, *parts = rematerialized(spec, jvp, residuals, (tx, tparams))
+    return ty, statistics_jvp(residuals.stats, *parts), residual_sum
 
 
-def _tangents(spec, kept, tangents):
+def _jvp(spec, residuals, tangents):
     tx, tparams = tangents
-    x, stats, params = kept.x, kept.stats, kept.params
-    t_mean, q = averages(spec, kept, tx)
+    x, stats, params = residuals.x, residuals.stats, residuals.params
+    t_mean, q = averages(spec, residuals, tx)
     rest = with_exact_sums(functools.partial(_rest, spec), x, stats, params, tparams, t_mean, q)
     return (_factor(spec, stats, params) * spec.prepare(tx) + rest).astype(spec.dtype), t_mean, q
 
 
 def _rest(spec, exact, x, stats, params, tparams, t_mean, q):
-    """ty = factor * tx + slope * h + offset; the last two summands.
+    """Compute the last two terms of ty = factor * tx + slope * x_hat + offset.
 
     Slope and offset have the size of the statistics and parameters together, so the transpose
-    takes the sums over positions of g h and of g once, for both.
+    takes the sums over positions of g x_hat and of g once, for both.
     """
-    statistic = lambda a: spec.layout.spread(spec.prepare(a))
+    statistic = lambda a: spec.layout.broadcast_statistics(spec.prepare(a))
     param = lambda a: spec.prepare(spec.layout.broadcast(a))
     shapes = [statistic(stats.rstd).shape, *(param(a).shape for a in params if a is not None)]
     shape = jnp.broadcast_shapes(*shapes)
@@ -247,15 +248,16 @@ def _rest(spec, exact, x, stats, params, tparams, t_mean, q):
         t_bias = together(param(tparams.bias))
         offset = t_bias if offset is None else t_bias + offset
     if exact and stats.mean_low is not None and shape != x.shape:
-        # Subtracted from each h, the mean's low part would be rounded away where |h| >= 1, always
-        # the same way; so it is part of the offset. Elsewhere this would be one more kernel.
+        # Subtracted from each x_hat, the mean's low part would be rounded away where |x_hat| >= 1,
+        # always in the same direction; so it is part of the offset. Without `exact` this would be
+        # one more kernel.
         low = statistic(stats.mean_low * stats.rstd.astype(stats.mean_low.dtype))
         offset, stats = offset - slope * low, stats._replace(mean_low=None)
     to_x = lambda a: exact(a, x.shape) if exact else spec.layout.repeat(a, x)
-    rest = to_x(slope) * standardized(spec, x, stats)
+    rest = to_x(slope) * compute_x_hat(spec, x, stats)
     return rest if offset is None else rest + to_x(offset)
 
 
 def _factor(spec, stats, params):
-    factor = spec.layout.spread(spec.prepare(stats.rstd))
-    return factor if params.scale is None else factor * whole_scale(spec, params.scale)
+    factor = spec.layout.broadcast_statistics(spec.prepare(stats.rstd))
+    return factor if params.scale is None else factor * effective_scale(spec, params.scale)

@@ -3,11 +3,9 @@
 import jax
 from jax.typing import ArrayLike
 
-from jaxnorm.core.arguments import check_input, check_residual
 from jaxnorm.core.axes import Axes
-from jaxnorm.core.layouts import layer_layout
-from jaxnorm.core.normalize import add_and_normalize, checked
 from jaxnorm.core.standardize import NormParams
+from jaxnorm.functional.over_axes import norm_of_sum_over_axes
 
 
 def add_layer_norm(
@@ -69,16 +67,14 @@ def add_layer_norm(
       Xiong et al., "On Layer Normalization in the Transformer Architecture", 2020,
       arXiv:2002.04745 (where the residual is added before or after the norm).
     """
-    x = check_input(x)
-    spec, arrays = checked(
+    return norm_of_sum_over_axes(
         "add_layer_norm",
         x,
-        layer_layout(x.shape, axis),
+        residual,
         params,
+        axis,
         epsilon=epsilon,
         where=where,
-        residual=check_residual(residual, x),
         scale_offset=scale_offset,
         implementation=implementation,
     )
-    return add_and_normalize(spec, arrays)

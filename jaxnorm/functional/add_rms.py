@@ -3,11 +3,9 @@
 import jax
 from jax.typing import ArrayLike
 
-from jaxnorm.core.arguments import check_input, check_residual
 from jaxnorm.core.axes import Axes
-from jaxnorm.core.layouts import layer_layout
-from jaxnorm.core.normalize import add_and_normalize, checked
 from jaxnorm.core.standardize import NormParams
+from jaxnorm.functional.over_axes import norm_of_sum_over_axes
 
 
 def add_rms_norm(
@@ -65,17 +63,15 @@ def add_rms_norm(
     References:
       Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
     """
-    x = check_input(x)
-    spec, arrays = checked(
+    return norm_of_sum_over_axes(
         "add_rms_norm",
         x,
-        layer_layout(x.shape, axis),
+        residual,
         params,
+        axis,
         epsilon=epsilon,
         where=where,
-        residual=check_residual(residual, x),
         scale_offset=scale_offset,
         subtract_mean=False,
         implementation=implementation,
     )
-    return add_and_normalize(spec, arrays)

@@ -5,11 +5,11 @@ import functools
 import jax
 from jax.typing import ArrayLike
 
-from jaxnorm.core.arguments import check_input, check_train
+from jaxnorm.core.arguments import check_input, check_mean_and_variance, check_train
 from jaxnorm.core.axes import Axes
-from jaxnorm.core.devices import AxisGroups, AxisName, bound_devices
+from jaxnorm.core.devices import LOCAL, AxisGroups, AxisName, bound_devices
 from jaxnorm.core.layouts import batch_layout
-from jaxnorm.core.normalize import checked, normalize_with, program
+from jaxnorm.core.norm import norm, prepare_call, program
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.renorm import Renorm, check_renorm, normalize_batch, without_kernel
 from jaxnorm.functional.state import (
@@ -18,7 +18,7 @@ from jaxnorm.functional.state import (
     check_running_dtypes,
     check_state,
     check_weights,
-    move,
+    updated_state,
 )
 
 
@@ -129,7 +129,7 @@ def batch_norm(
             "keyword: batch_norm(x, state, params=params)."
         )
     # In evaluation too, so that what is wrong is an error before training.
-    spec, arrays = checked(
+    spec, arrays = prepare_call(
         "batch_norm",
         x,
         layout,
@@ -142,17 +142,9 @@ def batch_norm(
     )
     ddof, weights = check_ddof(ddof), check_weights(momentum)
     if not train:
-        y = normalize_with(
-            "batch_norm",
-            x,
-            layout,
-            state[:2],
-            params,
-            epsilon=epsilon,
-            scale_offset=scale_offset,
-            where=where,
-        )
-        return y, state
+        moments = check_mean_and_variance(state[:2], layout, spec.dtype)
+        spec = spec._replace(devices=LOCAL, implementation="xla")
+        return norm(spec, arrays._replace(moments=moments)), state
     check_running_dtypes(state)
     return _train(spec, ddof, arrays, state, weights, renorm)
 
@@ -160,4 +152,4 @@ def batch_norm(
 @functools.partial(program, static_argnums=(0, 1))
 def _train(spec, ddof, arrays, state, weights, renorm):
     y, moments = normalize_batch(spec, arrays, state.mean, state.var, renorm)
-    return y, move(state, moments, weights, ddof)
+    return y, updated_state(state, moments, weights, ddof)

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxnorm.core.arguments import check_input, check_real, check_scalar_or_features
 from jaxnorm.core.layouts import instance_layout
 from jaxnorm.core.moments import statistics
-from jaxnorm.core.normalize import checked, normalize, program
+from jaxnorm.core.norm import norm, prepare_call, program
 from jaxnorm.core.standardize import NormParams, standardize
 from jaxnorm.core.sums import expand
 
@@ -63,11 +63,11 @@ def filter_response_norm(
     """
     x = check_input(x)
     layout = instance_layout(x.shape, feature_axis)
-    spec, arrays = checked(
+    spec, arrays = prepare_call(
         "filter_response_norm", x, layout, params, epsilon=epsilon, subtract_mean=False
     )
     if threshold is None:
-        return normalize(spec, arrays)
+        return norm(spec, arrays)
     check_real(x, "a threshold")
     return _above(
         spec, x, arrays.params, check_scalar_or_features(threshold, "threshold", layout, x.dtype)

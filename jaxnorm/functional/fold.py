@@ -1,6 +1,6 @@
 """A batch norm in evaluation, folded into the layer before it."""
 
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxnorm.core.arguments import (
 from jaxnorm.core.axes import Axes, canonical_axes
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.layouts import batch_layout
-from jaxnorm.core.normalize import normalize_with
+from jaxnorm.core.norm import norm, prepare_call
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.state import BatchNormState, check_state
 
@@ -93,11 +93,11 @@ def fold_batch_norm(
     # The norm of the bias, and that of the kernel without what is not a factor.
     outputs = batch_layout(shape, tuple(range(len(shape))))
     scale = None if params is None else params.scale
-    options: Any = {"epsilon": epsilon, "scale_offset": scale_offset}
     centred = jnp.zeros_like(state.mean), state.var
+    prepare = functools.partial(prepare_call, "fold", epsilon=epsilon, scale_offset=scale_offset)
     return (
-        normalize_with("fold", kernel, layout, centred, NormParams(scale), **options),
-        normalize_with("fold", bias, outputs, state[:2], params, **options),
+        norm(*prepare(kernel, layout, NormParams(scale), moments=centred)),
+        norm(*prepare(bias, outputs, params, moments=state[:2])),
     )
 
 

@@ -10,7 +10,7 @@ from jaxnorm.core.arguments import check_input, check_params
 from jaxnorm.core.arithmetic import quotient
 from jaxnorm.core.layouts import instance_layout
 from jaxnorm.core.lengths import two_norm
-from jaxnorm.core.normalize import make_spec, program
+from jaxnorm.core.norm import make_spec, program
 from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.standardize import NormParams, standardize
 from jaxnorm.core.sums import expand

@@ -5,7 +5,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm.core.arguments import check_input
 from jaxnorm.core.layouts import group_layout
-from jaxnorm.core.normalize import checked, normalize
+from jaxnorm.core.norm import norm, prepare_call
 from jaxnorm.core.standardize import NormParams
 
 
@@ -62,7 +62,7 @@ def group_norm(
       Wu and He, "Group Normalization", 2018, arXiv:1803.08494.
     """
     x = check_input(x)
-    spec, arrays = checked(
+    spec, arrays = prepare_call(
         "group_norm",
         x,
         group_layout(x.shape, num_groups, feature_axis, arguments=("feature_axis",)),
@@ -72,4 +72,4 @@ def group_norm(
         scale_offset=scale_offset,
         implementation=implementation,
     )
-    return normalize(spec, arrays)
+    return norm(spec, arrays)

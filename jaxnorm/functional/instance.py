@@ -5,7 +5,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm.core.arguments import check_input
 from jaxnorm.core.layouts import instance_layout
-from jaxnorm.core.normalize import checked, normalize
+from jaxnorm.core.norm import norm, prepare_call
 from jaxnorm.core.standardize import NormParams
 
 
@@ -68,7 +68,7 @@ def instance_norm(
             f"{x.shape}, where each element would have its own mean; for statistics over the "
             "features, call layer_norm."
         )
-    spec, arrays = checked(
+    spec, arrays = prepare_call(
         "instance_norm",
         x,
         layout,
@@ -78,4 +78,4 @@ def instance_norm(
         scale_offset=scale_offset,
         implementation=implementation,
     )
-    return normalize(spec, arrays)
+    return norm(spec, arrays)

@@ -3,11 +3,9 @@
 import jax
 from jax.typing import ArrayLike
 
-from jaxnorm.core.arguments import check_input
 from jaxnorm.core.axes import Axes
-from jaxnorm.core.layouts import layer_layout
-from jaxnorm.core.normalize import checked, normalize
 from jaxnorm.core.standardize import NormParams
+from jaxnorm.functional.over_axes import norm_over_axes
 
 
 def layer_norm(
@@ -60,15 +58,13 @@ def layer_norm(
     References:
       Ba, Kiros and Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
     """
-    x = check_input(x)
-    spec, arrays = checked(
+    return norm_over_axes(
         "layer_norm",
         x,
-        layer_layout(x.shape, axis),
         params,
+        axis,
         epsilon=epsilon,
         where=where,
         scale_offset=scale_offset,
         implementation=implementation,
     )
-    return normalize(spec, arrays)

@@ -21,7 +21,7 @@ from jaxnorm.core.arguments import check_input, check_number
 from jaxnorm.core.arithmetic import magnitude, square
 from jaxnorm.core.axes import canonical_axes
 from jaxnorm.core.layouts import batch_layout
-from jaxnorm.core.normalize import make_spec, program
+from jaxnorm.core.norm import make_spec, program
 from jaxnorm.core.spec import NormSpec
 
 

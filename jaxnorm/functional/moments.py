@@ -11,7 +11,7 @@ from jaxnorm.core.devices import AxisGroups, AxisName, bound_devices, over_rows
 from jaxnorm.core.exporting import jit
 from jaxnorm.core.layouts import moments_layout
 from jaxnorm.core.moments import Moments, merge, statistics
-from jaxnorm.core.normalize import program
+from jaxnorm.core.norm import program
 from jaxnorm.core.spec import NormSpec
 
 

@@ -11,9 +11,9 @@ from jax.core import Tracer
 from jaxnorm.core.arguments import check_feature_array, is_number
 from jaxnorm.core.arithmetic import as_array, promote, real_dtype
 from jaxnorm.core.moments import Moments, Statistics, statistics
-from jaxnorm.core.normalize import Arrays, normalize_and_measure, program
+from jaxnorm.core.norm import Arrays, norm_and_moments, program
 from jaxnorm.core.spec import NormSpec
-from jaxnorm.core.standardize import NormParams, standardize_measured, whole_scale
+from jaxnorm.core.standardize import NormParams, effective_scale, standardize_measured
 from jaxnorm.kernels import KernelUnavailableError, check_implementation
 
 
@@ -106,7 +106,7 @@ def normalize_batch(
     The second result is the moments, over the devices.
     """
     if renorm is None:
-        return normalize_and_measure(spec, arrays)
+        return norm_and_moments(spec, arrays)
     mean = check_feature_array(mean, "the running mean", spec.layout, spec.dtype)
     var = check_feature_array(var, "the running variance", spec.layout, spec.dtype)
     return _renormalize(spec, arrays, mean, var, renorm)
@@ -114,7 +114,7 @@ def normalize_batch(
 
 @program
 def _renormalize(spec, arrays, mean, var, renorm):
-    x, params, where, _ = arrays
+    x, params, where, *_ = arrays
     with jax.named_scope(spec.name):
         stats = statistics(spec, x, where)
         r, d = _corrections(spec, *lax.stop_gradient((stats, mean, var)), renorm)
@@ -128,7 +128,7 @@ def _corrections(
 ) -> tuple[jax.Array, jax.Array]:
     """r and d, in the arithmetic's dtype; 1 and 0 where nothing counts. They broadcast to x."""
     mean, var = map(spec.layout.broadcast, (mean, var))
-    high, low, own_var, count, _ = map(spec.layout.spread, jax.tree.leaves(stats))
+    high, low, own_var, count, _ = map(spec.layout.broadcast_statistics, jax.tree.leaves(stats))
     # A state in float64 keeps its precision, though x may be in float32.
     dtype = promote(own_var.dtype, var.dtype, real_dtype(mean.dtype))
     r_max, d_max = (lax.stop_gradient(as_array(limit).astype(dtype)) for limit in renorm)
@@ -148,9 +148,9 @@ def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _corrected(spec: NormSpec, params: NormParams, r: jax.Array, d: jax.Array) -> NormParams:
-    """The parameters of h that are those of h r + d: (h r + d) scale + bias; without an offset."""
+    """Merge r and d into the parameters: (x_hat r + d) scale + bias; without an offset."""
     if params.scale is not None:
-        scale = whole_scale(spec, params.scale)
+        scale = effective_scale(spec, params.scale)
         r, d = scale * r, scale * d
     if params.bias is not None:
         d = spec.prepare(spec.layout.broadcast(params.bias)) + d

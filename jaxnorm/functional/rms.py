@@ -3,11 +3,9 @@
 import jax
 from jax.typing import ArrayLike
 
-from jaxnorm.core.arguments import check_input
 from jaxnorm.core.axes import Axes
-from jaxnorm.core.layouts import layer_layout
-from jaxnorm.core.normalize import checked, normalize
 from jaxnorm.core.standardize import NormParams
+from jaxnorm.functional.over_axes import norm_over_axes
 
 
 def rms_norm(
@@ -55,16 +53,14 @@ def rms_norm(
     References:
       Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
     """
-    x = check_input(x)
-    spec, arrays = checked(
+    return norm_over_axes(
         "rms_norm",
         x,
-        layer_layout(x.shape, axis),
         params,
+        axis,
         epsilon=epsilon,
         where=where,
         scale_offset=scale_offset,
         subtract_mean=False,
         implementation=implementation,
     )
-    return normalize(spec, arrays)

@@ -10,14 +10,14 @@ from jaxnorm.core.axes import Axes
 from jaxnorm.core.devices import AxisName, bound_devices
 from jaxnorm.core.layouts import batch_layout
 from jaxnorm.core.moments import statistics
-from jaxnorm.core.normalize import checked, program
+from jaxnorm.core.norm import prepare_call, program
 from jaxnorm.core.standardize import NormParams, standardize_by
 from jaxnorm.functional.state import (
     BatchNormState,
     check_running_dtypes,
     check_state,
     check_weights,
-    move,
+    updated_state,
 )
 
 
@@ -43,7 +43,7 @@ def normalize_by_running(
     layout = batch_layout(x.shape, feature_axis)
     state = check_state(state, layout, x.dtype)
     check_running_dtypes(state)
-    spec, arrays = checked(
+    spec, arrays = prepare_call(
         "batch_norm",
         x,
         layout,
@@ -60,11 +60,11 @@ def _normalized(spec, arrays, state, weights):
     with jax.named_scope(spec.name):
         stats, first = statistics(spec, arrays.x), state.count == 0
         measured = stats.moments(spec.layout)
-        moved = move(state, measured, weights, 0)
+        new_state = updated_state(state, measured, weights, 0)
         # Before the first update the state may hold any numbers.
         mean, var = (
             jnp.where(first, new.astype(old.dtype), old)
-            for new, old in zip(measured[:2], moved[:2], strict=True)
+            for new, old in zip(measured[:2], new_state[:2], strict=True)
         )
         # The new mean is that of x and a part of the way to the old one: written so, it keeps the
         # low part of the former, and the difference is taken before it is rounded.
@@ -77,4 +77,4 @@ def _normalized(spec, arrays, state, weights):
         low = low + jnp.where(first, 0, weights[0] * way)
         rstd = reciprocal_std(spec.layout.broadcast(var), spec.epsilon)
         y = standardize_by(spec, arrays.x, high, low, rstd, arrays.params)
-    return y, BatchNormState(mean, var, moved.count)
+    return y, BatchNormState(mean, var, new_state.count)

@@ -61,7 +61,7 @@ def init_spectral_norm_state(
     w = check_input(w, "w")
     layout = batch_layout(w.shape, feature_axis)
     u = jax.random.normal(key, layout.feature_shape, promote(w.dtype, jnp.float32))
-    return start(layout, w, u)
+    return init_vectors(layout, w, u)
 
 
 def spectral_norm(
@@ -119,12 +119,14 @@ def spectral_norm(
     layout = batch_layout(w.shape, feature_axis)
     state = _check_state(state, layout, w.dtype)
     epsilon, steps = check_epsilon(epsilon), _check_steps(steps)
-    y, moved, _ = divide(layout, steps if check_train(train) else 0, epsilon, w, state)
-    return y, moved if train else state
+    y, new_state, _ = spectral_normalize(
+        layout, steps if check_train(train) else 0, epsilon, w, state
+    )
+    return y, new_state if train else state
 
 
 @functools.partial(jit, static_argnums=0)
-def start(layout: Layout, w: jax.Array, u: jax.Array) -> SpectralNormState:
+def init_vectors(layout: Layout, w: jax.Array, u: jax.Array) -> SpectralNormState:
     """The state of a vector u of any length."""
     w, u = (a.astype(promote(a.dtype, w.dtype, jnp.float32)) for a in (w, u))
     matrix, _ = scaled_to_one(w, _whole(layout))
@@ -134,7 +136,7 @@ def start(layout: Layout, w: jax.Array, u: jax.Array) -> SpectralNormState:
 
 
 @functools.partial(jit, static_argnums=(0, 1, 2))
-def divide(
+def spectral_normalize(
     layout: Layout, steps: int, epsilon: float, w: jax.Array, state: SpectralNormState
 ) -> tuple[jax.Array, SpectralNormState, jax.Array]:
     """w / sigma, the state after so many steps, and sigma; from arguments that are checked."""
@@ -153,13 +155,13 @@ def divide(
         given = jax.tree.map(lambda a: lax.stop_gradient(a.astype(matrix.dtype)), state)
         vectors = SpectralNormState(*(_on_mesh_of(matrix, vector) for vector in given))
         u, v = lax.fori_loop(0, steps, step, vectors, unroll=max(1, min(steps, UNROLLED)))
-        moved = SpectralNormState(u.astype(state.u.dtype), v.astype(state.v.dtype))
+        new_state = SpectralNormState(u.astype(state.u.dtype), v.astype(state.v.dtype))
         of_u = matrix * layout.broadcast(u)
         sigma = whole.sum(real_product(of_u, jnp.broadcast_to(transposed.broadcast(v), w.shape)))
         # One in units of w, so that zeros have a gradient of usual size.
         divisor = jnp.where(jnp.abs(sigma) > epsilon / scale, sigma, 1 / scale)
         y = matrix / divisor.astype(matrix.dtype)
-        return y.astype(w.dtype), moved, jnp.squeeze(sigma * scale)
+        return y.astype(w.dtype), new_state, jnp.squeeze(sigma * scale)
 
 
 def _product(layout: Layout, matrix: jax.Array, vector: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from jaxnorm.core.arithmetic import reciprocal_std
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.layouts import batch_layout
 from jaxnorm.core.moments import statistics
-from jaxnorm.core.normalize import checked, normalize, program
+from jaxnorm.core.norm import norm, prepare_call, program
 from jaxnorm.core.standardize import NormParams, standardize_by
 
 
@@ -67,7 +67,7 @@ def standardize_weight(
     layout = batch_layout(w.shape, feature_axis)
     if gain is not None:
         gain = check_feature_array(gain, "gain", layout, w.dtype)
-    spec, arrays = checked(
+    spec, arrays = prepare_call(
         "standardize_weight",
         w,
         layout,
@@ -75,7 +75,7 @@ def standardize_weight(
         epsilon=epsilon,
         implementation="xla" if fan_in else None,
     )
-    return (_by_fan_in if fan_in else normalize)(spec, arrays)
+    return (_by_fan_in if fan_in else norm)(spec, arrays)
 
 
 @program

@@ -106,10 +106,12 @@ def update_batch_norm_state(
             f"moments must have the shape of the state, {state.mean.shape}, got "
             f"{moments.mean.shape}; measure over all axes but the features'."
         )
-    return _moved(state, moments, check_weights(momentum), check_ddof(ddof))
+    return _updated_state(state, moments, check_weights(momentum), check_ddof(ddof))
 
 
-def move(state: BatchNormState, moments: Moments, weights: Weights, ddof: int) -> BatchNormState:
+def updated_state(
+    state: BatchNormState, moments: Moments, weights: Weights, ddof: int
+) -> BatchNormState:
     """The new state, from arguments that have been checked."""
     counted = moments.count > 0
     if weights is None:
@@ -133,7 +135,7 @@ def move(state: BatchNormState, moments: Moments, weights: Weights, ddof: int) -
     )
 
 
-_moved = jit(move, static_argnums=3)
+_updated_state = jit(updated_state, static_argnums=3)
 
 
 def update_weight(momentum: float, count: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:

@@ -13,7 +13,7 @@ from jaxnorm.core.arithmetic import absolute, quotient
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.layouts import moments_layout
 from jaxnorm.core.lengths import two_norm
-from jaxnorm.core.normalize import make_spec, program
+from jaxnorm.core.norm import make_spec, program
 from jaxnorm.core.spec import NormSpec
 
 

@@ -1,8 +1,8 @@
 """Kernels: plain arrays and numbers in, arrays out; at most one for each platform.
 
-A kernel folder imports nothing of `core`. It says whether it is there (`missing`), which inputs it
-does not support (`declines`), and computes two operations (`value`, `cotangent`). The table
-`KERNELS` holds the kernels by platform; it is all that the core sees of them.
+A kernel folder imports nothing of `core`. It says whether it is there (`unavailable_reason`), which
+inputs it does not support (`unsupported_reason`), and computes two operations (`forward`, `vjp`).
+The table `KERNELS` holds the kernels by platform; it is all that the core sees of them.
 
 The argument `implementation` of the functions chooses what computes a norm:
 
@@ -76,15 +76,15 @@ class Kernel(Protocol):
     have shape (batch, g * k).
     """
 
-    def missing(self) -> str | None:
+    def unavailable_reason(self) -> str | None:
         """Why there is no kernel here, or None if there is one."""
         ...
 
-    def level(self) -> str:
+    def target(self) -> str:
         """What hardware it is compiled for."""
         ...
 
-    def unproven(self) -> str | None:
+    def opt_in_reason(self) -> str | None:
         """Why it has to be asked for here, or None if it is used unasked.
 
         It may look at the devices: it is called when a program is lowered, never while a call is
@@ -92,11 +92,11 @@ class Kernel(Protocol):
         """
         ...
 
-    def declines(self, request: Request) -> str | None:
+    def unsupported_reason(self, request: Request) -> str | None:
         """Why it does not support such a call, or None if it does."""
         ...
 
-    def value(
+    def forward(
         self,
         x: jax.Array,
         residual: jax.Array | None,
@@ -118,11 +118,11 @@ class Kernel(Protocol):
         """
         ...
 
-    def cotangent(
+    def vjp(
         self,
         x: jax.Array,
         dy: jax.Array,
-        dtotal: jax.Array | None,
+        d_residual_sum: jax.Array | None,
         scale: jax.Array | None,
         mean_high: jax.Array | None,
         mean_low: jax.Array | None,
@@ -134,8 +134,8 @@ class Kernel(Protocol):
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         """The gradients of x, and of scale and bias where they are `wanted`.
 
-        Where x is the sum with a residual, `dtotal` is the cotangent of that sum; it is added to
-        the gradient of x in float32.
+        Where x is the sum with a residual, `d_residual_sum` is the cotangent of that sum; it is
+        added to the gradient of x in float32.
 
         x and dy hold `batch` such blocks, and the statistics have shape (batch, n, g). Each block
         has its own gradients of scale and bias: they have shape (batch, g * k) and are float32.
@@ -168,12 +168,12 @@ def implementations() -> dict[str, str]:
         if wanted == "xla":
             return f"xla: {VARIABLE}=xla"
         kernel = KERNELS.get(platform)
-        reason = kernel.missing() if kernel else "there is no kernel"
+        reason = kernel.unavailable_reason() if kernel else "there is no kernel"
         if reason and wanted == "kernel":
             return f"none: {VARIABLE} asks for the kernel, but {reason}"
         if kernel and wanted is None:
-            reason = reason or kernel.unproven()
-        return f"xla: {reason}" if reason or not kernel else f"kernel: {kernel.level()}"
+            reason = reason or kernel.opt_in_reason()
+        return f"xla: {reason}" if reason or not kernel else f"kernel: {kernel.target()}"
 
     return {"cpu": told("cpu"), "gpu": told("cuda"), "tpu": told("tpu")}
 
@@ -203,7 +203,7 @@ def supported(request: Request, *, required: bool) -> bool:
     """
     platforms: dict[str, list[str]] = {}
     for platform, kernel in KERNELS.items():
-        reason = kernel.missing() or kernel.declines(request)
+        reason = kernel.unavailable_reason() or kernel.unsupported_reason(request)
         if reason is None:
             return True
         platforms.setdefault(reason, []).append(platform)
@@ -231,8 +231,8 @@ def for_program(
         reason = f"there is no kernel for {platform or 'the platform of this program'}"
     else:
         request = request._replace(exported=is_exported(ctx))
-        reason = kernel.missing() or kernel.declines(request) or _sharded(ctx)
-        reason = reason or (None if required else kernel.unproven())
+        reason = kernel.unavailable_reason() or kernel.unsupported_reason(request) or _sharded(ctx)
+        reason = reason or (None if required else kernel.opt_in_reason())
     if reason and required:
         raise KernelUnavailableError(reason)
     return None if reason else kernel
@@ -253,4 +253,4 @@ def _sharded(ctx: LoweringRuleContext) -> str | None:
 
 # Early, so that programs which were compiled and stored before find the kernels they call.
 for _kernel in KERNELS.values():
-    _kernel.missing()
+    _kernel.unavailable_reason()

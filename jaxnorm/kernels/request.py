@@ -17,7 +17,7 @@ class Request(NamedTuple):
       param_blocks: into how many such blocks of fewer examples x is divided if each is to have one
         scale and bias; None if no such division does that. Then the kernel gets neither: they are
         applied to its result.
-      adds: whether a residual is added to x, and the sum is normalized.
+      has_residual: whether a residual is added to x, and the sum is normalized.
       masked: whether some elements do not count.
       over_devices: whether the statistics are shared over devices.
       exported: whether the program may run where jaxnorm is not installed.
@@ -28,13 +28,13 @@ class Request(NamedTuple):
     result_dtype: Any
     subtract_mean: bool = True
     param_blocks: int | None = 1
-    adds: bool = False
+    has_residual: bool = False
     masked: bool = False
     over_devices: bool = False
     exported: bool = False
 
 
-def common_refusal(request: Request) -> str | None:
+def common_unsupported_reason(request: Request) -> str | None:
     """Why none of the kernels supports it, or None."""
     if request.over_devices:
         return "it does not share statistics over an axis_name"
@@ -58,7 +58,7 @@ def rows_of(block: tuple[int, int, int, int] | None) -> tuple[int, int] | None:
     return block[0], block[3]
 
 
-def one_scale(request: Request) -> str | None:
+def param_blocks_unsupported_reason(request: Request) -> str | None:
     """Why a kernel that takes one scale and bias for all examples declines, or None."""
     if request.param_blocks == 1:
         return None

@@ -17,7 +17,7 @@ with batch norms.
 
 from jaxnorm.linen.add import AddLayerNorm, AddRMSNorm
 from jaxnorm.linen.audit import audit
-from jaxnorm.linen.family import (
+from jaxnorm.linen.more_norms import (
     DynamicErf,
     DynamicTanh,
     FilterResponseNorm,

@@ -9,9 +9,9 @@ import numpy as np
 
 from jaxnorm.core.arguments import check_residual
 from jaxnorm.core.layouts import layer_layout
-from jaxnorm.core.normalize import add_and_normalize
+from jaxnorm.core.norm import norm_of_sum
 from jaxnorm.core.standardize import NormParams
-from jaxnorm.linen.norms import LayerNorm, RMSNorm, arguments_of
+from jaxnorm.linen.norms import LayerNorm, RMSNorm, prepare_module_call
 
 
 class AddLayerNorm(LayerNorm):
@@ -73,6 +73,5 @@ class AddRMSNorm(RMSNorm):
 
 def _add(name: str, module: Any, x, residual, mask, given: NormParams, **options: Any):
     layout = layer_layout(np.shape(x), module.reduction_axes, module.feature_axes)
-    residual = check_residual(residual, jnp.asarray(x))
-    options["residual"] = residual
-    return add_and_normalize(*arguments_of(name, module, x, layout, mask, given, **options))
+    options["residual"] = check_residual(residual, jnp.asarray(x))
+    return norm_of_sum(*prepare_module_call(name, module, x, layout, mask, given, **options))

@@ -1,18 +1,18 @@
 """The five norms: Flax's classes with another `__call__`."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.typing import Dtype
 
 from jaxnorm._internals import canonicalize_dtype
 from jaxnorm._modules import (
     add_params,
-    checked_call,
     initial_scale,
+    options_of,
     update_running_statistics,
     warn_of_single_elements,
     widened,
@@ -21,7 +21,8 @@ from jaxnorm.core.arguments import check_feature_shape, check_flag
 from jaxnorm.core.axes import count_groups
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.layouts import batch_layout, group_layout, instance_layout, layer_layout
-from jaxnorm.core.normalize import normalize, normalize_with
+from jaxnorm.core.norm import Arrays, norm, prepare_call
+from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.renorm import Renorm, check_renorm, normalize_batch, without_kernel
 
@@ -74,28 +75,12 @@ class BatchNorm(nn.BatchNorm):
         var = self.variable("batch_stats", "var", jnp.ones, layout.feature_shape, stats_dtype)
         check_feature_shape(mean.value, "mean", layout)
         check_feature_shape(var.value, "var", layout)
-        if use_running_average:
-            x, params, dtype = prepare(self, x, layout, NormParams(scale, bias))
-            return normalize_with(
-                "batch_norm",
-                x,
-                layout,
-                (mean.value, var.value),
-                params,
-                epsilon=self.epsilon,
-                scale_offset=self.scale_offset,
-                dtype=dtype,
-                where=None if mask is None else jnp.asarray(mask, bool),
-            )
-        call = arguments_of(
-            "batch_norm",
-            self,
-            x,
-            layout,
-            mask,
-            NormParams(scale, bias),
-            implementation=without_kernel(renorm),
+        prepare = functools.partial(
+            prepare_module_call, "batch_norm", self, x, layout, mask, NormParams(scale, bias)
         )
+        if use_running_average:
+            return norm(*prepare(moments=(mean.value, var.value)))
+        call = prepare(implementation=without_kernel(renorm))
         y, moments = normalize_batch(*call, mean.value, var.value, renorm)
         if not self.is_initializing():
             dtype = self.dtype or jnp.result_type(x)
@@ -131,8 +116,8 @@ class LayerNorm(nn.LayerNorm):
     ) -> jax.Array:
         """Normalize x."""
         layout = layer_layout(np.shape(x), self.reduction_axes, self.feature_axes)
-        return normalize(
-            *arguments_of("layer_norm", self, x, layout, mask, NormParams(scale, bias))
+        return norm(
+            *prepare_module_call("layer_norm", self, x, layout, mask, NormParams(scale, bias))
         )
 
 
@@ -159,8 +144,8 @@ class RMSNorm(nn.RMSNorm):
     ) -> jax.Array:
         """Normalize x."""
         layout = layer_layout(np.shape(x), self.reduction_axes, self.feature_axes)
-        return normalize(
-            *arguments_of(
+        return norm(
+            *prepare_module_call(
                 "rms_norm", self, x, layout, mask, NormParams(scale, bias), subtract_mean=False
             )
         )
@@ -194,8 +179,8 @@ class GroupNorm(nn.GroupNorm):
         shape = np.shape(x)
         num_groups = count_groups(shape[-1], self.num_groups, self.group_size)
         layout = group_layout(shape, num_groups, reduction_axes=self.reduction_axes)
-        return normalize(
-            *arguments_of("group_norm", self, x, layout, mask, NormParams(scale, bias))
+        return norm(
+            *prepare_module_call("group_norm", self, x, layout, mask, NormParams(scale, bias))
         )
 
 
@@ -225,25 +210,28 @@ class InstanceNorm(nn.InstanceNorm):
         """Normalize x."""
         layout = instance_layout(np.shape(x), self.feature_axes, "feature_axes")
         warn_of_single_elements(layout)
-        return normalize(
-            *arguments_of("instance_norm", self, x, layout, mask, NormParams(scale, bias))
+        return norm(
+            *prepare_module_call("instance_norm", self, x, layout, mask, NormParams(scale, bias))
         )
 
 
-def arguments_of(
-    name: str, module: Any, x, layout: Layout, mask, given: NormParams, **options: Any
-):
-    prepared = prepare(module, x, layout, given)
-    bind_names = not module.is_initializing()
-    return checked_call(name, module, layout, prepared, mask, bind_names=bind_names, **options)
+def prepare_module_call(
+    name: str,
+    module: Any,
+    x: Any,
+    layout: Layout,
+    mask: jax.Array | None,
+    given: NormParams,
+    *,
+    residual: jax.Array | None = None,
+    moments: tuple[jax.Array, jax.Array] | None = None,
+    **options: Any,
+) -> tuple[NormSpec, Arrays]:
+    """Check a module's call: with its attributes and its parameters, which are created if needed.
 
-
-def prepare(
-    module: Any, x, layout: Layout, given: NormParams
-) -> tuple[jax.Array, NormParams, Dtype]:
-    """x as floating-point or complex, the parameters, and the dtype of the result.
-
-    What the call has `given` is added to what is learned.
+    x becomes floating-point or complex, the residual gets its dtype, and the parameters that are
+    `given` with the call are added to the learned ones. With `moments`, statistics are not
+    measured.
     """
     x, shape, dtype = widened(x, module.dtype), layout.feature_shape, module.param_dtype
     scale = bias = None
@@ -258,4 +246,14 @@ def prepare(
         dtype = canonicalize_dtype(x, scale, bias, *given, dtype=module.dtype)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(dtype)
-    return x, add_params(NormParams(scale, bias), given, layout, jnp.dtype(dtype)), dtype
+    return prepare_call(
+        name,
+        x,
+        layout,
+        add_params(NormParams(scale, bias), given, layout, jnp.dtype(dtype)),
+        residual=None if residual is None else residual.astype(x.dtype),
+        moments=moments,
+        dtype=dtype,
+        **options_of(module, mask, bind_names=moments is None and not module.is_initializing()),
+        **options,
+    )

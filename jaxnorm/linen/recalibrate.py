@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxnorm._modules import like
+from jaxnorm._modules import cast_and_place_like
 from jaxnorm.linen.instrumented import by_structure, check_model, instrumented_call, norms_of
 from jaxnorm.tools.programs import StaticArguments, StaticByKey, memoize, partition
 from jaxnorm.tools.recalibrate import (
@@ -88,7 +88,7 @@ def recalibrate(
         for name in ("mean", "var"):
             old = stats[(*path, name)]
             new = getattr(moments, name)
-            stats[(*path, name)] = like(old, jnp.where(moments.count > 0, new, old))
+            stats[(*path, name)] = cast_and_place_like(old, jnp.where(moments.count > 0, new, old))
     new = {"batch_stats": unflatten_dict(stats)}
     return variables.copy(new) if isinstance(variables, FrozenDict) else {**variables, **new}
 

@@ -16,14 +16,14 @@ batch norms are part of the layers before them, and `audit` finds what is wrong 
 
 from jaxnorm.nnx.add import AddLayerNorm, AddRMSNorm
 from jaxnorm.nnx.audit import audit
-from jaxnorm.nnx.family import (
+from jaxnorm.nnx.fold import fold
+from jaxnorm.nnx.freeze import freeze, unfreeze
+from jaxnorm.nnx.more_norms import (
     DynamicErf,
     DynamicTanh,
     FilterResponseNorm,
     GlobalResponseNorm,
 )
-from jaxnorm.nnx.fold import fold
-from jaxnorm.nnx.freeze import freeze, unfreeze
 from jaxnorm.nnx.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from jaxnorm.nnx.recalibrate import recalibrate
 from jaxnorm.nnx.replace import replace

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm._modules import checked_call, widened
 from jaxnorm.core.arguments import check_residual
 from jaxnorm.core.layouts import layer_layout
-from jaxnorm.core.normalize import add_and_normalize
+from jaxnorm.core.norm import norm_of_sum
 from jaxnorm.core.standardize import NormParams
-from jaxnorm.nnx.norms import LayerNorm, RMSNorm, prepare
+from jaxnorm.nnx.norms import LayerNorm, RMSNorm, prepare_module_call
 from jaxnorm.nnx.signatures import flax_positions
 
 
@@ -76,12 +75,5 @@ class AddRMSNorm(RMSNorm):
 
 def _add(name: str, module: Any, x, residual, mask, given: NormParams, **options: Any):
     layout = layer_layout(np.shape(x), module.reduction_axes, module.feature_axes)
-    residual = check_residual(residual, jnp.asarray(x))
-    x = widened(x, module.dtype)
-    cast, params, dtype = prepare(module, x, layout, given)
-    # The total has the dtype of x, though the parameters' may be better.
-    x = x if jnp.issubdtype(x.dtype, jnp.inexact) else cast
-    prepared = x, params, dtype
-    return add_and_normalize(
-        *checked_call(name, module, layout, prepared, mask, residual=residual, **options)
-    )
+    options["residual"] = check_residual(residual, jnp.asarray(x))
+    return norm_of_sum(*prepare_module_call(name, module, x, layout, mask, given, **options))

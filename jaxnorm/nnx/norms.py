@@ -1,5 +1,6 @@
 """The five norms: Flax's classes with another `__call__`."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.typing import Dtype
 
 from jaxnorm._internals import canonicalize_dtype, first_from
 from jaxnorm._modules import (
     add_params,
-    checked_call,
     initial_scale,
+    options_of,
     update_running_statistics,
     warn_of_single_elements,
     widened,
@@ -23,7 +23,8 @@ from jaxnorm.core.arguments import check_feature_shape, check_flag
 from jaxnorm.core.arithmetic import promote
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.layouts import batch_layout, group_layout, instance_layout, layer_layout
-from jaxnorm.core.normalize import normalize, normalize_with
+from jaxnorm.core.norm import Arrays, norm, prepare_call
+from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.renorm import Renorm, check_renorm, normalize_batch, without_kernel
 from jaxnorm.nnx.signatures import after, flax_positions
@@ -104,30 +105,19 @@ class BatchNorm(nnx.BatchNorm):
             check_feature_shape(_fold(stat[...], layout), name, layout)
             for stat, name in ((self.mean, "mean"), (self.var, "var"))
         )
-        if use_running_average:
-            x, params, dtype = prepare(self, x, layout, NormParams(scale, bias), mean, var)
-            return normalize_with(
-                "batch_norm",
-                x,
-                layout,
-                (mean, var),
-                params,
-                epsilon=self.epsilon,
-                scale_offset=self.scale_offset,
-                dtype=dtype,
-                where=None if mask is None else jnp.asarray(mask, bool),
-            )
-        call = _checked(
+        prepare = functools.partial(
+            prepare_module_call,
             "batch_norm",
             self,
             x,
             layout,
             mask,
             NormParams(scale, bias),
-            mean,
-            var,
-            implementation=without_kernel(renorm),
+            running=(mean, var),
         )
+        if use_running_average:
+            return norm(*prepare(moments=(mean, var)))
+        call = prepare(implementation=without_kernel(renorm))
         y, moments = normalize_batch(*call, mean, var, renorm)
         updated = update_running_statistics(mean, var, moments, self.momentum, moments.mean.dtype)
         for stat, value in zip((self.mean, self.var), updated, strict=True):
@@ -166,7 +156,9 @@ class LayerNorm(nnx.LayerNorm):
     ) -> jax.Array:
         """Normalize x."""
         layout = layer_layout(np.shape(x), self.reduction_axes, self.feature_axes)
-        return normalize(*_checked("layer_norm", self, x, layout, mask, NormParams(scale, bias)))
+        return norm(
+            *prepare_module_call("layer_norm", self, x, layout, mask, NormParams(scale, bias))
+        )
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -192,8 +184,8 @@ class RMSNorm(nnx.RMSNorm):
     ) -> jax.Array:
         """Normalize x."""
         layout = layer_layout(np.shape(x), self.reduction_axes, self.feature_axes)
-        return normalize(
-            *_checked(
+        return norm(
+            *prepare_module_call(
                 "rms_norm", self, x, layout, mask, NormParams(scale, bias), subtract_mean=False
             )
         )
@@ -232,7 +224,9 @@ class GroupNorm(nnx.GroupNorm):
                 "jnp.moveaxis."
             )
         layout = group_layout(shape, self.num_groups, reduction_axes=self.reduction_axes)
-        return normalize(*_checked("group_norm", self, x, layout, mask, NormParams(scale, bias)))
+        return norm(
+            *prepare_module_call("group_norm", self, x, layout, mask, NormParams(scale, bias))
+        )
 
 
 class InstanceNorm(nnx.InstanceNorm):
@@ -261,22 +255,29 @@ class InstanceNorm(nnx.InstanceNorm):
         """Normalize x."""
         layout = instance_layout(np.shape(x), self.feature_axes, "feature_axes")
         warn_of_single_elements(layout)
-        return normalize(*_checked("instance_norm", self, x, layout, mask, NormParams(scale, bias)))
+        return norm(
+            *prepare_module_call("instance_norm", self, x, layout, mask, NormParams(scale, bias))
+        )
 
 
-def _checked(
-    name: str, module: Any, x, layout: Layout, mask, given: NormParams, *running, **options: Any
-):
-    prepared = prepare(module, x, layout, given, *running)
-    return checked_call(name, module, layout, prepared, mask, **options)
+def prepare_module_call(
+    name: str,
+    module: Any,
+    x: Any,
+    layout: Layout,
+    mask: jax.Array | None,
+    given: NormParams,
+    *,
+    running: tuple[jax.Array, ...] = (),
+    residual: jax.Array | None = None,
+    moments: tuple[jax.Array, jax.Array] | None = None,
+    **options: Any,
+) -> tuple[NormSpec, Arrays]:
+    """Check a module's call, with its attributes and its parameters.
 
-
-def prepare(
-    module: Any, x, layout: Layout, given: NormParams, *running: jax.Array
-) -> tuple[jax.Array, NormParams, Dtype]:
-    """Return x and the parameters as `promote_dtype` makes them, and the result's dtype.
-
-    What the call has `given` is added to what is learned.
+    x, `running` statistics and parameters are passed to `promote_dtype`, as Flax does. The residual
+    gets the dtype of x, and the parameters that are `given` with the call are added to the learned
+    ones. With `moments`, statistics are not measured.
     """
     x = widened(x, module.dtype)
     owned = [module.scale, module.bias] if hasattr(module, "use_bias") else [module.scale]
@@ -285,11 +286,25 @@ def prepare(
         promoted = module.promote_dtype((x, *running, *values), dtype=module.dtype)
         cast, values = promoted[0], promoted[1 + len(running) :]
         dtype = canonicalize_dtype(cast, *values, *given, dtype=module.dtype)
-    # Cast up now, but down only with the result: statistics are those of x as it was given.
-    if promote(x.dtype, cast.dtype) != x.dtype:
-        x = cast
+    if residual is None:
+        # Cast up now, but down only with the result: statistics are those of x as it was given.
+        casts = promote(x.dtype, cast.dtype) != x.dtype
+    else:
+        # The residual sum has the dtype of x, though the parameters' may be better.
+        casts = not jnp.issubdtype(x.dtype, jnp.inexact)
+    x = cast if casts else x
     learned = NormParams(*(_fold(value, layout) for value in values))
-    return x, add_params(learned, given, layout, jnp.dtype(dtype)), dtype
+    return prepare_call(
+        name,
+        x,
+        layout,
+        add_params(learned, given, layout, jnp.dtype(dtype)),
+        residual=None if residual is None else residual.astype(x.dtype),
+        moments=moments,
+        dtype=dtype,
+        **options_of(module, mask, bind_names=moments is None),
+        **options,
+    )
 
 
 def _initialized(named: dict[str, Any], scale_offset: float) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxnorm._modules import like
+from jaxnorm._modules import cast_and_place_like
 from jaxnorm.nnx.instrumented import instrumented, norms_of
 from jaxnorm.nnx.replace import modules_of
 from jaxnorm.tools.batch_moments import no_batch_moments
@@ -75,7 +75,7 @@ def recalibrate(
     check_totals(moments, "unfreeze some, or pass what makes the model train")
     for path, (mean, var, count) in moments.items():
         for stat, value in ((originals[path].mean, mean), (originals[path].var, var)):
-            stat.set_value(like(stat[...], jnp.where(count > 0, value, stat[...])))
+            stat.set_value(cast_and_place_like(stat[...], jnp.where(count > 0, value, stat[...])))
 
 
 @memoize

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm.kernels.request import Request, common_refusal
+from jaxnorm.kernels.request import Request, common_unsupported_reason
 
 LIBRARY = Path(__file__).with_name("_norms.so")
 WHY_NOT_BUILT = Path(__file__).with_name("_not_built.txt")
@@ -23,7 +23,7 @@ _LONGEST_SUM = 2**14  # kLongestSum in norms.h
 
 
 @functools.cache
-def missing() -> str | None:
+def unavailable_reason() -> str | None:
     """Why there is no kernel here, or None if there is one, which is then loaded."""
     if not LIBRARY.exists():
         if WHY_NOT_BUILT.exists():
@@ -58,32 +58,32 @@ def _api_version() -> int:
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
-    library.jaxnorm_level.restype = ctypes.c_char_p
-    library.jaxnorm_use_level.restype = ctypes.c_bool
+    library.jaxnorm_target.restype = ctypes.c_char_p
+    library.jaxnorm_use_target.restype = ctypes.c_bool
     return library
 
 
-def level() -> str:
-    """What hardware it is compiled for: the best level of the library that runs here."""
-    return _library().jaxnorm_level().decode()
+def target() -> str:
+    """What hardware it is compiled for: the best target of the library that runs here."""
+    return _library().jaxnorm_target().decode()
 
 
-def use_level(name: str) -> bool:
-    """Use another level in all calls from now on; False if it doesn't run here.
+def use_target(name: str) -> bool:
+    """Use another target in all calls from now on; False if it doesn't run here.
 
     It is chosen when a program runs, so this holds for programs that are compiled, too.
     """
-    return _library().jaxnorm_use_level(name.encode())
+    return _library().jaxnorm_use_target(name.encode())
 
 
-def unproven() -> None:
+def opt_in_reason() -> None:
     """Nothing: docs/benchmarks.md has its times."""
 
 
 @functools.cache
-def declines(request: Request) -> str | None:
+def unsupported_reason(request: Request) -> str | None:
     """Why it does not support such a call, or None if it does."""
-    if reason := common_refusal(request):
+    if reason := common_unsupported_reason(request):
         return reason
     block = request.block
     if block is None:
@@ -99,16 +99,16 @@ def declines(request: Request) -> str | None:
         )
     if not request.subtract_mean and block[1] > 1:
         return "it takes rms norm over the last axes only"
-    if request.adds and block[1] > 1:
+    if request.has_residual and block[1] > 1:
         return "it adds a residual only where the last axes share statistics"
-    if request.adds and request.dtype == jnp.bfloat16 and block[3] > _LONGEST_SUM:
+    if request.has_residual and request.dtype == jnp.bfloat16 and block[3] > _LONGEST_SUM:
         return f"it adds a residual to rows of bfloat16 of up to {_LONGEST_SUM} elements"
     if request.exported:
         return "an exported program must run where jaxnorm's kernels are not built"
     return None
 
 
-def value(
+def forward(
     x: jax.Array,
     residual: jax.Array | None,
     scale: jax.Array | None,
@@ -119,14 +119,14 @@ def value(
     epsilon: float,
     subtract_mean: bool,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None, jax.Array, jax.Array]:
-    """y, the total and the statistics, of `batch` blocks."""
+    """y, the residual_sum and the statistics, of `batch` blocks."""
     n, _, g, _ = block
     statistic = jax.ShapeDtypeStruct((batch, n, g), jnp.float32)
     mean = statistic if subtract_mean else _NOTHING
     like_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    total = _NOTHING if residual is None else like_x
-    y, total, high, low, var, rstd = jax.ffi.ffi_call(
-        "jaxnorm_forward", [like_x, total, mean, mean, statistic, statistic]
+    residual_sum = _NOTHING if residual is None else like_x
+    y, residual_sum, high, low, var, rstd = jax.ffi.ffi_call(
+        "jaxnorm_forward", [like_x, residual_sum, mean, mean, statistic, statistic]
     )(
         x,
         _float32(None) if residual is None else residual,
@@ -139,7 +139,7 @@ def value(
     )
     return (
         y,
-        None if residual is None else total,
+        None if residual is None else residual_sum,
         high if subtract_mean else None,
         low if subtract_mean else None,
         var,
@@ -147,10 +147,10 @@ def value(
     )
 
 
-def cotangent(
+def vjp(
     x: jax.Array,
     dy: jax.Array,
-    dtotal: jax.Array | None,
+    d_residual_sum: jax.Array | None,
     scale: jax.Array | None,
     mean_high: jax.Array | None,
     mean_low: jax.Array | None,
@@ -172,7 +172,7 @@ def cotangent(
     )(
         x,
         dy,
-        _float32(None) if dtotal is None else dtotal,
+        _float32(None) if d_residual_sum is None else d_residual_sum,
         _float32(scale),
         _float32(mean_high),
         _float32(mean_low),

@@ -25,7 +25,7 @@ def build(library: Path = LIBRARY, flags: Sequence[str] = ()) -> list[str]:
     """Compile the kernel into `library`; if that fails, the file stays as it was.
 
     Returns:
-      The levels of hardware that it is compiled for. Those that the compiler lacks are left out.
+      The targets that it is compiled for. Those that the compiler lacks are left out.
 
     Raises:
       RuntimeError: there is no compiler, or it failed.
@@ -38,27 +38,27 @@ def build(library: Path = LIBRARY, flags: Sequence[str] = ()) -> list[str]:
     flags = [*FLAGS, *flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     include = str(Path(jaxlib.__file__).parent / "include")
     handlers = ["handlers.cc", "-isystem", include]
-    levels = {"Baseline": []}
+    targets = {"Baseline": []}
     if platform.machine().lower() in ("x86_64", "amd64"):
         # GCC 12 warns of variables in its own header.
         known = {
             "Avx2": ["-march=x86-64-v3"],
             "Avx512": ["-march=x86-64-v4", "-Wno-maybe-uninitialized"],
         }
-        for level, options in known.items():
+        for target, options in known.items():
             if _takes(compiler, options):
-                levels[level] = options
-                handlers.append(f"-DJAXNORM_{level.upper()}")
-    # level.cc is compiled once for each level of hardware; handlers.cc takes the best that runs.
+                targets[target] = options
+                handlers.append(f"-DJAXNORM_{target.upper()}")
+    # target.cc is compiled once for each target; handlers.cc takes the best that runs.
     sources = [handlers]
-    for level, options in levels.items():
-        names = [f"-DJAXNORM_LEVEL={level.lower()}", f"-DJAXNORM_NAME=k{level}"]
-        sources.append(["level.cc", *names, *options])
+    for target, options in targets.items():
+        names = [f"-DJAXNORM_TARGET={target.lower()}", f"-DJAXNORM_NAME=k{target}"]
+        sources.append(["target.cc", *names, *options])
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         objects = [f"{folder}/{number}.o" for number in range(len(sources))]
         commands = [
-            [*compiler, *flags, *options, "-c", str(HERE / source), "-o", target]
-            for (source, *options), target in zip(sources, objects, strict=True)
+            [*compiler, *flags, *options, "-c", str(HERE / source), "-o", output]
+            for (source, *options), output in zip(sources, objects, strict=True)
         ]
         list(pool.map(_run, commands))
         _run([*compiler, *flags, "-shared", *objects, "-o", f"{folder}/norms.so"])
@@ -69,7 +69,7 @@ def build(library: Path = LIBRARY, flags: Sequence[str] = ()) -> list[str]:
             unfinished.replace(library)
         finally:
             unfinished.unlink(missing_ok=True)
-    return [level.lower() for level in levels]
+    return [target.lower() for target in targets]
 
 
 def find_compiler() -> list[str] | None:
@@ -81,7 +81,7 @@ def find_compiler() -> list[str] | None:
 
 
 def _takes(compiler: list[str], options: list[str]) -> bool:
-    """Whether the compiler knows these options: old ones lack the newer levels of x86-64."""
+    """Whether the compiler knows these options: old ones lack the newer targets of x86-64."""
     command = [*compiler, *options, "-fsyntax-only", "-x", "c++", os.devnull]
     try:
         _run(command)
@@ -103,9 +103,9 @@ def _run(command: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        levels = build()
+        targets = build()
     except (RuntimeError, OSError, ImportError) as error:
         raise SystemExit(f"The kernel is not built: {error}.") from None
     except KeyboardInterrupt:
         raise SystemExit("Interrupted: the kernel is as it was.") from None
-    print(f"Built {LIBRARY} for {', '.join(levels)}")
+    print(f"Built {LIBRARY} for {', '.join(targets)}")

@@ -8,7 +8,7 @@
 #include "moments.h"
 
 namespace jaxnorm {
-namespace JAXNORM_LEVEL {
+namespace JAXNORM_TARGET {
 
 constexpr int64_t kTileRows = 64;    // they stay in the first cache, and are added in float32:
 constexpr int64_t kRunRows = 8;      // first runs of this many, then their sums (moments.h)
@@ -210,5 +210,5 @@ static void columns_forward(const Forward& f, Pool& pool) {
   m.each_example(pool, tasks, measure, finish_groups, write_chunk);
 }
 
-}  // namespace JAXNORM_LEVEL
+}  // namespace JAXNORM_TARGET
 }  // namespace jaxnorm

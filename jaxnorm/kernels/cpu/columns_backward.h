@@ -4,13 +4,14 @@
 #include "columns.h"
 
 namespace jaxnorm {
-namespace JAXNORM_LEVEL {
+namespace JAXNORM_TARGET {
 
-// Adds, for each column, dy to `own` and dy * (x - mean) to `along`. All is added in float64: both
-// are gradients of bias and scale as they are, and where they cancel, as sums of 2^18 terms of both
-// signs do, the rounding of a float32 would be some units of what is left.
+// Adds, for each column, dy to `sum_dy` and dy * (x - mean) to `sum_dy_xhat`, which is divided by the
+// standard deviation later. All is added in float64: both are gradients of bias and scale, and where
+// they cancel, as sums of 2^18 terms of both signs do, the rounding of a float32 would be some units
+// of what is left.
 template <class T>
-static void add_gradients(double* own, double* along, const float* mean, const T* x, const T* dy,
+static void add_gradients(double* sum_dy, double* sum_dy_xhat, const float* mean, const T* x, const T* dy,
                           int64_t width, int64_t rows) {
   for (int64_t start = 0; start < rows; start += kTileRows) {
     const int64_t end = min(rows, start + kTileRows);
@@ -32,23 +33,23 @@ static void add_gradients(double* own, double* along, const float* mean, const T
       }
       for (int v = 0; v < N; ++v) {
         const int64_t column = j + v * kLanes;
-        add_to(own + column, Combine(d[1][v], d[0][v]), lanes);
-        add_to(along + column, Combine(de[1][v], de[0][v]), lanes);
+        add_to(sum_dy + column, Combine(d[1][v], d[0][v]), lanes);
+        add_to(sum_dy_xhat + column, Combine(de[1][v], de[0][v]), lanes);
       }
     });
   }
 }
 
-// dx = dy * scale + h * along + own, where h = (x - mean) * rstd; `factors` holds, for `width`
-// columns each, mean, rstd, scale, along, own.
+// dx = dy * scale + x_hat * slope + offset, where x_hat = (x - mean) * rstd; `factors` holds, for
+// `width` columns each, mean, rstd, scale, slope, offset.
 template <class T>
 static void write_gradient(T* dx, const T* x, const T* dy, const float* factors, int64_t width,
                            int64_t size, bool streamed) {
   const float *mean = factors, *rstd = mean + width, *scale = rstd + width;
-  const float *along = scale + width, *own = along + width;
+  const float *slope = scale + width, *offset = slope + width;
   for_each_vector(size, [&](int, int64_t j, auto lanes) BODY {
-    VF32 h = (LoadN(x + j, lanes) - LoadN(mean + j, lanes)) * LoadN(rstd + j, lanes);
-    VF32 correction = LoadN(along + j, lanes) * h + LoadN(own + j, lanes);
+    VF32 x_hat = (LoadN(x + j, lanes) - LoadN(mean + j, lanes)) * LoadN(rstd + j, lanes);
+    VF32 correction = LoadN(slope + j, lanes) * x_hat + LoadN(offset + j, lanes);
     store_or_stream(dx + j, LoadN(dy + j, lanes) * LoadN(scale + j, lanes) + correction, lanes, streamed);
   });
 }
@@ -79,18 +80,18 @@ static void columns_backward(const Backward& f, Pool& pool) {
   if (m.chunks > 1) parallel_for(pool, b.n, [&](int64_t e) { fill_columns(e, e); });
   auto measure = [&](int64_t slot, int64_t e, int64_t chunk) {
     if (m.chunks == 1) fill_columns(slot, e);
-    double* own = sums(slot, chunk);
-    for (int64_t i = 0; i < 2 * width; ++i) own[i] = 0;
+    double* sum_dy = sums(slot, chunk);
+    for (int64_t i = 0; i < 2 * width; ++i) sum_dy[i] = 0;
     const int64_t at = e * b.example() + m.begin(chunk) * width;
-    add_gradients(own, own + width, floats + slot * 5 * width, x + at, dy + at, width,
+    add_gradients(sum_dy, sum_dy + width, floats + slot * 5 * width, x + at, dy + at, width,
                   m.begin(chunk + 1) - m.begin(chunk));
   };
   auto finish_groups = [&](int64_t slot, int64_t e, int64_t begin, int64_t end) {
-    float *scale = floats + (slot * 5 + 2) * width, *along = scale + width, *own = along + width;
+    float *scale = floats + (slot * 5 + 2) * width, *slope = scale + width, *offset = slope + width;
     for (int64_t g = begin; g < end; ++g) {
       const double mean = f.mean_high[e * b.g + g], mean_low = f.mean_low[e * b.g + g];
       const double rstd = f.rstd[e * b.g + g];
-      double group_own = 0, group_along = 0;
+      double group_dy = 0, group_dy_xhat = 0;
       for (int64_t i = g * b.k; i < (g + 1) * b.k; ++i) {
         double d = 0, de = 0;
         for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
@@ -109,18 +110,18 @@ static void columns_backward(const Backward& f, Pool& pool) {
         totals[slot * 2 * features + i] += dh;
         totals[(slot * 2 + 1) * features + i] += d;
         const double factor = f.scale ? f.scale[i] : 1;
-        group_own += factor * d;
-        group_along += factor * dh;
+        group_dy += factor * d;
+        group_dy_xhat += factor * dh;
       }
       const double n = static_cast<double>(b.s) * b.k;
-      const float of_h = -rstd * group_along / n;
-      const float of_one = -rstd * group_own / n - mean_low * rstd * of_h;
+      const float slope_of_group = -rstd * group_dy_xhat / n;
+      const float offset_of_group = -rstd * group_dy / n - mean_low * rstd * slope_of_group;
       for (int64_t i = g * b.k; i < (g + 1) * b.k; ++i) {
         const float of_d = rstd * (f.scale ? f.scale[i] : 1);
         for (int64_t j = i; j < width; j += features) {
           scale[j] = canonical_nan(of_d);
-          along[j] = canonical_nan(of_h);
-          own[j] = canonical_nan(of_one);
+          slope[j] = canonical_nan(slope_of_group);
+          offset[j] = canonical_nan(offset_of_group);
         }
       }
     }
@@ -143,5 +144,5 @@ static void columns_backward(const Backward& f, Pool& pool) {
   }
 }
 
-}  // namespace JAXNORM_LEVEL
+}  // namespace JAXNORM_TARGET
 }  // namespace jaxnorm

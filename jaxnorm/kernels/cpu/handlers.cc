@@ -1,4 +1,4 @@
-// XLA's FFI calls: checked, and passed to the best level that runs on this machine.
+// XLA's FFI calls: checked, and passed to the best target that runs on this machine.
 #include <atomic>
 #include <cstring>
 #include <new>
@@ -14,7 +14,7 @@ namespace ffi = xla::ffi;
 namespace jaxnorm {
 namespace {
 
-const Level* const kLevels[] = {
+const Target* const kTargets[] = {
 #if defined(JAXNORM_AVX512)
     &kAvx512,
 #endif
@@ -24,13 +24,13 @@ const Level* const kLevels[] = {
     &kBaseline,
 };
 
-bool runs_here([[maybe_unused]] const Level& level) {
+bool runs_here([[maybe_unused]] const Target& target) {
 #if defined(JAXNORM_AVX2)
-  if (&level == &kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (&target == &kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
 #if defined(JAXNORM_AVX512)
   // Processors without VBMI2 lower their clock for vectors of 512 bits.
-  if (&level == &kAvx512) {
+  if (&target == &kAvx512) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
@@ -40,14 +40,14 @@ bool runs_here([[maybe_unused]] const Level& level) {
   return true;
 }
 
-const Level* best_level() {
-  for (const Level* level : kLevels) {
-    if (runs_here(*level)) return level;
+const Target* best_target() {
+  for (const Target* target : kTargets) {
+    if (runs_here(*target)) return target;
   }
   return &kBaseline;
 }
 
-std::atomic<const Level*> level_in_use{best_level()};
+std::atomic<const Target*> target_in_use{best_target()};
 
 ffi::Error wrong(const std::string& what) {
   return ffi::Error::InvalidArgument("jaxnorm's kernel was given " + what);
@@ -123,7 +123,7 @@ const float* param_of(const Float32& param, const Block& block, int64_t i) {
 
 // `batch` such blocks, which may each have a scale and bias.
 ffi::Error forward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer residual, Float32 scale,
-                   Float32 bias, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> total,
+                   Float32 bias, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> residual_sum,
                    ffi::Result<Float32> mean_high, ffi::Result<Float32> mean_low,
                    ffi::Result<Float32> var, ffi::Result<Float32> rstd, int64_t batch,
                    int64_t n, int64_t s, int64_t g, int64_t k, double epsilon, bool subtract_mean) {
@@ -140,15 +140,15 @@ ffi::Error forward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer res
   if (y->element_count() != x.element_count() || y->element_type() != x.element_type()) {
     return wrong("a result unlike x");
   }
-  const bool adds = residual.element_count() > 0;
-  if (!like_or_none(residual, x) || !like_or_none(*total, x) || adds != (total->element_count() > 0)) {
-    return wrong("a residual or a total unlike x");
+  const bool has_residual = residual.element_count() > 0;
+  if (!like_or_none(residual, x) || !like_or_none(*residual_sum, x) || has_residual != (residual_sum->element_count() > 0)) {
+    return wrong("a residual or a residual_sum unlike x");
   }
-  if (adds && (s > 1 || (k > kLongestSum && x.element_type() == ffi::BF16))) {
+  if (has_residual && (s > 1 || (k > kLongestSum && x.element_type() == ffi::BF16))) {
     return wrong("a residual for columns or for long rows of bfloat16");
   }
   const int64_t elements = x.element_count(), bytes = x.size_bytes() / batch;
-  const Level* level = level_in_use;
+  const Target* target = target_in_use;
   return run_blocks(threads, batch, elements, [&](int64_t i, Pool& pool) {
     Forward call = {block,
                     elements,
@@ -159,16 +159,16 @@ ffi::Error forward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer res
                     param_of(scale, block, i),
                     param_of(bias, block, i),
                     part_of(*y, i * bytes),
-                    part_of(*total, i * bytes),
+                    part_of(*residual_sum, i * bytes),
                     {data_or_null(*mean_high, i * groups), data_or_null(*mean_low, i * groups),
                      data_or_null(*var, i * groups), data_or_null(*rstd, i * groups)}};
-    level->forward(element_of(x), call, pool);
+    target->forward(element_of(x), call, pool);
   });
 }
 
 // `batch` such blocks, each with its own dscale and dbias.
 ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy,
-                    ffi::AnyBuffer dtotal, Float32 scale, Float32 mean_high, Float32 mean_low,
+                    ffi::AnyBuffer d_residual_sum, Float32 scale, Float32 mean_high, Float32 mean_low,
                     Float32 rstd, ffi::Result<ffi::AnyBuffer> dx, ffi::Result<Float32> dscale,
                     ffi::Result<Float32> dbias, int64_t batch, int64_t n, int64_t s, int64_t g,
                     int64_t k, bool subtract_mean) {
@@ -187,11 +187,11 @@ ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy
       return wrong("a gradient unlike x");
     }
   }
-  if (!like_or_none(dtotal, x) || (dtotal.element_count() > 0 && s > 1)) {
-    return wrong("a gradient of the total unlike x, or for columns");
+  if (!like_or_none(d_residual_sum, x) || (d_residual_sum.element_count() > 0 && s > 1)) {
+    return wrong("a gradient of the residual_sum unlike x, or for columns");
   }
   const int64_t elements = x.element_count(), bytes = x.size_bytes() / batch;
-  const Level* level = level_in_use;
+  const Target* target = target_in_use;
   return run_blocks(threads, batch, elements, [&](int64_t i, Pool& pool) {
     const int64_t feature = i * block.features();
     Backward call = {block,
@@ -199,7 +199,7 @@ ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy
                      subtract_mean,
                      part_of(x, i * bytes),
                      part_of(dy, i * bytes),
-                     part_of(dtotal, i * bytes),
+                     part_of(d_residual_sum, i * bytes),
                      param_of(scale, block, i),
                      data_or_null(mean_high, i * groups),
                      data_or_null(mean_low, i * groups),
@@ -207,7 +207,7 @@ ffi::Error backward(ffi::ThreadPool threads, ffi::AnyBuffer x, ffi::AnyBuffer dy
                      part_of(*dx, i * bytes),
                      data_or_null(*dscale, feature),
                      data_or_null(*dbias, feature)};
-    level->backward(element_of(x), call, pool);
+    target->backward(element_of(x), call, pool);
   });
 }
 
@@ -263,13 +263,13 @@ EXPORT XLA_FFI_Error* jaxnorm_backward(XLA_FFI_CallFrame* frame) { return kBackw
 // The version of the headers that this was compiled with. XLA refuses a version newer than its own.
 EXPORT int jaxnorm_api_version() { return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR; }
 
-EXPORT const char* jaxnorm_level() { return jaxnorm::level_in_use.load()->name; }
+EXPORT const char* jaxnorm_target() { return jaxnorm::target_in_use.load()->name; }
 
-// For tests: use another level, if it runs on this machine.
-EXPORT bool jaxnorm_use_level(const char* name) {
-  for (const jaxnorm::Level* level : jaxnorm::kLevels) {
-    if (!std::strcmp(level->name, name) && jaxnorm::runs_here(*level)) {
-      jaxnorm::level_in_use = level;
+// For tests: use another target, if it runs on this machine.
+EXPORT bool jaxnorm_use_target(const char* name) {
+  for (const jaxnorm::Target* target : jaxnorm::kTargets) {
+    if (!std::strcmp(target->name, name) && jaxnorm::runs_here(*target)) {
+      jaxnorm::target_in_use = target;
       return true;
     }
   }

@@ -6,7 +6,7 @@
 #include "simd.h"
 
 namespace jaxnorm {
-namespace JAXNORM_LEVEL {
+namespace JAXNORM_TARGET {
 
 struct Whole {};
 
@@ -152,5 +152,5 @@ static inline BODY void for_each_vector(int64_t n, Body body) {
   n > kLanes ? body(1, i, Tail{n - i}) : body(1, i, Short{n - i});
 }
 
-}  // namespace JAXNORM_LEVEL
+}  // namespace JAXNORM_TARGET
 }  // namespace jaxnorm

@@ -14,7 +14,7 @@
 #include "schedule.h"
 
 namespace jaxnorm {
-namespace JAXNORM_LEVEL {
+namespace JAXNORM_TARGET {
 
 // Sums over `count` elements of x - origin and of its square.
 struct Sums {
@@ -69,5 +69,5 @@ static __attribute__((noinline)) Sums wide_sums(int64_t n, bool subtract_mean, A
   return {static_cast<double>(n), mean, first, second};
 }
 
-}  // namespace JAXNORM_LEVEL
+}  // namespace JAXNORM_TARGET
 }  // namespace jaxnorm

@@ -1,7 +1,7 @@
-// The interface of a level. What is declared here is compiled once.
+// The interface of a target. What is declared here is compiled once.
 //
-// A level is the same source compiled for other hardware. It must not use inline functions of the
-// standard library: the linker keeps one copy of them, and if it is that of a higher level, machines
+// A target is the same source compiled for other hardware. It must not use inline functions of the
+// standard library: the linker keeps one copy of them, and if it is that of a higher target, machines
 // without that hardware fail.
 #pragma once
 
@@ -34,7 +34,7 @@ struct Forward {
   bool subtract_mean;
   const void *x, *residual;   // null: no residual; with one, s = 1
   const float *scale, *bias;  // null: one, zero
-  void *y, *total;            // the total if there is a residual
+  void *y, *residual_sum;            // the residual_sum if there is a residual
   Statistics stats;
 };
 
@@ -42,7 +42,7 @@ struct Backward {
   Block block;
   int64_t elements;  // as in Forward
   bool subtract_mean;
-  const void *x, *dy, *dtotal;  // null: no dtotal; with one, s = 1
+  const void *x, *dy, *d_residual_sum;  // null: no d_residual_sum; with one, s = 1
   const float* scale;
   const float *mean_high, *mean_low, *rstd;
   void* dx;
@@ -64,18 +64,18 @@ class Pool {
 
 enum class Element { kFloat32, kBfloat16 };
 
-struct Level {
+struct Target {
   const char* name;
   void (*forward)(Element, const Forward&, Pool&);
   void (*backward)(Element, const Backward&, Pool&);
 };
 
-extern const Level kBaseline;
+extern const Target kBaseline;
 #if defined(JAXNORM_AVX2)
-extern const Level kAvx2;
+extern const Target kAvx2;
 #endif
 #if defined(JAXNORM_AVX512)
-extern const Level kAvx512;
+extern const Target kAvx512;
 #endif
 
 }  // namespace jaxnorm

@@ -4,7 +4,7 @@
 #include "moments.h"
 
 namespace jaxnorm {
-namespace JAXNORM_LEVEL {
+namespace JAXNORM_TARGET {
 
 constexpr int64_t kRowTile = 2048;
 constexpr int64_t kRun = 32 * kLanes;  // these are added in float32 (moments.h)
@@ -85,28 +85,28 @@ static inline void normalize_rows_of(const X* x, const Forward& f, int64_t row) 
     const bool streamed = should_stream(y, f.elements);
     for_each_vector(k, [&](int, int64_t i, auto lanes) BODY {
       __builtin_prefetch(x + R * k + i);  // the next rows, while these are computed
-      VF32 h = LoadN(x + i, lanes);
-      h = kSubtractMean ? (h - mean) * rstd + low : h * rstd;
-      if (kScale) h *= LoadN(scale + i, lanes);
-      if (kBias) h += LoadN(bias + i, lanes);
-      store_or_stream(y + i, canonical_nan<T>(h), lanes, streamed);
+      VF32 result = LoadN(x + i, lanes);
+      result = kSubtractMean ? (result - mean) * rstd + low : result * rstd;
+      if (kScale) result *= LoadN(scale + i, lanes);
+      if (kBias) result += LoadN(bias + i, lanes);
+      store_or_stream(y + i, canonical_nan<T>(result), lanes, streamed);
     });
   }
 }
 
-// x + residual, in float32 to `sums` and rounded to the total. These may be the same array.
+// x + residual, in float32 to `sums` and rounded to the residual_sum. These may be the same array.
 template <class T>
 static inline void add_residual(const Forward& f, int64_t start, int64_t size, float* sums) {
   const T *x = static_cast<const T*>(f.x) + start, *residual = static_cast<const T*>(f.residual) + start;
-  T* total = static_cast<T*>(f.total) + start;
-  const bool apart = static_cast<void*>(sums) != total;
-  const bool streamed = apart && should_stream(total, f.elements);
+  T* residual_sum = static_cast<T*>(f.residual_sum) + start;
+  const bool apart = static_cast<void*>(sums) != residual_sum;
+  const bool streamed = apart && should_stream(residual_sum, f.elements);
   for_each_vector(size, [&](int, int64_t i, auto lanes) BODY {
     __builtin_prefetch(x + size + i);  // the next rows
     __builtin_prefetch(residual + size + i);
     VF32 sum = LoadN(x + i, lanes) + LoadN(residual + i, lanes);
     StoreN(sums + i, sum, lanes);
-    if (apart) store_or_stream(total + i, sum, lanes, streamed);
+    if (apart) store_or_stream(residual_sum + i, sum, lanes, streamed);
   });
 }
 
@@ -117,8 +117,8 @@ static inline void normalize_rows(const Forward& f, int64_t row, float* memory) 
     const T* x = static_cast<const T*>(f.x) + start;
     return normalize_rows_of<R, kSubtractMean, kScale, kBias, T>(x, f, row);
   }
-  // A longer row is one of float32, whose sum is the total.
-  float* sums = R * k <= kLongestSum ? memory : static_cast<float*>(f.total) + start;
+  // A longer row is one of float32, whose sum is the residual_sum.
+  float* sums = R * k <= kLongestSum ? memory : static_cast<float*>(f.residual_sum) + start;
   add_residual<T>(f, start, R * k, sums);
   normalize_rows_of<R, kSubtractMean, kScale, kBias, T>(sums, f, row);
 }
@@ -143,5 +143,5 @@ static void rows_forward(const Forward& f, Pool& pool) {
   });
 }
 
-}  // namespace JAXNORM_LEVEL
+}  // namespace JAXNORM_TARGET
 }  // namespace jaxnorm

@@ -4,7 +4,7 @@
 #include "rows.h"
 
 namespace jaxnorm {
-namespace JAXNORM_LEVEL {
+namespace JAXNORM_TARGET {
 
 constexpr int64_t kFewRows = 16;    // their columns are added in float32
 constexpr int64_t kTaskRows = 256;  // at least, so that the sums of a task are small beside them
@@ -38,7 +38,7 @@ struct Columns {
 // R rows that share one scale, from its first feature on.
 template <int R, bool kSubtractMean, bool kScale, class T>
 struct Rows {
-  const T *x, *dy, *dtotal;
+  const T *x, *dy, *d_residual_sum;
   T* dx;
   const float* scale;
   int64_t k, elements;
@@ -47,7 +47,7 @@ struct Rows {
   Rows(const Backward& f, int64_t row, int64_t feature) : k(f.block.k) {
     x = static_cast<const T*>(f.x) + row * k;
     dy = static_cast<const T*>(f.dy) + row * k;
-    dtotal = f.dtotal ? static_cast<const T*>(f.dtotal) + row * k : nullptr;
+    d_residual_sum = f.d_residual_sum ? static_cast<const T*>(f.d_residual_sum) + row * k : nullptr;
     dx = static_cast<T*>(f.dx) + row * k;
     scale = kScale ? f.scale + feature : nullptr;
     elements = f.elements;
@@ -59,9 +59,9 @@ struct Rows {
   }
 
   template <class Lanes>
-  BODY VF32 standardized(int r, int64_t i, Lanes lanes) const {
-    VF32 h = LoadN(x + r * k + i, lanes);
-    return kSubtractMean ? (h - mean[r]) * rstd[r] + low[r] : h * rstd[r];
+  BODY VF32 load_x_hat(int r, int64_t i, Lanes lanes) const {
+    VF32 element = LoadN(x + r * k + i, lanes);
+    return kSubtractMean ? (element - mean[r]) * rstd[r] + low[r] : element * rstd[r];
   }
 
   template <class Lanes>
@@ -69,34 +69,35 @@ struct Rows {
     return kScale ? d * LoadN(scale + i, lanes) : d;
   }
 
-  // Adds g = dy * scale and g * h to the sums of each row, and dy * h and dy to those of columns.
+  // Adds dy * scale and dy * scale * x_hat to the sums of each row, and dy and dy * x_hat to those of
+  // columns.
   template <bool kColumns>
-  BODY void add(int64_t begin, int64_t end, double* own, double* along, const Columns* columns) const {
-    Half64 sum_g[R] = {}, sum_gh[R] = {};
+  BODY void add(int64_t begin, int64_t end, double* sum_dy, double* sum_dy_xhat, const Columns* columns) const {
+    Half64 part_dy[R] = {}, part_dy_xhat[R] = {};
     for_each_run(end - begin, [&](int64_t start, int64_t size) BODY {
-      VF32 run_g[R] = {}, run_gh[R] = {};
+      VF32 run_dy[R] = {}, run_dy_xhat[R] = {};
       for_each_vector(size, [&](int, int64_t offset, auto lanes) BODY {
         const int64_t i = begin + start + offset;
         VF32 dscale = {}, dbias = {};
         for (int r = 0; r < R; ++r) {
           VF32 d = IfThenElseZero(lanes, LoadN(dy + r * k + i, lanes));
-          VF32 h = IfThenElseZero(lanes, standardized(r, i, lanes));
+          VF32 x_hat = IfThenElseZero(lanes, load_x_hat(r, i, lanes));
           VF32 g = scaled(d, i, lanes);
-          if (kSubtractMean) run_g[r] += g;
-          run_gh[r] += g * h;
-          dscale += d * h;
+          if (kSubtractMean) run_dy[r] += g;
+          run_dy_xhat[r] += g * x_hat;
+          dscale += d * x_hat;
           dbias += d;
         }
         if (kColumns) add_columns(*columns, i, dscale, dbias, lanes);
       });
       for (int r = 0; r < R; ++r) {
-        if (kSubtractMean) sum_g[r] += promote_halves(run_g[r]);
-        sum_gh[r] += promote_halves(run_gh[r]);
+        if (kSubtractMean) part_dy[r] += promote_halves(run_dy[r]);
+        part_dy_xhat[r] += promote_halves(run_dy_xhat[r]);
       }
     });
     for (int r = 0; r < R; ++r) {
-      own[r] += ReduceSum(sum_g[r]);
-      along[r] += ReduceSum(sum_gh[r]);
+      sum_dy[r] += ReduceSum(part_dy[r]);
+      sum_dy_xhat[r] += ReduceSum(part_dy_xhat[r]);
     }
   }
 
@@ -109,23 +110,23 @@ struct Rows {
 
   // dx, from the sums; and the sums of columns from `begin` on, if `add` has not taken them.
   template <bool kColumns>
-  BODY void write_dx(int64_t begin, int64_t end, const double* own, const double* along,
+  BODY void write_dx(int64_t begin, int64_t end, const double* sum_dy, const double* sum_dy_xhat,
                 const Columns* columns) const {
     for (int r = 0; r < R; ++r) {
-      const VF32 a = Set(-own[r] / k), b = Set(-along[r] / k);
+      const VF32 a = Set(-sum_dy[r] / k), b = Set(-sum_dy_xhat[r] / k);
       const bool streamed = should_stream(dx + r * k + begin, elements);
       for_each_vector(end - begin, [&](int, int64_t offset, auto lanes) BODY {
         const int64_t i = begin + offset;
         __builtin_prefetch(x + (r + R) * k + i);  // the next rows, while these are computed
         __builtin_prefetch(dy + (r + R) * k + i);
-        VF32 d = LoadN(dy + r * k + i, lanes), h = standardized(r, i, lanes), g = scaled(d, i, lanes);
+        VF32 d = LoadN(dy + r * k + i, lanes), x_hat = load_x_hat(r, i, lanes), g = scaled(d, i, lanes);
         if (kSubtractMean) g += a;
-        g = (g + b * h) * rstd[r];
-        if (dtotal) g += LoadN(dtotal + r * k + i, lanes);
+        g = (g + b * x_hat) * rstd[r];
+        if (d_residual_sum) g += LoadN(d_residual_sum + r * k + i, lanes);
         store_or_stream(dx + r * k + i, canonical_nan<T>(g), lanes, streamed);
         if (kColumns) {
           d = IfThenElseZero(lanes, d);
-          add_columns(*columns, offset, d * IfThenElseZero(lanes, h), d, lanes);
+          add_columns(*columns, offset, d * IfThenElseZero(lanes, x_hat), d, lanes);
         }
       });
     }
@@ -147,19 +148,19 @@ static void backward_by_row(const Backward& f, Pool& pool) {
     const Columns columns = {few + at, few + (at + each), all + at, all + (at + each)};
     int64_t unflushed = 0;
     for (int64_t row = rows * task / tasks; row < end;) {
-      double own[2] = {}, along[2] = {};
+      double sum_dy[2] = {}, sum_dy_xhat[2] = {};
       const int count = block.g == 1 && row + 2 <= end ? 2 : 1;
       if (count == 2) {
         const Rows<2, kSubtractMean, kScale, T> some(f, row, 0);
-        some.template add<kColumns>(0, k, own, along, &columns);
-        some.template write_dx<false>(0, k, own, along, nullptr);
+        some.template add<kColumns>(0, k, sum_dy, sum_dy_xhat, &columns);
+        some.template write_dx<false>(0, k, sum_dy, sum_dy_xhat, nullptr);
       } else {
         const int64_t feature = row % block.g * k;
         const Columns here = {columns.few_scale + feature, columns.few_bias + feature,
                               columns.scale, columns.bias};
         const Rows<1, kSubtractMean, kScale, T> one(f, row, feature);
-        one.template add<kColumns>(0, k, own, along, &here);
-        one.template write_dx<false>(0, k, own, along, nullptr);
+        one.template add<kColumns>(0, k, sum_dy, sum_dy_xhat, &here);
+        one.template write_dx<false>(0, k, sum_dy, sum_dy_xhat, nullptr);
       }
       row += count;
       unflushed += count;
@@ -191,17 +192,17 @@ static void backward_by_feature(const Backward& f, Pool& pool) {
   constexpr int64_t kPart = 16384, kStrip = 512;
   const int64_t rows = f.block.n, k = f.block.k;
   const int64_t parts = (k + kPart - 1) / kPart, strips = (k + kStrip - 1) / kStrip;
-  Scratch<double> own(pool, rows * parts), along(pool, rows * parts);
+  Scratch<double> sum_dy(pool, rows * parts), sum_dy_xhat(pool, rows * parts);
   if (!pool.memory) return;
   parallel_for(pool, rows * parts, [&](int64_t i) {
     const int64_t row = i / parts, begin = i % parts * kPart;
     const Rows<1, kSubtractMean, kScale, T> one(f, row, 0);
-    one.template add<false>(begin, min(k, begin + kPart), own + i, along + i, nullptr);
+    one.template add<false>(begin, min(k, begin + kPart), sum_dy + i, sum_dy_xhat + i, nullptr);
   });
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t part = 1; part < parts; ++part) {
-      own[row * parts] += own[row * parts + part];
-      along[row * parts] += along[row * parts + part];
+      sum_dy[row * parts] += sum_dy[row * parts + part];
+      sum_dy_xhat[row * parts] += sum_dy_xhat[row * parts + part];
     }
   }
   const int64_t tasks = num_tasks(rows * k, strips);
@@ -213,7 +214,7 @@ static void backward_by_feature(const Backward& f, Pool& pool) {
       const int64_t begin = strip * kStrip, end = min(k, begin + kStrip);
       for (int64_t row = 0; row < rows; ++row) {
         const Rows<1, kSubtractMean, kScale, T> one(f, row, 0);
-        one.template write_dx<true>(begin, end, own + row * parts, along + row * parts, &columns);
+        one.template write_dx<true>(begin, end, sum_dy + row * parts, sum_dy_xhat + row * parts, &columns);
         if (row % kFewRows == kFewRows - 1) columns.flush(kStrip);
       }
       columns.flush(kStrip);
@@ -234,5 +235,5 @@ static void rows_backward(const Backward& f, Pool& pool) {
   backward_by_row<kSubtractMean, kScale, kColumns, T>(f, pool);
 }
 
-}  // namespace JAXNORM_LEVEL
+}  // namespace JAXNORM_TARGET
 }  // namespace jaxnorm

@@ -5,9 +5,9 @@
 #include "norms.h"
 
 namespace jaxnorm {
-namespace JAXNORM_LEVEL {
+namespace JAXNORM_TARGET {
 
-// The standard library's are inline, which a level must not use (norms.h).
+// The standard library's are inline, which a target must not use (norms.h).
 static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -57,5 +57,5 @@ static inline void store_feature_gradients(const Backward& f, int64_t feature, d
   if (f.dbias) f.dbias[feature] = static_cast<float>(dbias);
 }
 
-}  // namespace JAXNORM_LEVEL
+}  // namespace JAXNORM_TARGET
 }  // namespace jaxnorm

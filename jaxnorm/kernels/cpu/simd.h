@@ -1,4 +1,4 @@
-// Vectors of as many floats as a register of the level holds.
+// Vectors of as many floats as a register of the target holds.
 //
 // Operations have the names of Highway (github.com/google/highway), without its tags, and with the
 // destination first; those in lower case have no counterpart there. lanes.h has parts of vectors.
@@ -12,7 +12,7 @@
 #endif
 
 namespace jaxnorm {
-namespace JAXNORM_LEVEL {
+namespace JAXNORM_TARGET {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -173,5 +173,5 @@ static inline bool should_stream(const float*, int64_t) { return false; }
 // It was not faster where it was measured.
 static inline bool should_stream(const bfloat16*, int64_t) { return false; }
 
-}  // namespace JAXNORM_LEVEL
+}  // namespace JAXNORM_TARGET
 }  // namespace jaxnorm

@@ -11,14 +11,19 @@ import jax
 import jax.numpy as jnp
 
 from jaxnorm.kernels.gpu.tiles import WIDTHS, tile
-from jaxnorm.kernels.request import Request, common_refusal, one_scale, rows_of
+from jaxnorm.kernels.request import (
+    Request,
+    common_unsupported_reason,
+    param_blocks_unsupported_reason,
+    rows_of,
+)
 
 OLDEST_JAX = (0, 11)  # older ones can't interpret it, so it was not tested with them
 PROVEN = "NVIDIA H100 80GB HBM3"  # the GPU that it was measured on
 
 
 @functools.cache
-def missing() -> str | None:
+def unavailable_reason() -> str | None:
     """Why there is no kernel here, or None if there is one."""
     if jax.__version_info__ < OLDEST_JAX:
         needed = ".".join(map(str, OLDEST_JAX))
@@ -26,12 +31,12 @@ def missing() -> str | None:
     return None
 
 
-def level() -> str:
+def target() -> str:
     """What hardware it is compiled for, and by what."""
     return "NVIDIA GPUs, by Pallas (Mosaic GPU)"
 
 
-def unproven() -> str | None:
+def opt_in_reason() -> str | None:
     """Why it has to be asked for here, or None if it is used unasked."""
     try:
         devices = jax.devices("cuda")
@@ -44,9 +49,9 @@ def unproven() -> str | None:
 
 
 @functools.cache
-def declines(request: Request) -> str | None:
+def unsupported_reason(request: Request) -> str | None:
     """Why it does not support such a call, or None if it does."""
-    if reason := common_refusal(request) or one_scale(request):
+    if reason := common_unsupported_reason(request) or param_blocks_unsupported_reason(request):
         return reason
     rows = rows_of(request.block)
     if rows is None:
@@ -60,7 +65,7 @@ def declines(request: Request) -> str | None:
     return None
 
 
-def value(
+def forward(
     x: jax.Array,
     residual: jax.Array | None,
     scale: jax.Array | None,
@@ -75,7 +80,7 @@ def value(
     from jaxnorm.kernels.gpu import rows  # Pallas takes a second to import
 
     n, k = batch * block[0], block[3]
-    y, total, *mean, var, rstd = rows.forward(
+    y, residual_sum, *mean, var, rstd = rows.forward(
         x.reshape(n, k),
         None if residual is None else residual.reshape(n, k),
         _row(scale),
@@ -83,15 +88,15 @@ def value(
         epsilon=epsilon,
         subtract_mean=subtract_mean,
     )
-    total = None if total is None else total.reshape(x.shape)
+    residual_sum = None if residual_sum is None else residual_sum.reshape(x.shape)
     high, low = (None if a is None else a.reshape(n, 1) for a in mean)
-    return y.reshape(x.shape), total, high, low, var.reshape(n, 1), rstd.reshape(n, 1)
+    return y.reshape(x.shape), residual_sum, high, low, var.reshape(n, 1), rstd.reshape(n, 1)
 
 
-def cotangent(
+def vjp(
     x: jax.Array,
     dy: jax.Array,
-    dtotal: jax.Array | None,
+    d_residual_sum: jax.Array | None,
     scale: jax.Array | None,
     mean_high: jax.Array | None,
     mean_low: jax.Array | None,
@@ -106,10 +111,10 @@ def cotangent(
 
     n, _, _, k = block
     shape = (batch * n, k)
-    dx, dscale, dbias = rows.backward(
+    dx, dscale, dbias = rows.vjp(
         x.reshape(shape),
         dy.reshape(shape),
-        None if dtotal is None else dtotal.reshape(shape),
+        None if d_residual_sum is None else d_residual_sum.reshape(shape),
         _row(scale),
         None if mean_high is None else mean_high.reshape(-1),
         None if mean_low is None else mean_low.reshape(-1),

@@ -59,7 +59,7 @@ class Rows(Tile):
         def _():
             ref[start] = a
 
-    def along(self, a: jax.Array) -> jax.Array:
+    def broadcast(self, a: jax.Array) -> jax.Array:
         """A number for each row, for each element."""
         return a if self.segments > 1 else self._wide(a, 0)
 

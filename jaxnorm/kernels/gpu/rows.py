@@ -44,13 +44,13 @@ def forward(
         d = t.load(refs["x"], start)
         if "residual" in refs:
             d = d + t.load(refs["residual"], start)
-            t.store(results["total"], start, d)
+            t.store(results["residual_sum"], start, d)
         if subtract_mean:
             (high,) = t.means(shared, 0, d)
-            d = d - t.along(high)
+            d = d - t.broadcast(high)
             low, power = t.means(shared, 1, d, square(d))
             var = jnp.maximum(power / small**2 - low * low, 0.0)
-            d = d - t.along(low)
+            d = d - t.broadcast(low)
             t.store_statistic(results["high"], start, high)
             t.store_statistic(results["low"], start, low)
         else:
@@ -59,7 +59,7 @@ def forward(
         rstd = _reciprocal_root(var + epsilon)
         t.store_statistic(results["var"], start, var)
         t.store_statistic(results["rstd"], start, rstd)
-        y = d * t.along(rstd)
+        y = d * t.broadcast(rstd)
         if "scale" in refs:
             y = y * t.load_param(refs["scale"])
         if "bias" in refs:
@@ -78,7 +78,7 @@ def forward(
         {"x": x, "residual": residual, "scale": scale, "bias": bias},
         {
             "y": like_x,
-            "total": None if residual is None else like_x,
+            "residual_sum": None if residual is None else like_x,
             "high": of_mean,
             "low": of_mean,
             "var": statistic,
@@ -86,13 +86,13 @@ def forward(
         },
         {"tile": rows // t.rows},
     )
-    return [found.get(name) for name in ("y", "total", "high", "low", "var", "rstd")]
+    return [found.get(name) for name in ("y", "residual_sum", "high", "low", "var", "rstd")]
 
 
-def backward(
+def vjp(
     x: jax.Array,
     dy: jax.Array,
-    dtotal: jax.Array | None,
+    d_residual_sum: jax.Array | None,
     scale: jax.Array | None,
     high: jax.Array | None,
     low: jax.Array | None,
@@ -116,23 +116,23 @@ def backward(
 
         def step(i, sums):
             start = part * each + (program + i * programs) * t.rows
-            h, d = t.load(refs["x"], start), t.load(refs["dy"], start)
+            x_hat, d = t.load(refs["x"], start), t.load(refs["dy"], start)
             if "high" in refs:
-                h = h - t.along(t.load_statistic(refs["high"], start))
-                h = h - t.along(t.load_statistic(refs["low"], start))
-            r = t.along(t.load_statistic(refs["rstd"], start))
-            h = h * r
+                x_hat = x_hat - t.broadcast(t.load_statistic(refs["high"], start))
+                x_hat = x_hat - t.broadcast(t.load_statistic(refs["low"], start))
+            r = t.broadcast(t.load_statistic(refs["rstd"], start))
+            x_hat = x_hat * r
             g = d if param is None else d * param
             if "high" in refs:
-                along, own = t.means(shared, i % 2, g * h, g)
-                dx = (g - t.along(own) - h * t.along(along)) * r
+                mean_dy_xhat, mean_dy = t.means(shared, i % 2, g * x_hat, g)
+                dx = (g - t.broadcast(mean_dy) - x_hat * t.broadcast(mean_dy_xhat)) * r
             else:
-                (along,) = t.means(shared, i % 2, g * h)
-                dx = (g - h * t.along(along)) * r
-            if "dtotal" in refs:
-                dx = dx + t.load(refs["dtotal"], start)
+                (mean_dy_xhat,) = t.means(shared, i % 2, g * x_hat)
+                dx = (g - x_hat * t.broadcast(mean_dy_xhat)) * r
+            if "d_residual_sum" in refs:
+                dx = dx + t.load(refs["d_residual_sum"], start)
             t.store(results["dx"], start, dx)
-            terms = {"dscale": d * h, "dbias": d}
+            terms = {"dscale": d * x_hat, "dbias": d}
             return {name: a + terms[name] for name, a in sums.items()}
 
         names = [name for name in ("dscale", "dbias") if name in results]
@@ -140,11 +140,11 @@ def backward(
         steps = (tiles - program + programs - 1) // programs
         sums = lax.fori_loop(0, steps, step, {name: zeros() for name in names})
         for name in names:
-            own = results[name].at[part * programs + program]
+            partial_sum = results[name].at[part * programs + program]
             if t.segments > 1:
-                store(own.at[pl.ds(t.segment(), WARPS), :], sums[name])
+                store(partial_sum.at[pl.ds(t.segment(), WARPS), :], sums[name])
             else:
-                store(own.at[0, :], jnp.sum(sums[name], axis=0))
+                store(partial_sum.at[0, :], jnp.sum(sums[name], axis=0))
 
     of_features = jax.ShapeDtypeStruct((batch * programs, t.segments, k // t.segments), jnp.float32)
     found = _call(
@@ -153,7 +153,7 @@ def backward(
         {
             "x": x,
             "dy": dy,
-            "dtotal": dtotal,
+            "d_residual_sum": d_residual_sum,
             "scale": scale,
             "high": high,
             "low": low,

@@ -10,7 +10,7 @@ from flax.linen import initializers
 from flax.typing import Dtype, Initializer
 
 from jaxnorm._internals import canonicalize_dtype
-from jaxnorm._modules import called, widened
+from jaxnorm._modules import call_in_dtype, widened
 from jaxnorm.core.axes import canonical_axes
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.dynamic_erf import dynamic_erf
@@ -47,7 +47,7 @@ class GlobalResponseNorm(nn.Module):
         """Normalize x."""
         params, _, dtype = _learned(self, x)
         options = {"feature_axis": self.feature_axis, "epsilon": self.epsilon}
-        return called(global_response_norm, x, dtype, params, **options)
+        return call_in_dtype(global_response_norm, x, dtype, params, **options)
 
 
 class FilterResponseNorm(nn.Module):
@@ -81,7 +81,7 @@ class FilterResponseNorm(nn.Module):
         per_feature = {"threshold": self.threshold_init} if self.use_threshold else {}
         params, threshold, dtype = _learned(self, x, per_feature=per_feature)
         options = {"feature_axis": self.feature_axis, "epsilon": self.epsilon}
-        return called(filter_response_norm, x, dtype, params, *threshold, **options)
+        return call_in_dtype(filter_response_norm, x, dtype, params, *threshold, **options)
 
 
 class DynamicTanh(nn.Module):
@@ -109,7 +109,9 @@ class DynamicTanh(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Bound x."""
         params, numbers, dtype = _learned(self, x, numbers={"alpha": self.alpha_init})
-        return called(dynamic_tanh, x, dtype, *numbers, params, feature_axis=self.feature_axis)
+        return call_in_dtype(
+            dynamic_tanh, x, dtype, *numbers, params, feature_axis=self.feature_axis
+        )
 
 
 class DynamicErf(nn.Module):
@@ -140,7 +142,9 @@ class DynamicErf(nn.Module):
         """Bound x."""
         numbers = {"alpha": self.alpha_init, "shift": self.shift_init}
         params, numbers, dtype = _learned(self, x, numbers=numbers)
-        return called(dynamic_erf, x, dtype, *numbers, params, feature_axis=self.feature_axis)
+        return call_in_dtype(
+            dynamic_erf, x, dtype, *numbers, params, feature_axis=self.feature_axis
+        )
 
 
 def _learned(

@@ -9,7 +9,7 @@ from flax.nnx import initializers
 from flax.typing import Dtype, Initializer
 
 from jaxnorm._internals import canonicalize_dtype
-from jaxnorm._modules import called, widened
+from jaxnorm._modules import call_in_dtype, widened
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.dynamic_erf import dynamic_erf
 from jaxnorm.functional.dynamic_tanh import dynamic_tanh
@@ -99,7 +99,7 @@ class GlobalResponseNorm(_Learned):
         """Normalize x."""
         params, _, dtype = self._values(x)
         options = {"feature_axis": self.feature_axis, "epsilon": self.epsilon}
-        return called(global_response_norm, x, dtype, params, **options)
+        return call_in_dtype(global_response_norm, x, dtype, params, **options)
 
 
 class FilterResponseNorm(_Learned):
@@ -152,7 +152,7 @@ class FilterResponseNorm(_Learned):
         """Normalize x."""
         params, (threshold,), dtype = self._values(x, self.threshold)
         options = {"feature_axis": self.feature_axis, "epsilon": self.epsilon}
-        return called(filter_response_norm, x, dtype, params, threshold, **options)
+        return call_in_dtype(filter_response_norm, x, dtype, params, threshold, **options)
 
 
 class DynamicTanh(_Learned):
@@ -198,7 +198,7 @@ class DynamicTanh(_Learned):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Bound x."""
         params, (alpha,), dtype = self._values(x, self.alpha)
-        return called(dynamic_tanh, x, dtype, alpha, params, feature_axis=self.feature_axis)
+        return call_in_dtype(dynamic_tanh, x, dtype, alpha, params, feature_axis=self.feature_axis)
 
 
 class DynamicErf(_Learned):
@@ -247,4 +247,6 @@ class DynamicErf(_Learned):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Bound x."""
         params, (alpha, shift), dtype = self._values(x, self.alpha, self.shift)
-        return called(dynamic_erf, x, dtype, alpha, shift, params, feature_axis=self.feature_axis)
+        return call_in_dtype(
+            dynamic_erf, x, dtype, alpha, shift, params, feature_axis=self.feature_axis
+        )

@@ -8,7 +8,7 @@ from jaxnorm.core.arguments import check_input
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.layouts import batch_layout
 from jaxnorm.core.moments import Moments
-from jaxnorm.core.normalize import normalize_with
+from jaxnorm.core.norm import inverse_norm, norm, prepare_call
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.moments import check_moments
 from jaxnorm.functional.state import BatchNormState
@@ -60,15 +60,8 @@ def normalize(
       Kim et al., "Reversible Instance Normalization for Accurate Time-Series Forecasting against
       Distribution Shift", 2022 (the inputs, and the inverse for the outputs).
     """
-    return _by_moments(
-        "normalize",
-        x,
-        moments,
-        params,
-        feature_axis,
-        epsilon=epsilon,
-        scale_offset=scale_offset,
-    )
+    options = {"epsilon": epsilon, "scale_offset": scale_offset}
+    return norm(*_prepare("normalize", x, moments, params, feature_axis, **options))
 
 
 def denormalize(
@@ -116,21 +109,13 @@ def denormalize(
       Kim et al., "Reversible Instance Normalization for Accurate Time-Series Forecasting against
       Distribution Shift", 2022.
     """
-    return _by_moments(
-        "denormalize",
-        y,
-        moments,
-        params,
-        feature_axis,
-        epsilon=epsilon,
-        scale_offset=scale_offset,
-        inverse=True,
-    )
+    options = {"epsilon": epsilon, "scale_offset": scale_offset}
+    return inverse_norm(*_prepare("denormalize", y, moments, params, feature_axis, **options))
 
 
-def _by_moments(name, x, moments, params, feature_axis, **options) -> jax.Array:
+def _prepare(name, x, moments, params, feature_axis, **options):
     x = check_input(x)
     layout = batch_layout(x.shape, feature_axis)
     if isinstance(moments, Moments | BatchNormState):
         moments = Moments(moments.mean, moments.var, jnp.zeros(()))
-    return normalize_with(name, x, layout, check_moments(moments)[:2], params, **options)
+    return prepare_call(name, x, layout, params, moments=check_moments(moments)[:2], **options)

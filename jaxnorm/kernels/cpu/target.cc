@@ -1,10 +1,10 @@
-// All kernels; compiled once for each level of hardware.
+// All kernels; compiled once for each target.
 #include "columns.h"
 #include "columns_backward.h"
 #include "rows_backward.h"
 
 namespace jaxnorm {
-namespace JAXNORM_LEVEL {
+namespace JAXNORM_TARGET {
 
 // Whether the elements of a group are contiguous in memory.
 static bool is_rows(const Block& block) { return block.s == 1; }
@@ -46,12 +46,12 @@ static void any_backward(Element element, const Backward& f, Pool& pool) {
   element == Element::kFloat32 ? backward_of<float>(f, pool) : backward_of<bfloat16>(f, pool);
 }
 
-}  // namespace JAXNORM_LEVEL
+}  // namespace JAXNORM_TARGET
 
 #define JAXNORM_TEXT(name) JAXNORM_TEXT_OF(name)
 #define JAXNORM_TEXT_OF(name) #name
 
-extern const Level JAXNORM_NAME = {JAXNORM_TEXT(JAXNORM_LEVEL), JAXNORM_LEVEL::any_forward,
-                                   JAXNORM_LEVEL::any_backward};
+extern const Target JAXNORM_NAME = {JAXNORM_TEXT(JAXNORM_TARGET), JAXNORM_TARGET::any_forward,
+                                   JAXNORM_TARGET::any_backward};
 
 }  // namespace jaxnorm
