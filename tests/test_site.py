@@ -18,7 +18,7 @@ import jaxnorm
 from jaxnorm.core.layouts import group_layout
 
 DOCS = Path(__file__).parent.parent / "docs"
-OWN_TESTS = {"batch_norm_in_life", "devices", "left_out"}  # whose blocks others run
+OWN_TESTS = {"using_batch_norm", "devices", "left_out"}  # whose blocks others run
 BLOCKS = {
     path.relative_to(DOCS).with_suffix("").as_posix(): blocks
     for path in sorted(DOCS.rglob("*.md"))
@@ -199,9 +199,9 @@ def test_the_table_leads_to_one_answer(browser_page):
 
 def test_the_search_finds(browser_page):
     found = {
-        "recalibrate": "Batch norm in life",
+        "recalibrate": "Using batch norm",
         "nan": "When something fails",
-        "freeze batch norm": "Batch norm in life",
+        "freeze batch norm": "Using batch norm",
         "unbound axis name": "When something fails",
         "pytorch momentum": "Porting",
         "layer norm channels": "Layer norm",

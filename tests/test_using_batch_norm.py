@@ -1,4 +1,4 @@
-"""docs/batch_norm_in_life.md: its code runs, and what it says of other libraries is so."""
+"""docs/using_batch_norm.md: its code runs, and what it says of other libraries is so."""
 
 import importlib
 import inspect
@@ -12,7 +12,7 @@ import pytest
 import jaxnorm as jn
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGE = (DOCS / "batch_norm_in_life.md").read_text()
+PAGE = (DOCS / "using_batch_norm.md").read_text()
 ROWS = {  # of the table: module, class, and its names of momentum and epsilon
     "PyTorch": ("torch.nn", "BatchNorm2d", "momentum", "eps"),
     "Keras": ("keras.layers", "BatchNormalization", "momentum", "epsilon"),
@@ -79,5 +79,5 @@ def test_links_lead_somewhere():
     links = re.findall(r"\]\(([\w.]*)(?:#([\w-]+))?\)", PAGE)
     assert links
     for file, heading in links:
-        assert (file or "batch_norm_in_life.md") in headings
-        assert not heading or heading in headings[file or "batch_norm_in_life.md"]
+        assert (file or "using_batch_norm.md") in headings
+        assert not heading or heading in headings[file or "using_batch_norm.md"]
