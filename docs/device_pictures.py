@@ -1,19 +1,16 @@
-"""The two pictures of docs/devices.md; `python docs/devices.py --write` draws them."""
+"""The picture of docs/devices.md; `python docs/devices.py --write` draws it."""
 
 from pathlib import Path
 from typing import Any
 
-from devices import CALCULATED, MEASURED, bytes_sent, calculated, compiled, forward, microseconds
-
-from jaxnorm.core.network import GPUS_IN_A_NODE, MACHINES, Machine
+from devices import CALCULATED, MEASURED, bytes_sent, calculated, compiled
 
 WIDTHS = (64, 256, 2048)  # numbers of features
 # From the palette of Okabe and Ito, which is safe for colour-blind readers.
 LOOKS = {"jaxnorm": ("#D55E00", "-"), "Flax": ("#000000", "--")}
-WAYS = {"table": ("#0072B2", ":"), "sums": ("#009E73", "-.")}
 DEVICES = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7")
 CAPTION = """\
-C features; h is the normalized x; high + low is the mean to twice the precision.
+C features; x_hat is the normalized x; high + low is the mean to twice the precision.
 With a mask each device also sends its counts: 4C numbers."""
 
 
@@ -70,7 +67,7 @@ def draw_exchange(axes: Any) -> None:
     arrows(32.3)
     shards(27.7, "y: normalized by\nthe whole batch")
     axes.plot([0, 60.6], [23.6, 23.6], color="#999999", lw=1, ls="--")
-    boxes(20.8, "Σ dy", "Σ dy·h", words="each sums up\nits own part")
+    boxes(20.8, "Σ dy", "Σ dy·x_hat", words="each sums up\nits own part")
     exchange(15.8, "backward: one all-reduce, 2C numbers from each")
     shards(9.4, "dx: the gradient\nof x")
     axes.text(0, 0, CAPTION, linespacing=1.5)
@@ -96,49 +93,5 @@ def draw_bytes(axes: Any) -> None:
     axes.minorticks_off()
     axes.set(xlim=(1.8, 4600), ylim=(700, 2e6), xlabel="devices")
     axes.set_title("Bytes that each device sends per step\n(lines: calculated; dots: compiled)")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def draw_times(path: Path) -> None:
-    """Draw the predicted times of the forward collectives, by machine and number of features."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.66, 6.6), dpi=150, layout="constrained")
-    grid = figure.subplots(len(MACHINES), len(WIDTHS), sharex=True, sharey="row")
-    for name, row in zip(MACHINES, grid, strict=True):
-        for features, axes in zip(WIDTHS, row, strict=True):
-            draw_ways(axes, MACHINES[name], features)
-            axes.set_title(f"{name}, C = {features:,} features", size=11)
-        row[0].set_ylabel("microseconds")
-    for axes in grid[0]:
-        axes.axvline(GPUS_IN_A_NODE, color="#999999", lw=1)
-        axes.text(1.1 * GPUS_IN_A_NODE, 5500, "+ InfiniBand", size=9)
-        axes.text(0.9 * GPUS_IN_A_NODE, 5500, "NVLink", size=9, ha="right")
-    for axes in grid[-1]:
-        axes.set_xlabel("devices")
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.suptitle("Predicted time of the forward collectives of one batch norm")
-    figure.savefig(path, format="png")
-
-
-def draw_ways(axes: Any, machine: Machine, features: int) -> None:
-    """All ways to exchange the statistics."""
-    counts = range(2, CALCULATED[-1] + 1)
-    time = lambda way, devices: microseconds(machine, forward(way, features, devices))
-    chosen = [
-        microseconds(machine, calculated("jaxnorm", features, devices)[:-1]) for devices in counts
-    ]
-    axes.loglog(counts, chosen, color=LOOKS["jaxnorm"][0], lw=5, alpha=0.35, label="jaxnorm")
-    looks = {"table": "one all-gather of 3C", "sums": "all-reduces of C and 2C"}
-    for way, (color, line) in WAYS.items():
-        axes.loglog(counts, [time(way, d) for d in counts], line, color=color, label=looks[way])
-    color, line = LOOKS["Flax"]
-    label = "Flax: one all-reduce of 2C"
-    axes.loglog(counts, [time("Flax", d) for d in counts], line, color=color, label=label)
-    axes.set_xticks(ticks := (2, 8, 64, 512, 4096), [f"{tick:,}" for tick in ticks])
-    axes.set_yticks(ticks := (10, 100, 1000), [f"{tick:,}" for tick in ticks])
-    axes.minorticks_off()
-    axes.set(xlim=(1.8, 4600), ylim=(5, 9000))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,10 +1,9 @@
 """What the devices send each other: from the compiled programs, and by calculation.
 
-    python docs/devices.py            prints the tables
-    python docs/devices.py --write    also updates docs/devices.md and its two pictures
+    python docs/devices.py            prints the table
+    python docs/devices.py --write    also updates docs/devices.md and its picture
 
-It takes about 10 seconds on two CPU cores, and 35 with --write. What the devices send is compiled
-or calculated. How long it takes is predicted by the model of jaxnorm/core/network.py.
+It takes about 10 seconds on two CPU cores, and 20 with --write.
 """
 
 import argparse
@@ -21,14 +20,13 @@ from jax.sharding import PartitionSpec as P
 
 import jaxnorm.linen
 from benchmarks.accelerators.collectives import Collective, collectives
-from jaxnorm.core.network import MACHINES, Machine, gather_is_faster
+from jaxnorm.core import devices as core
 
 HERE = Path(__file__).parent
 NORMS: dict[str, Any] = {"jaxnorm": jaxnorm.linen.BatchNorm, "Flax": nn.BatchNorm}
 FEATURES = 256  # in the table
 MEASURED = range(2, 9)  # numbers of devices to compile for
 CALCULATED = (16, 64, 256, 1024, 4096)
-PREDICTED = (8, *CALCULATED)
 
 
 def compiled(library: str, features: int, devices: int) -> list[Collective]:
@@ -51,7 +49,8 @@ def compiled(library: str, features: int, devices: int) -> list[Collective]:
 
 def calculated(library: str, features: int, devices: int) -> list[Collective]:
     """The same collectives, calculated for any number of devices."""
-    gather = gather_is_faster(devices, 4 * 3 * features)
+    size = devices * 4 * 3 * features
+    gather = devices <= core.GATHERED_DEVICES and size <= core.GATHERED_BYTES
     way = "Flax" if library == "Flax" else "table" if gather else "sums"
     # The sums of dy and of dy times the standardized x.
     return [*forward(way, features, devices), exchange("all-reduce", 2 * features, devices)]
@@ -73,12 +72,6 @@ def exchange(kind: str, numbers: int, devices: int) -> Collective:
     return Collective(kind, numbers, 4 * numbers, devices)
 
 
-def microseconds(machine: Machine, exchanges: list[Collective]) -> float:
-    """The predicted time of collectives that follow each other."""
-    times = {"all-gather": machine.gather, "all-reduce": machine.sum}
-    return sum(times[one.kind](one.devices, one.bytes) for one in exchanges)
-
-
 def bytes_sent(exchanges: list[Collective]) -> float:
     """Bytes that each device sends."""
     return sum(exchange.bytes_sent for exchange in exchanges)
@@ -97,48 +90,31 @@ def table(exchanges: Any = calculated) -> str:
     return "\n".join(lines)
 
 
-def times() -> str:
-    """The Markdown table of the predicted times of the forward collectives."""
-    heads = [f"{machine}: {library}" for machine in MACHINES for library in NORMS]
-    lines = [f"| devices | {' | '.join(heads)} |", "|---:" * (1 + len(heads)) + "|"]
-    for devices in PREDICTED:
-        cells = [f"{devices:,}"]
-        for machine in MACHINES.values():
-            for library in NORMS:
-                *before, _ = calculated(library, FEATURES, devices)
-                cells.append(f"{microseconds(machine, before):.0f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def committed(page: str, name: str = "table") -> str:
-    """The table of that name in the page."""
-    _, _, rest = page.partition(f"<!-- {name} -->\n")
-    return rest.partition(f"\n<!-- end of {name} -->")[0]
+def committed(page: str) -> str:
+    """The table in the page."""
+    _, _, rest = page.partition("<!-- table -->\n")
+    return rest.partition("\n<!-- end of table -->")[0]
 
 
 def main() -> int:
-    """Print the tables."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description="What the devices of a batch norm exchange.")
     parser.add_argument(
-        "--write", action="store_true", help="also write docs/devices.md and its pictures"
+        "--write", action="store_true", help="also write docs/devices.md and its picture"
     )
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", MEASURED[-1])
     rows = table(lambda *case: (compiled if case[-1] in MEASURED else calculated)(*case))
-    print(rows, times(), sep="\n\n")
+    print(rows)
     if arguments.write:
-        from device_pictures import draw, draw_times
+        from device_pictures import draw
 
         page, new = (HERE / "devices.md").read_text(), HERE / "devices.new"
-        page = page.replace(committed(page), rows).replace(committed(page, "times"), times())
-        new.write_text(page)
+        new.write_text(page.replace(committed(page), rows))
         os.replace(new, HERE / "devices.md")
         draw(new)
         os.replace(new, HERE / "devices.png")
-        draw_times(new)
-        os.replace(new, HERE / "devices_time.png")
     return 0
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from changes import changes
 
-from jaxnorm.core import network
+from jaxnorm.core import devices
 from jaxnorm.kernels import cpu
 
 pytest_plugins = ["skips", "pairs"]
@@ -65,14 +65,9 @@ def change():
 
 
 @pytest.fixture
-def slow_network(change):
-    """A network on which eight devices gather up to 1,200 bytes each, and sum what is more.
-
-    An all-reduce starts in 3,150 us and an all-gather in none, at 1 byte/us: 7 * 1200 is
-    2 * 3150 + 2 * 7 / 8 * 1200.
-    """
-    machine = network.Machine(lambda devices: 0, lambda devices: 3150, lambda devices: 1)
-    change(network, "MACHINES", {"slow": machine})
+def small_tables(change):
+    """Let eight devices gather up to 1,200 bytes each, and sum what is more."""
+    change(devices, "GATHERED_BYTES", 8 * 1200)
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def test_even_groups_exchange_among_themselves(how, masked):
     assert backward == [table, ("reduce-scatter", 4 * 2 * C, 4)]
 
 
-@pytest.mark.usefixtures("slow_network")
+@pytest.mark.usefixtures("small_tables")
 @masked_or_not
 @on_devices
 def test_statistics_are_summed_twice_where_that_is_faster(how, masked):
@@ -90,7 +90,7 @@ def test_statistics_are_summed_twice_where_that_is_faster(how, masked):
         assert [c.kind for c in collectives(mapped(how, normalized), *args)] == kinds
 
 
-@pytest.mark.usefixtures("slow_network")
+@pytest.mark.usefixtures("small_tables")
 @masked_or_not
 def test_the_state_from_sums_is_known_to_be_the_same_on_all_devices(masked):
     shards = shards_of((8, 1200 // (4 * 3) + 1), masked)  # three statistics in float32

@@ -122,7 +122,7 @@ def test_means_of_the_devices_1e4_apart_or_all_of_them_1e4(how, apart, rng):
     assert_as_on_one_device(training(how)(x, *others), x, *others)
 
 
-@pytest.mark.usefixtures("slow_network")
+@pytest.mark.usefixtures("small_tables")
 @masked_or_not
 @every_map
 def test_more_features_than_are_gathered(how, masked, rng):
