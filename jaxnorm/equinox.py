@@ -14,12 +14,13 @@ integer type is an error.
 
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxnorm._signatures import inherit_signature
 from jaxnorm.core.arguments import check_flag, check_input
 from jaxnorm.core.arithmetic import promote
 from jaxnorm.core.standardize import NormParams
@@ -42,18 +43,7 @@ except ModuleNotFoundError as error:
 
 __all__ = ["BatchNorm", "GroupNorm", "LayerNorm", "RMSNorm"]
 
-F = TypeVar("F", bound=Callable)
 _NO_STATE: Any = inspect.signature(nn.LayerNorm.__call__).parameters["state"].default
-
-
-def _called_as(inherited: F) -> Callable[[Callable], F]:
-    """Give a method the signature, and the types, of the one that it replaces."""
-
-    def decorate(f: Any) -> Any:
-        f.__signature__ = inspect.signature(inherited)
-        return f
-
-    return decorate
 
 
 class LayerNorm(nn.LayerNorm):
@@ -72,7 +62,7 @@ class LayerNorm(nn.LayerNorm):
 
     __init__ = nn.LayerNorm.__init__  # so that a type checker sees it
 
-    @_called_as(nn.LayerNorm.__call__)
+    @inherit_signature(nn.LayerNorm.__call__)
     def __call__(self, x: ArrayLike, state: Any = _NO_STATE, *, key: Any = None) -> Any:
         """Normalize x, floating-point or complex; a state, if there is one, is returned as it is.
 
@@ -96,7 +86,7 @@ class RMSNorm(nn.RMSNorm):
 
     __init__ = nn.RMSNorm.__init__
 
-    @_called_as(nn.RMSNorm.__call__)
+    @inherit_signature(nn.RMSNorm.__call__)
     def __call__(self, x: ArrayLike, state: Any = _NO_STATE, *, key: Any = None) -> Any:
         """Normalize x; errors and state as in LayerNorm."""
         return _beside(state, _over_all_axes(rms_norm, self, x))
@@ -115,7 +105,7 @@ class GroupNorm(nn.GroupNorm):
 
     __init__ = nn.GroupNorm.__init__
 
-    @_called_as(nn.GroupNorm.__call__)
+    @inherit_signature(nn.GroupNorm.__call__)
     def __call__(self, x: ArrayLike, state: Any = _NO_STATE, *, key: Any = None) -> Any:
         """Normalize x; errors and state as in LayerNorm. The groups must divide the channels."""
         x = check_input(x)
@@ -149,7 +139,7 @@ class BatchNorm(nn.BatchNorm):
 
     __init__ = nn.BatchNorm.__init__
 
-    @_called_as(nn.BatchNorm.__call__)
+    @inherit_signature(nn.BatchNorm.__call__)
     def __call__(
         self, x: ArrayLike, state: nn.State, *, key: Any = None, inference: bool | None = None
     ) -> tuple[jax.Array, nn.State]:

@@ -1,10 +1,25 @@
-"""Numbers of axes and of groups, as a caller gives them: checked, and made canonical."""
+"""Integers that a caller gives, such as axes and groups: checked, and made canonical."""
 
 import operator
 from collections.abc import Iterable
 from typing import Any
 
 Axes = int | Iterable[int]
+
+
+def check_integer(value: Any, name: str) -> int:
+    """Return a Python integer.
+
+    Raises:
+      TypeError: it is not an integer, or is traced.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an integer, got {value!r}; it is compiled into the program, so in "
+            "jax.jit make it a static argument."
+        ) from None
 
 
 def count_groups(features: int, num_groups: int | None, group_size: int | None) -> int:
@@ -30,13 +45,7 @@ def check_divisor(value: Any, size: int, name: str, things: str = "features") ->
       TypeError: it is not an integer.
       ValueError: it does not divide the size.
     """
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"{name} must be an integer, got {value!r}; it is compiled into the program, so in "
-            "jax.jit make it a static argument."
-        ) from None
+    value = check_integer(value, name)
     if value < 1 or size % value:
         raise ValueError(
             f"{name} must be a positive integer that divides the {things}, got {value} for "

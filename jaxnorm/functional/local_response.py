@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm.core.arguments import check_input, check_number
 from jaxnorm.core.arithmetic import magnitude, square
-from jaxnorm.core.axes import canonical_axes
+from jaxnorm.core.axes import canonical_axes, check_integer
 from jaxnorm.core.layouts import batch_layout
 from jaxnorm.core.norm import make_spec, program
 from jaxnorm.core.spec import NormSpec
@@ -126,13 +126,7 @@ def _inhibited(spec: NormSpec, constants: Response, x: jax.Array) -> jax.Array:
 
 
 def _check_size(size: int) -> int:
-    try:
-        size = operator.index(size)
-    except TypeError:
-        raise TypeError(
-            f"size must be an integer, got {size!r}; it is compiled into the program, so in "
-            "jax.jit make it a static argument."
-        ) from None
+    size = check_integer(size, "size")
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}; it counts a feature itself too.")
     return size

@@ -1,7 +1,6 @@
 """Spectral normalization: weights divided by their largest singular value."""
 
 import functools
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm.core.arguments import check_epsilon, check_feature_array, check_input, check_train
 from jaxnorm.core.arithmetic import promote, real_product
-from jaxnorm.core.axes import Axes
+from jaxnorm.core.axes import Axes, check_integer
 from jaxnorm.core.exporting import jit
 from jaxnorm.core.layout import Layout
 from jaxnorm.core.layouts import batch_layout, make_layout, moments_layout
@@ -213,13 +212,7 @@ def _check_state(state: Any, layout: Layout, dtype: jnp.dtype) -> SpectralNormSt
 
 
 def _check_steps(steps: Any) -> int:
-    try:
-        number = operator.index(steps)
-    except TypeError:
-        raise TypeError(
-            f"steps must be an integer, got {type(steps).__name__}; it is compiled into the "
-            "program, so in jax.jit make it a static argument."
-        ) from None
+    number = check_integer(steps, "steps")
     if number < 1:
         raise ValueError(
             f"steps must be at least 1, got {number}; to use the state as it is, pass train=False."

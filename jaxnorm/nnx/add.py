@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnorm._signatures import flax_positions
 from jaxnorm.core.arguments import check_residual
 from jaxnorm.core.layouts import layer_layout
 from jaxnorm.core.norm import norm_of_sum
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.nnx.norms import LayerNorm, RMSNorm, prepare_module_call
-from jaxnorm.nnx.signatures import flax_positions
 
 
 class AddLayerNorm(LayerNorm):

@@ -10,9 +10,9 @@ from typing import Any
 from flax import nnx
 
 from jaxnorm._internals import first_from
+from jaxnorm._signatures import inherit_signature
 from jaxnorm.nnx.norms import BatchNorm
 from jaxnorm.nnx.replace import make_ours, modules_of
-from jaxnorm.nnx.signatures import after
 from jaxnorm.tools.batch_moments import (
     bound_axis_name,
     merge_batch_moments,
@@ -62,7 +62,7 @@ def norms_of(model: nnx.Module) -> dict[str, Any]:
 
 def _instrument(base: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
     class Instrumented(base):
-        @after(base.__call__)
+        @inherit_signature(base.__call__)
         def __call__(self: Any, x, *arguments, **options):
             self.axis_name = bound_axis_name(self.axis_name, self.axis_index_groups)
             _call_order.get({}).setdefault(self.path)

@@ -1,6 +1,6 @@
 """Norms that Flax has no class for, with their learned arrays."""
 
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from flax.typing import Dtype, Initializer
 
 from jaxnorm._internals import canonicalize_dtype
 from jaxnorm._modules import call_in_dtype, widened
+from jaxnorm._signatures import inherit_signature
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.dynamic_erf import dynamic_erf
 from jaxnorm.functional.dynamic_tanh import dynamic_tanh
@@ -19,31 +20,45 @@ from jaxnorm.functional.global_response import global_response_norm
 _HALF = initializers.constant(0.5)
 
 
+class _Options(TypedDict, total=False):
+    """Arguments that all constructors pass on."""
+
+    dtype: Dtype | None
+    param_dtype: Dtype
+    use_bias: bool
+    use_scale: bool
+    bias_init: Initializer
+    feature_axis: int
+
+
 class _Learned(nnx.Module):
-    """Scale and bias, each of which is a variable or None."""
+    """Scale and bias, each of which is a variable or None; arguments are those of Flax's norms."""
 
     def __init__(
         self,
         num_features: int,
         *,
-        dtype: Dtype | None,
-        param_dtype: Dtype,
-        use_bias: bool,
-        use_scale: bool,
-        bias_init: Initializer,
-        scale_init: Initializer,
-        feature_axis: int,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = initializers.zeros,
+        scale_init: Initializer = initializers.ones,
+        feature_axis: int = -1,
         rngs: nnx.Rngs,
     ):
-        make = lambda init: nnx.Param(init(rngs.params(), (num_features,), param_dtype))
-        self.scale = make(scale_init) if use_scale else None
-        self.bias = make(bias_init) if use_bias else None
         self.num_features = num_features
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.use_bias = use_bias
         self.use_scale = use_scale
         self.feature_axis = feature_axis
+        self.scale = self._param(scale_init, rngs) if use_scale else None
+        self.bias = self._param(bias_init, rngs) if use_bias else None
+
+    def _param(self, init: Initializer, rngs: nnx.Rngs, shape: tuple[int, ...] | None = None):
+        shape = (self.num_features,) if shape is None else shape
+        return nnx.Param(init(rngs.params(), shape, self.param_dtype))
 
     def _values(self, x: Any, *others: Any) -> tuple[NormParams, list[Any], Dtype]:
         """Scale and bias, other variables' arrays, and the result's dtype."""
@@ -67,32 +82,18 @@ class GlobalResponseNorm(_Learned):
       (8, 5, 5, 3)
     """
 
+    @inherit_signature(_Learned.__init__)
     def __init__(
         self,
         num_features: int,
         *,
         epsilon: float = 1e-6,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        use_bias: bool = True,
-        use_scale: bool = True,
-        bias_init: Initializer = initializers.zeros,
         scale_init: Initializer = initializers.zeros,
-        feature_axis: int = -1,
         rngs: nnx.Rngs,
+        **options: Unpack[_Options],
     ):
         """Arguments as in Flax."""
-        super().__init__(
-            num_features,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            use_bias=use_bias,
-            use_scale=use_scale,
-            bias_init=bias_init,
-            scale_init=scale_init,
-            feature_axis=feature_axis,
-            rngs=rngs,
-        )
+        super().__init__(num_features, scale_init=scale_init, rngs=rngs, **options)
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -115,38 +116,23 @@ class FilterResponseNorm(_Learned):
       (8, 5, 5, 3)
     """
 
+    @inherit_signature(_Learned.__init__)
     def __init__(
         self,
         num_features: int,
         *,
         epsilon: float = 1e-6,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        use_bias: bool = True,
-        use_scale: bool = True,
         use_threshold: bool = True,
-        bias_init: Initializer = initializers.zeros,
-        scale_init: Initializer = initializers.ones,
         threshold_init: Initializer = initializers.zeros,
-        feature_axis: int = -1,
+        scale_init: Initializer = initializers.ones,
         rngs: nnx.Rngs,
+        **options: Unpack[_Options],
     ):
         """Arguments as in Flax, and those of the threshold."""
-        super().__init__(
-            num_features,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            use_bias=use_bias,
-            use_scale=use_scale,
-            bias_init=bias_init,
-            scale_init=scale_init,
-            feature_axis=feature_axis,
-            rngs=rngs,
-        )
+        super().__init__(num_features, scale_init=scale_init, rngs=rngs, **options)
         self.epsilon = epsilon
         self.use_threshold = use_threshold
-        make = lambda init: nnx.Param(init(rngs.params(), (num_features,), param_dtype))
-        self.threshold = make(threshold_init) if use_threshold else None
+        self.threshold = self._param(threshold_init, rngs) if use_threshold else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalize x."""
@@ -167,33 +153,19 @@ class DynamicTanh(_Learned):
       Array(0.5, dtype=float32)
     """
 
+    @inherit_signature(_Learned.__init__)
     def __init__(
         self,
         num_features: int,
         *,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        use_bias: bool = True,
-        use_scale: bool = True,
-        bias_init: Initializer = initializers.zeros,
-        scale_init: Initializer = initializers.ones,
         alpha_init: Initializer = _HALF,
-        feature_axis: int = -1,
+        scale_init: Initializer = initializers.ones,
         rngs: nnx.Rngs,
+        **options: Unpack[_Options],
     ):
         """Arguments as in Flax, and that of alpha."""
-        super().__init__(
-            num_features,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            use_bias=use_bias,
-            use_scale=use_scale,
-            bias_init=bias_init,
-            scale_init=scale_init,
-            feature_axis=feature_axis,
-            rngs=rngs,
-        )
-        self.alpha = nnx.Param(alpha_init(rngs.params(), (), param_dtype))
+        super().__init__(num_features, scale_init=scale_init, rngs=rngs, **options)
+        self.alpha = self._param(alpha_init, rngs, ())
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Bound x."""
@@ -214,35 +186,21 @@ class DynamicErf(_Learned):
       Array(0., dtype=float32)
     """
 
+    @inherit_signature(_Learned.__init__)
     def __init__(
         self,
         num_features: int,
         *,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        use_bias: bool = True,
-        use_scale: bool = True,
-        bias_init: Initializer = initializers.zeros,
-        scale_init: Initializer = initializers.ones,
         alpha_init: Initializer = _HALF,
         shift_init: Initializer = initializers.zeros,
-        feature_axis: int = -1,
+        scale_init: Initializer = initializers.ones,
         rngs: nnx.Rngs,
+        **options: Unpack[_Options],
     ):
         """Arguments as in Flax, and those of alpha and the shift."""
-        super().__init__(
-            num_features,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            use_bias=use_bias,
-            use_scale=use_scale,
-            bias_init=bias_init,
-            scale_init=scale_init,
-            feature_axis=feature_axis,
-            rngs=rngs,
-        )
-        self.alpha = nnx.Param(alpha_init(rngs.params(), (), param_dtype))
-        self.shift = nnx.Param(shift_init(rngs.params(), (), param_dtype))
+        super().__init__(num_features, scale_init=scale_init, rngs=rngs, **options)
+        self.alpha = self._param(alpha_init, rngs, ())
+        self.shift = self._param(shift_init, rngs, ())
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Bound x."""

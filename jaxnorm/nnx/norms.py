@@ -19,6 +19,7 @@ from jaxnorm._modules import (
     warn_of_single_elements,
     widened,
 )
+from jaxnorm._signatures import flax_positions, inherit_signature
 from jaxnorm.core.arguments import check_feature_shape, check_flag
 from jaxnorm.core.arithmetic import promote
 from jaxnorm.core.layout import Layout
@@ -27,13 +28,12 @@ from jaxnorm.core.norm import Arrays, norm, prepare_call
 from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.renorm import Renorm, check_renorm, normalize_batch, without_kernel
-from jaxnorm.nnx.signatures import after, flax_positions
 
 
 def _with_offset(inherited: Callable) -> Any:
     """The constructor of a norm of Flax, with an offset of the scale."""
 
-    @after(inherited)
+    @inherit_signature(inherited)
     def __init__(self, *arguments: Any, scale_offset: float = 0.0, **named: Any):  # noqa: N807
         """Flax's arguments, and what is added to the scale."""
         inherited(self, *arguments, **_initialized(named, scale_offset))
@@ -62,7 +62,7 @@ class BatchNorm(nnx.BatchNorm):
 
     frozen: bool = False
 
-    @after(nnx.BatchNorm.__init__)
+    @inherit_signature(nnx.BatchNorm.__init__)
     def __init__(
         self,
         *arguments: Any,

@@ -13,10 +13,10 @@ from jaxnorm._modules import (
     spectrally_normalized,
     weight_normalized,
 )
+from jaxnorm._signatures import inherit_signature
 from jaxnorm.core.arguments import check_flag
 from jaxnorm.core.layouts import batch_layout
 from jaxnorm.functional.standardized_weight import standardize_weight
-from jaxnorm.nnx.signatures import after
 
 Path = tuple[Any, ...]
 
@@ -38,7 +38,7 @@ class WeightNorm(nnx.WeightNorm):
       (4,)
     """
 
-    @after(nnx.WeightNorm.__init__)
+    @inherit_signature(nnx.WeightNorm.__init__)
     def __init__(self, *arguments: Any, **named: Any):
         """Flax's arguments."""
         use_scale = named.pop("use_scale", True)
@@ -140,7 +140,7 @@ class StandardizedLinear(nnx.Linear):
       (8, 4)
     """
 
-    @after(nnx.Linear.__init__)
+    @inherit_signature(nnx.Linear.__init__)
     def __init__(
         self,
         *arguments: Any,
@@ -154,7 +154,7 @@ class StandardizedLinear(nnx.Linear):
         super().__init__(*arguments, **named)
         _add_gain(self, epsilon, fan_in, use_gain, gain_init, named["rngs"])
 
-    @after(nnx.Linear.__call__)
+    @inherit_signature(nnx.Linear.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Flax's call with the standardized kernel."""
         return nnx.Linear.__call__(_standardized(self), *args, **kwargs)
@@ -174,7 +174,7 @@ class StandardizedConv(nnx.Conv):
       (8, 5, 5, 16)
     """
 
-    @after(nnx.Conv.__init__)
+    @inherit_signature(nnx.Conv.__init__)
     def __init__(
         self,
         *arguments: Any,
@@ -189,7 +189,7 @@ class StandardizedConv(nnx.Conv):
         check_no_mask(self.mask)
         _add_gain(self, epsilon, fan_in, use_gain, gain_init, named["rngs"])
 
-    @after(nnx.Conv.__call__)
+    @inherit_signature(nnx.Conv.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Flax's call with the standardized kernel."""
         return nnx.Conv.__call__(_standardized(self), *args, **kwargs)
