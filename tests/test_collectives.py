@@ -136,7 +136,7 @@ def test_features_over_devices_exchange_statistics_alone(norm, axis_type, rng):
     with jax.set_mesh(mesh):
         rows, features = (NamedSharding(mesh, jax.P(*axes, "data")) for axes in ([None], []))
         args = jax.device_put((x, scale, bias, weights), (rows, features, features, rows))
-        # Of each row: mean (high and low part) and variance; then t_mean and q (core/moments.py).
+        # Of each row: mean (high and low part) and variance; then t_mean and q (statistics.py).
         forward = collectives(norm.__call__, *args[:3])
         for found, numbers in ((forward, 3), (collectives(backward, *args), 5)):
             assert {c.kind for c in found} == {"all-reduce"}

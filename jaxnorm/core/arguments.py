@@ -1,4 +1,4 @@
-"""The arguments of a norm, checked: an error is one sentence, before anything is computed."""
+"""Checks of the arguments of norms. An error is one sentence, raised before any computation."""
 
 import math
 from numbers import Real
@@ -15,7 +15,7 @@ from jaxnorm.core.standardize import NormParams
 
 
 def check_input(x: Any, name: str = "x") -> jax.Array:
-    """x as an array of a dtype that can be normalized."""
+    """Return x as an array, of a dtype that can be normalized."""
     x = as_array(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
@@ -27,13 +27,13 @@ def check_input(x: Any, name: str = "x") -> jax.Array:
 
 
 def check_dtype(dtype: jnp.dtype, name: str, remedy: str) -> None:
-    """Check that a dtype is none of those that JAX does not promote to float32."""
+    """Check that JAX promotes a dtype to float32."""
     if is_small_float(dtype):
         raise TypeError(f"{name} must be of float16, bfloat16 or better, got {dtype}; {remedy}")
 
 
 def check_train(train: Any, name: str = "train") -> bool:
-    """Whether to train as a Python bool; it decides what is computed."""
+    """Return a flag such as `train` as a Python bool; it must not be traced."""
     if not isinstance(train, bool | np.bool_):
         raise TypeError(
             f"{name} must be a Python bool, got {type(train).__name__}; mark it as static in "
@@ -43,12 +43,12 @@ def check_train(train: Any, name: str = "train") -> bool:
 
 
 def check_flag(flag: Any, name: str) -> bool:
-    """A flag of a module as a Python bool; as in Flax, it may be anything but traced."""
+    """Return a flag of a module as a Python bool; as in Flax, it may be any untraced value."""
     return check_train(flag, name) if isinstance(flag, Tracer) else bool(flag)
 
 
 def check_residual(residual: Any, x: jax.Array) -> jax.Array:
-    """The residual as an array like x."""
+    """Return the residual as an array, of the shape and dtype of x."""
     if residual is None:
         raise TypeError(
             "residual must be an array like x, got None; without one, call layer_norm or rms_norm."
@@ -68,7 +68,7 @@ def check_residual(residual: Any, x: jax.Array) -> jax.Array:
 
 
 def check_params(params: NormParams | None, layout: Layout, dtype: jnp.dtype) -> NormParams:
-    """Parameters whose arrays fit the layout; None is no parameters."""
+    """Return parameters whose arrays fit the layout; None means no parameters."""
     if params is None:
         return NormParams()
     if not isinstance(params, NormParams):
@@ -85,12 +85,12 @@ def check_params(params: NormParams | None, layout: Layout, dtype: jnp.dtype) ->
 
 
 def check_feature_array(value, name: str, layout: Layout, dtype: jnp.dtype) -> jax.Array:
-    """An array with one element for each feature of the layout, real if x is."""
+    """Return an array with one element for each feature of the layout, real if x is."""
     return _real_if(check_feature_shape(value, name, layout), name, dtype)
 
 
 def check_feature_shape(value, name: str, layout: Layout) -> jax.Array:
-    """An array with one element for each feature of the layout."""
+    """Return an array with one element for each feature of the layout."""
     value = as_array(value)
     if value.shape != layout.feature_shape:
         raise ValueError(
@@ -102,7 +102,7 @@ def check_feature_shape(value, name: str, layout: Layout) -> jax.Array:
 
 
 def _features_elsewhere(value: jax.Array, layout: Layout) -> str:
-    """Which argument takes another axis of x for the features, if one has their number.
+    """Suggest another feature axis, if one axis of x has as many elements as the value.
 
     The first axis holds examples, unless statistics are taken over it.
     """
@@ -122,7 +122,7 @@ def _features_elsewhere(value: jax.Array, layout: Layout) -> str:
 
 
 def check_param(value, name: str, layout: Layout, dtype: jnp.dtype) -> jax.Array:
-    """An array of the shape of the features or that broadcasts to x by its rank, real if x is."""
+    """Return an array of the shape of the features, or of the rank of x, real if x is."""
     value = as_array(value)
     fits = value.ndim == len(layout.shape) and all(
         size in (1, full) for size, full in zip(value.shape, layout.shape, strict=True)
@@ -140,7 +140,7 @@ def check_param(value, name: str, layout: Layout, dtype: jnp.dtype) -> jax.Array
 def check_mean_and_variance(
     moments: tuple[Any, Any], layout: Layout, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """A mean and a real variance, each of a shape as `check_param` has it."""
+    """Return a mean and a real variance, whose shapes fit as in `check_param`."""
     mean, var = (
         check_param(value, f"the {what}", layout, dtype)
         for value, what in zip(moments, ("mean", "variance"), strict=True)
@@ -160,7 +160,7 @@ def _real_if(value: jax.Array, name: str, dtype: jnp.dtype) -> jax.Array:
 
 
 def check_scalar_or_features(value, name: str, layout: Layout, dtype: jnp.dtype) -> jax.Array:
-    """A number, which may be traced, or an array with one element for each feature."""
+    """Return a number, which may be traced, or an array with one element for each feature."""
     if value is None or isinstance(value, NormParams):
         raise TypeError(
             f"{name} must be a number or an array, got {type(value).__name__}; pass for example "
@@ -182,7 +182,7 @@ def check_real(x: jax.Array, name: str) -> None:
 
 
 def check_epsilon(epsilon: float) -> float:
-    """Epsilon as a Python float; it is compiled in."""
+    """Return epsilon as a Python float; it is a constant of the program."""
     epsilon = check_number(epsilon, "epsilon")
     if not epsilon >= 0:
         raise ValueError(
@@ -192,7 +192,7 @@ def check_epsilon(epsilon: float) -> float:
 
 
 def check_scale_offset(offset: float, params: NormParams | None) -> float:
-    """The offset as a Python float; there must be a scale to add it to."""
+    """Return the offset as a Python float; it requires a scale."""
     offset = check_number(offset, "scale_offset")
     if not math.isfinite(offset):
         raise ValueError(f"scale_offset must be finite, got {offset}; it is added to the scale.")
@@ -205,7 +205,7 @@ def check_scale_offset(offset: float, params: NormParams | None) -> float:
 
 
 def check_number(value: float, name: str) -> float:
-    """A number as a Python float; it is compiled in."""
+    """Return a number as a Python float; it is a constant of the program."""
     if isinstance(value, Tracer) or not is_number(value):
         raise TypeError(
             f"{name} must be a number that is known while tracing, got {type(value).__name__}; "
@@ -215,7 +215,7 @@ def check_number(value: float, name: str) -> float:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a real number, of Python, NumPy or JAX; it may be traced."""
+    """Return whether this is a real number of Python, NumPy or JAX; it may be traced."""
     if isinstance(value, np.generic | np.ndarray | jax.Array):
         real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
         return real and value.ndim == 0

@@ -1,4 +1,4 @@
-"""Arithmetic that knows nothing of norms: types, squares, rounding, division by zero."""
+"""Arithmetic: dtypes, squares, rounding, division by zero."""
 
 import functools
 from typing import Any
@@ -12,12 +12,12 @@ _CONFIG: Any = jax.config  # its attributes are made at run time
 
 
 def as_array(a: ArrayLike) -> jax.Array:
-    """`a` as a JAX array; asking first is faster than jnp.asarray, which converts it again."""
+    """Convert `a` to a JAX array, unless it is one: this is faster than jnp.asarray."""
     return a if isinstance(a, jax.Array) else jnp.asarray(a)
 
 
 def promote(*dtypes: DTypeLike) -> jnp.dtype:
-    """The smallest dtype that holds all of these, whatever promotion JAX is configured for."""
+    """Return the smallest dtype that holds all of these, for any setting of JAX's promotion."""
     return _promote(_CONFIG.jax_enable_x64, *dtypes)
 
 
@@ -29,38 +29,38 @@ def _promote(x64: bool, *dtypes: DTypeLike) -> jnp.dtype:
 
 
 def is_small_float(dtype: DTypeLike) -> bool:
-    """Whether a floating-point dtype has eight bits or fewer; JAX promotes none of these."""
+    """Return whether a floating-point dtype has at most eight bits; JAX does not promote these."""
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
 
 
 def real_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype of the absolute value: float32 for complex64, and so on."""
+    """Return the dtype of the absolute value: float32 for complex64, and so on."""
     return jnp.finfo(dtype).dtype
 
 
 def real_product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Re(a conj(b)), which is a b for real numbers."""
+    """Return Re(a conj(b)), which is a b for real numbers."""
     if jnp.iscomplexobj(a):
         return jnp.real(a) * jnp.real(b) + jnp.imag(a) * jnp.imag(b)
     return a * b
 
 
 def square(a: jax.Array) -> jax.Array:
-    """The squared absolute value, real."""
+    """Return the squared absolute value, which is real."""
     return real_product(a, a)
 
 
 def absolute(a: jax.Array) -> jax.Array:
-    """The absolute value; its derivative at zero is zero, where that of jnp.abs is one."""
+    """Return the absolute value, whose derivative at zero is zero (with jnp.abs it is one)."""
     return jnp.abs(a) if jnp.iscomplexobj(a) else a * lax.stop_gradient(jnp.sign(a))
 
 
 def drop_last_bit(a: jax.Array) -> jax.Array:
-    """`a` rounded to one bit less than its dtype has.
+    """Round `a` to one bit less than its dtype has.
 
     LLVM may contract x - total * (1 / n) into one operation, which subtracts the product before it
-    is rounded, in some loops of a program and not in others. With one bit less, every loop
-    subtracts the same number.
+    is rounded, in some loops of a program but not in all. With one bit less, every loop subtracts
+    the same number.
     """
     if jnp.iscomplexobj(a):
         return lax.complex(drop_last_bit(jnp.real(a)), drop_last_bit(jnp.imag(a)))
@@ -69,20 +69,20 @@ def drop_last_bit(a: jax.Array) -> jax.Array:
 
 
 def zero_where(condition: jax.Array, a: jax.Array) -> jax.Array:
-    """`a`, but zero where the condition holds; the derivative is that of `a` everywhere."""
+    """Set `a` to zero where the condition holds; leave its derivative as it is."""
     return a - lax.stop_gradient(jnp.where(condition, a, 0))
 
 
 def reciprocal_or_zero(a: jax.Array) -> jax.Array:
-    """1 / a where a is positive, else zero, with derivatives of any order."""
+    """Return 1 / a where a is positive, else zero, with derivatives of any order."""
     return jnp.where(a > 0, 1 / jnp.where(a > 0, a, 1), 0)
 
 
 def reciprocal_std(var: jax.Array, epsilon: float, count: jax.Array | None = None) -> jax.Array:
-    """(var + epsilon)**-1/2; zero where the count is zero, or where it would be infinite.
+    """Return (var + epsilon)**-1/2; zero where the count is zero, or where it would be infinite.
 
-    Zero makes the result of such elements the bias, and their gradient zero; infinity would make
-    both NaN. Where neither can be, this is one operation, which XLA fuses with more.
+    With zero, the result for such elements is the bias and their gradient is zero; with infinity,
+    both would be NaN. If neither case is possible, this is one operation, which XLA can fuse.
     """
     if count is None and var.dtype.type(epsilon) > 0:
         return lax.rsqrt(var + epsilon)
@@ -93,21 +93,21 @@ def reciprocal_std(var: jax.Array, epsilon: float, count: jax.Array | None = Non
 
 
 def magnitude(a: jax.Array) -> jax.Array:
-    """A power of two near `a`, which is at least 0.
+    """Return a power of two near `a`, which is at least 0.
 
-    As a factor it changes no digit; neither it nor its reciprocal is zero or infinite.
+    A product with it is exact; neither it nor its reciprocal is zero or infinite.
     """
     kind = jnp.finfo(a.dtype)
     rounded = functools.partial(lax.reduce_precision, exponent_bits=kind.nexp, mantissa_bits=1)
-    # With one bit a number is 2**k or 1.5 * 2**k, and three of it are 3 * 2**k or, rounded,
-    # 4 * 2**k. No bits would do, but exporters can't round to these.
+    # With one bit a number is 2**k or 1.5 * 2**k, and three times that is 3 * 2**k or, rounded,
+    # 4 * 2**k. Zero bits would be simpler, but exporters do not support them.
     a = jnp.clip(rounded(a), kind.tiny, 1 / kind.tiny)
     return rounded(3 * a) - 2 * a
 
 
 @jax.custom_jvp
 def quotient(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a / b, for real b that is not zero; no power of b in the derivative can overflow."""
+    """Return a / b for real, nonzero b; the derivative has no power of b that can overflow."""
     if jnp.iscomplexobj(a):
         return lax.complex(jnp.real(a) / b, jnp.imag(a) / b)
     return a / b
@@ -123,9 +123,9 @@ def _quotient_jvp(primals, tangents):
 
 @jax.custom_jvp
 def tanh(a: jax.Array) -> jax.Array:
-    """The hyperbolic tangent of real numbers; its derivative does not cancel where it is near one.
+    """Return the hyperbolic tangent of real numbers, with an accurate derivative.
 
-    That is 1 - tanh(a)**2, of which float32 holds no digit from about 9 on.
+    The usual 1 - tanh(a)**2 cancels: in float32 it has no correct digit from about a = 9 on.
     """
     return jnp.tanh(a)
 

@@ -23,7 +23,7 @@ def check_integer(value: Any, name: str) -> int:
 
 
 def count_groups(features: int, num_groups: int | None, group_size: int | None) -> int:
-    """The number of groups, from that or from their size, whichever is given.
+    """Return the number of groups, from that number or from their size.
 
     Raises:
       ValueError: both are given or neither, or the size does not divide the features.
@@ -39,7 +39,7 @@ def count_groups(features: int, num_groups: int | None, group_size: int | None) 
 
 
 def check_divisor(value: Any, size: int, name: str, things: str = "features") -> int:
-    """A number of groups, or their size, that divides the size of an axis.
+    """Return a number of groups, or their size, that divides the size of an axis.
 
     Raises:
       TypeError: it is not an integer.
@@ -55,7 +55,7 @@ def check_divisor(value: Any, size: int, name: str, things: str = "features") ->
 
 
 def canonical_axes(axes: Axes, ndim: int, name: str = "axis") -> tuple[int, ...]:
-    """`axes` as sorted, non-negative numbers of axes of an array of `ndim` dimensions.
+    """Return `axes` as sorted, non-negative numbers of axes of an array of `ndim` dimensions.
 
     Raises:
       TypeError: an axis is not an integer.
@@ -92,5 +92,5 @@ def canonical_axes(axes: Axes, ndim: int, name: str = "axis") -> tuple[int, ...]
 
 
 def other_axes(axes: tuple[int, ...], ndim: int, start: int = 0) -> tuple[int, ...]:
-    """The axes from `start` on that are not in `axes`."""
+    """Return the axes from `start` on that are not in `axes`."""
     return tuple(axis for axis in range(start, ndim) if axis not in axes)

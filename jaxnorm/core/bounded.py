@@ -1,6 +1,6 @@
-"""A bounded function in the place of standardizing: y = function(alpha * x + shift) * scale + bias.
+"""A bounded function instead of standardizing: y = function(alpha * x + shift) * scale + bias.
 
-Nothing is measured. The backward pass keeps x and computes the function again.
+There are no statistics. The backward pass keeps x and recomputes the function.
 """
 
 import functools
@@ -25,7 +25,7 @@ def bound(
     shift,
     params: NormParams | None,
 ) -> jax.Array:
-    """The equation, for arguments that have not been checked; a shift of None is zero."""
+    """Check the arguments and apply the equation; a shift of None is zero."""
     check_real(x, name)
     spec = make_spec(name, x, layout)
     return _bound(

@@ -34,7 +34,7 @@ Equation = Callable[[Callable, Any], Any]
 
 
 class UnboundAxisNameError(ValueError, NameError):
-    """Nothing binds an axis name: a ValueError as any bad argument, and JAX's NameError."""
+    """An axis name that nothing binds: a ValueError, and a NameError as JAX raises it."""
 
 
 class Devices(NamedTuple):
@@ -67,7 +67,7 @@ class Devices(NamedTuple):
         return self.manual and len({len(group) for group in self.groups or ((),)}) == 1
 
     def group(self) -> jax.Array | None:
-        """The number of this device's group, if there are groups and they can't gather."""
+        """Return the number of this device's group, if there are groups and they can't gather."""
         if not self.groups or self.gather:
             return None
         group_of = {index: number for number, group in enumerate(self.groups) for index in group}
@@ -75,7 +75,7 @@ class Devices(NamedTuple):
         return table[lax.axis_index(self.names)]
 
     def sum(self, tree: Any, group: jax.Array | None = None) -> Any:
-        """Sums over the devices that share statistics, of arrays of one shape: one collective."""
+        """Sum arrays of one shape over the devices that share statistics, in one collective."""
         if not self.names:
             return tree
         if not self.groups:
@@ -112,14 +112,14 @@ class Devices(NamedTuple):
         return small and self.size <= GATHERED_DEVICES
 
     def _gathered(self, parts: Any) -> Any:
-        """The parts of all devices that share statistics, along a new first axis."""
+        """Gather the parts of all devices that share statistics, along a new first axis."""
         size = len(self.groups[0]) if self.groups else self.size
         gather = functools.partial(
             lax.all_gather,
             axis_name=self.names,
             axis=1,
             axis_index_groups=self.groups,
-            # Without groups all devices get the same rows; check_vma=True has to know it.
+            # Without groups all devices get the same rows; this type tells check_vma=True so.
             to="varying" if self.groups else "invarying",
         )
         return _packed(gather, lambda a: np.broadcast_to(a, (size, *a.shape)), parts)
@@ -138,7 +138,7 @@ LOCAL = Devices()  # this device alone
 
 
 def bound_devices(axis_name: AxisName, axis_index_groups: AxisGroups = None) -> Devices:
-    """The `Devices` of an axis name that a map around this call binds.
+    """Return the `Devices` of an axis name that a map around this call binds.
 
     Raises:
       TypeError: the name can't be a name, or the groups are not lists of integers.
@@ -187,7 +187,7 @@ def bound_devices(axis_name: AxisName, axis_index_groups: AxisGroups = None) -> 
 
 
 def is_bound(axis_name: AxisName) -> bool:
-    """Whether a map around this call binds the name, or all of several names."""
+    """Return whether a map around this call binds the name, or all of several names."""
     try:
         lax.axis_size(_names(axis_name))
     except NameError:

@@ -1,12 +1,12 @@
-"""For exporters that read a program of JAX, such as jax2onnx.
+"""Support for exporters that trace a program of JAX, such as jax2onnx.
 
-While they trace, they replace functions of `jax.numpy` by some that take fewer arguments, and they
-take primitives of JAX only. So for them a norm is traced with `jax.numpy` as it was, by the
-formulas, and for one platform. JAX would keep such a program for later calls, so it is not
-compiled.
+While they trace, such exporters replace functions of `jax.numpy` by functions with fewer arguments,
+and they support only the primitives of JAX. For them a norm is traced by the formulas, for one
+platform, with the original `jax.numpy`. It is not compiled, because JAX would use the compiled
+program in later calls.
 
-The functions of `jax.numpy` belong to the whole process: while one thread exports, no other should
-trace. A program that replaces `jax.numpy.where` for another reason gets the formulas, too.
+The functions of `jax.numpy` are global: while one thread exports, no other thread should trace. The
+formulas are also used if a program replaces `jax.numpy.where` for another reason.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _exported = ContextVar("exported", default=False)
 
 
 def exporter_traces() -> bool:
-    """Whether an exporter is tracing."""
+    """Return whether an exporter is tracing."""
     return _exported.get() or jnp.where is not _ORIGINAL[0]["where"]
 
 
@@ -48,7 +48,7 @@ def jit(function: Callable, static_argnums: int | tuple[int, ...] = ()) -> Calla
 
 
 def platform_dependent(*args: jax.Array, default: Callable, **branches: Callable) -> Any:
-    """`lax.platform_dependent`, or the default if an exporter is tracing."""
+    """Call `lax.platform_dependent`, or the default if an exporter is tracing."""
     if exporter_traces():
         return default(*args)
     return lax.platform_dependent(*args, default=default, **branches)

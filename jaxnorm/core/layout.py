@@ -1,9 +1,9 @@
 """Which elements share statistics: static and hashable.
 
 The norms differ only in their `Layout`. Statistics keep the reduction axes with size one, so that
-they broadcast. Group norm divides its feature axis into groups, and ghost batch norm its batch axis
-into sub-batches: there the statistics have as many elements as there are parts. x itself is never
-divided. A part that does not fill a tile of a TPU's memory would make XLA copy it.
+they broadcast. Group norm divides its feature axis into groups, and ghost batch norm divides its
+batch axis into sub-batches: along that axis, the statistics have one element for each part. x is
+never reshaped into parts. On a TPU, XLA would copy x if a part does not fill a tile of memory.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ from jaxnorm._internals import is_sharded
 from jaxnorm.core.arithmetic import as_array
 from jaxnorm.core.sums import repeat, sum_axes, sums
 
-SAMPLE = 8  # one of so many elements is in the sample
-LEAST = 128  # of fewer elements there is no sample
-TILE = 128  # elements in a row of a TPU's tile
+SAMPLE_STRIDE = 8  # one of 8 elements is in the sample
+MIN_SAMPLED = 128  # fewer elements are not sampled
+TPU_TILE = 128  # elements in a row of a TPU's tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +101,9 @@ class Layout:
         return sizes[0], sizes[1], sizes[2], sizes[3]
 
     def param_blocks(self, shape: tuple[int, ...]) -> int | None:
-        """How many equal runs of examples have a parameter of that shape each.
+        """Return into how many equal runs of examples a parameter of that shape divides x.
 
-        None if it differs along other axes too, or not from run to run.
+        Within a run it depends on the features alone. None if it depends on other axes too.
         """
         if shape == self.feature_shape:
             return 1
@@ -121,13 +121,13 @@ class Layout:
         return blocks
 
     def sum(self, a: jax.Array, where: jax.Array | None = None) -> jax.Array:
-        """Sums of an array of the shape of x, over the elements that share statistics."""
+        """Sum an array of the shape of x over the elements that share statistics."""
         return self.sums((a,), where)[0]
 
     def sums(
         self, arrays: Sequence[jax.Array], where: jax.Array | None = None
     ) -> tuple[jax.Array, ...]:
-        """The same of several arrays."""
+        """Sum several arrays in the same way."""
         return tuple(map(self._of_parts, sums(arrays, self._whole_axes, where)))
 
     def _of_parts(self, a: jax.Array) -> jax.Array:
@@ -138,7 +138,7 @@ class Layout:
         return sum_axes(a.reshape(*before, self.parts, size, *after), (self.split + 1,))
 
     def repeat(self, a: jax.Array, x: jax.Array) -> jax.Array:
-        """What is equal for the elements of such a sum, so that it broadcasts against x."""
+        """Repeat what the elements of such a sum share, so that it broadcasts against x."""
         return repeat(a, x, self._whole_axes)
 
     @property
@@ -146,7 +146,7 @@ class Layout:
         return tuple(axis for axis in self.reduction_axes if axis != self.split)
 
     def broadcast_statistics(self, statistic: jax.Array) -> jax.Array:
-        """A statistic so that it broadcasts against x."""
+        """Reshape a statistic so that it broadcasts against x."""
         if self.split is None or statistic.shape[self.split] == 1:
             return statistic
         size = self.shape[self.split] // self.parts
@@ -156,34 +156,44 @@ class Layout:
         return many.reshape(*shape[: self.split], self.parts * size, *shape[self.split + 2 :])
 
     def sample(self, x: jax.Array) -> jax.Array:
-        """An eighth or more of the elements that share statistics, the same for all of them.
+        """Take a sample of an eighth or more of the elements that share statistics.
 
-        Along the last axis these are the eighth in the middle, because memory is read in pieces of
-        32 bytes or more; along another axis every eighth index. It is all of x if the shape is
-        symbolic, if each axis is split or sharded explicitly, and if the elements are few or none,
-        because the mean of a small sample may be far off.
+        Along the last axis, take the eighth in the middle, because memory is read in pieces of 32
+        bytes or more; along another axis, take every eighth index. Return all of x if the shape is
+        symbolic, if each axis is split or sharded explicitly, or if the elements are few, because
+        the mean of a small sample may be far off.
         """
         whole = lambda axis: axis != self.split and not is_sharded(x, axis)
         axes = [axis for axis in self.reduction_axes if whole(axis)]
-        if not axes or not isinstance(self.count, int) or self.count < LEAST or 0 in self.shape:
+        if (
+            not axes
+            or not isinstance(self.count, int)
+            or self.count < MIN_SAMPLED
+            or 0 in self.shape
+        ):
             return x
         last = x.ndim - 1
         # The batch comes last but for the features: it may be sharded.
-        rank = lambda axis: (min(self.shape[axis], SAMPLE - 1), axis != last, axis != 0, -axis)
+        rank = lambda axis: (
+            min(self.shape[axis], SAMPLE_STRIDE - 1),
+            axis != last,
+            axis != 0,
+            -axis,
+        )
         axis = max(axes, key=rank)
         size = self.shape[axis]
-        length = -(-size // SAMPLE)
+        length = -(-size // SAMPLE_STRIDE)
         if axis != last:
-            return lax.slice_in_dim(x, (size - 1) % SAMPLE // 2, size, SAMPLE, axis)
+            return lax.slice_in_dim(x, (size - 1) % SAMPLE_STRIDE // 2, size, SAMPLE_STRIDE, axis)
         start = (size - length) // 2
         # Where the eighth is at least one row of a TPU's tile, it starts with a tile.
-        start -= start % TILE if length >= TILE else 0
+        start -= start % TPU_TILE if length >= TPU_TILE else 0
         return lax.slice_in_dim(x, start, start + length, 1, axis)
 
     def broadcast(self, param: jax.Array) -> jax.Array:
-        """A scale, bias or running statistic, so that it broadcasts against x.
+        """Reshape a scale, bias or running statistic so that it broadcasts against x.
 
-        It has the shape of the features, or the rank of x.
+        Its shape is that of the features, or has the rank of x.
         """
         if param.shape != self.feature_shape:
             return param
@@ -191,7 +201,7 @@ class Layout:
         return param.reshape([size if axis in axes else 1 for axis, size in enumerate(self.shape)])
 
     def mask(self, where: ArrayLike | None) -> jax.Array | None:
-        """`where`, checked and reshaped to broadcast against x."""
+        """Check `where`, and reshape it so that it broadcasts against x."""
         if where is None:
             return None
         where = as_array(where)

@@ -1,4 +1,4 @@
-"""The layout of each norm: axes as a caller gives them, checked once for each shape."""
+"""The layout of each norm. The axes that a caller gives are checked once for each shape."""
 
 import functools
 from collections.abc import Callable
@@ -10,19 +10,19 @@ from jaxnorm.core.layout import Layout
 F = TypeVar("F", bound=Callable)
 
 
-def once_per_kind(function: F) -> F:
-    """Remember the results of a function of static arguments, which need not be checked again.
+def cached(function: F) -> F:
+    """Cache the results of a function of static arguments.
 
-    Arguments that can't be compared are not remembered: lists, and the symbolic sizes of
-    jax.export.
+    Results for lists and for the symbolic sizes of jax.export, which can't be hashed, are not
+    cached.
     """
-    remembered = functools.lru_cache(maxsize=4096, typed=True)(function)
+    results = functools.lru_cache(maxsize=4096, typed=True)(function)
 
     @functools.wraps(function)
     def call(shape, *args, **kwargs):
         if all(type(size) is int for size in shape):
             try:
-                return remembered(shape, *args, **kwargs)
+                return results(shape, *args, **kwargs)
             except TypeError:  # an argument is a list, or wrong: then this raises again
                 pass
         return function(shape, *args, **kwargs)
@@ -39,23 +39,23 @@ def make_layout(
     parts: int = 1,
     arguments: tuple[str, ...] = (),
 ) -> Layout:
-    """A layout for x of that shape, by the axes of x.
+    """Make a layout for x of that shape.
 
-    If `split` is given, that axis is divided into so many equal `parts`, and statistics are shared
-    only within each part. `arguments` are the caller's names for the axes of the features.
+    If `split` is given, that axis is divided into equal `parts`, and statistics are shared only
+    within each part. `arguments` are the caller's names for the axes of the features.
     """
     reduction_axes = canonical_axes(reduction_axes, len(shape))
     feature_axes = canonical_axes(feature_axes, len(shape))
     return Layout(shape, reduction_axes, feature_axes, split, parts, arguments)
 
 
-@once_per_kind
+@cached
 def moments_layout(shape: tuple[int, ...], axis: Axes) -> Layout:
     """Statistics over the given axes, and no parameters."""
     return make_layout(shape, reduction_axes=axis, feature_axes=())
 
 
-@once_per_kind
+@cached
 def layer_layout(shape: tuple[int, ...], axes: Axes, feature_axes: Axes | None = None) -> Layout:
     """Statistics over the axes, and parameters along those or along `feature_axes`."""
     if feature_axes is None:
@@ -68,7 +68,7 @@ def layer_layout(shape: tuple[int, ...], axes: Axes, feature_axes: Axes | None =
     return make_layout(shape, reduction_axes=reduced, feature_axes=features, arguments=arguments)
 
 
-@once_per_kind
+@cached
 def batch_layout(
     shape: tuple[int, ...],
     feature_axes: Axes,
@@ -101,7 +101,7 @@ def batch_layout(
     )
 
 
-@once_per_kind
+@cached
 def instance_layout(
     shape: tuple[int, ...], feature_axes: Axes, name: str = "feature_axis"
 ) -> Layout:
@@ -116,7 +116,7 @@ def instance_layout(
     return make_layout(shape, reduction_axes=positions, feature_axes=features, arguments=(name,))
 
 
-@once_per_kind
+@cached
 def group_layout(
     shape: tuple[int, ...],
     num_groups: int,

@@ -1,4 +1,4 @@
-"""The length of vectors and their direction, by squares that neither overflow nor underflow."""
+"""Lengths and directions of vectors, by squares that neither overflow nor underflow."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ from jaxnorm.core.layouts import moments_layout
 
 
 def two_norm(x: jax.Array, axes: Axes, where: jax.Array | None = None) -> jax.Array:
-    """The 2-norm of x over the axes, which are kept with size one; real, in float32 or better.
+    """Return the 2-norm of x over the axes, which are kept; real, in float32 or better.
 
     Elements count where `where` is True, which broadcasts against x. The derivative at zero is
     zero.
@@ -35,10 +35,10 @@ def _two_norm_jvp(layout, primals, tangents):
     x, where = primals
     norm = _two_norm(x, where, layout)
 
-    # What follows from x is computed again in the backward pass, which keeps x in its own dtype.
+    # The backward pass keeps x in its own dtype and recomputes the rest.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def tangent(kept, tx):
-        x, norm = lax.optimization_barrier(kept)
+    def tangent(residuals, tx):
+        x, norm = lax.optimization_barrier(residuals)
         scaled, scale = scaled_to_one(x, layout, where)
         length = jnp.where(norm > 0, norm / scale, 1)
         # Of zeros, `scaled` is a constant, so that all higher derivatives are zero too.
@@ -49,14 +49,14 @@ def _two_norm_jvp(layout, primals, tangents):
 
 
 def unit(x: jax.Array, axes: Axes, epsilon: float = 0.0) -> jax.Array:
-    """x / sqrt(|x|**2 + epsilon), with the 2-norm over the axes; in float32 or better.
+    """Return x / sqrt(|x|**2 + epsilon), with the 2-norm over the axes; in float32 or better.
 
-    Zero stays zero. Its derivative is zero where epsilon is.
+    Zero stays zero. If epsilon is zero, so is the derivative there.
     """
     return _unit(x, moments_layout(x.shape, axes), epsilon)
 
 
-# The backward pass, which keeps x in its own dtype, computes again what this computes.
+# The backward pass keeps x in its own dtype and recomputes this.
 @functools.partial(jax.checkpoint, static_argnums=(1, 2))
 def _unit(x, layout, epsilon):
     root = math.sqrt(epsilon)
@@ -68,10 +68,10 @@ def _unit(x, layout, epsilon):
 def scaled_to_one(
     x: jax.Array, layout: Layout, where: jax.Array | None = None, least: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
-    """x divided by a constant near its largest element, or near `least`; and this constant.
+    """Divide x by a constant near its largest element, or near `least`; return both.
 
-    It is a power of two, so that it changes no digit, and its reciprocal is finite. x is in float32
-    or better, and zero where it does not count.
+    The constant is a power of two, so that the division is exact, and its reciprocal is finite. x
+    is cast to float32 or better, and is zero where it does not count.
     """
     x = x.astype(promote(x.dtype, jnp.float32))
     if where is not None:

@@ -1,4 +1,4 @@
-"""Mean and variance: measured, merged, and their derivative.
+"""Mean and variance: measured in one pass over x, and merged.
 
 One float32 cannot hold the mean of data such as 1e4 + noise with the precision that x - mean needs.
 So the mean is subtracted twice: with m the rounded mean, d = x - m is nearly exact, and the mean c
@@ -6,26 +6,8 @@ of d is the part that rounding m lost. Wherever a mean is used again, it is kept
 sum of a high and a low part, (mean_high, mean_low) = (m, c), as in double-double arithmetic
 (Dekker, 1971).
 
-A pass over x costs more than anything else here. So m need not be the mean: any number near it will
-do, and `_in_one_pass` takes the mean of a sample.
-
-The derivative of the statistics is written by hand. With e = x - mean, rstd = (var +
-epsilon)**-1/2, x_hat = e rstd, and avg the average over the counted elements (and the devices), the
-tangents are
-
-    t_mean = avg(tx),    t_var = 2 avg(tx e) = 2 q / rstd,    t_rstd = -rstd**3 / 2 t_var = -rstd**2
-    q
-
-with q = avg(tx x_hat), for complex x avg(Re(tx conj(x_hat))). With x_hat instead of e, nothing
-under- or overflows where rstd**3 or e**2 would. JAX transposes this into the backward pass.
-Together with y = x_hat (standardize.py) it is the closed form, including the terms of the
-statistics:
-
-    ty = rstd (tx - avg(tx) - x_hat avg(tx x_hat))
-    dx = rstd (dy - w / n (sum(dy) + x_hat sum(dy x_hat)))
-
-where w is one for the counted elements and n is their number. Every position gets dy; only counted
-positions get the terms of the statistics.
+A pass over x costs more than all other work. m need not be the mean: any number near it serves, so
+`_in_one_pass` takes the mean of a sample.
 """
 
 import functools
@@ -34,12 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import export, lax
+from jax import export
 
 from jaxnorm.core.arithmetic import (
     drop_last_bit,
     real_product,
-    reciprocal_or_zero,
     reciprocal_std,
     square,
     zero_where,
@@ -53,7 +34,7 @@ from jaxnorm.core.spec import NormSpec
 
 @functools.partial(export.register_namedtuple_serialization, serialized_name="jaxnorm.Moments")
 class Moments(NamedTuple):
-    """Mean, biased variance, and the number of elements that they were taken over.
+    """Mean, biased variance, and the number of elements they were measured over.
 
     Attributes:
       mean: the mean, complex for complex elements.
@@ -68,10 +49,10 @@ class Moments(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What standardizing needs; reduction axes are kept with size one.
+    """The statistics that standardize x; reduction axes are kept with size one.
 
-    `mean_high + mean_low` is the mean to twice the precision. Norms that do not subtract the mean
-    have neither, and their `var` is the mean square.
+    `mean_high + mean_low` is the mean to twice the precision. In norms that do not subtract the
+    mean both are None, and `var` is the mean square.
     """
 
     mean_high: jax.Array | None
@@ -81,9 +62,9 @@ class Statistics(NamedTuple):
     rstd: jax.Array
 
     def moments(self, layout: Layout, devices: Devices = LOCAL) -> Moments:
-        """The moments without the reduction axes, the mean rounded once.
+        """Return the moments without the reduction axes; the mean is rounded once.
 
-        Those of sub-batches are merged, on this device and over the devices.
+        Merge the moments of sub-batches, on this device and over the devices.
         """
         parts, axis = self[:4], layout.split
         if layout.sub_batches:
@@ -98,25 +79,6 @@ class Statistics(NamedTuple):
         return Moments(squeeze(mean_high + mean_low), squeeze(var), squeeze(count))
 
 
-def statistics(spec: NormSpec, x: jax.Array, where: jax.Array | None = None) -> Statistics:
-    """The statistics of x over the elements in `where`, and over the devices."""
-    return _statistics(spec, x, where, spec.statistics_devices.group())
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _statistics(spec, x, where, group):
-    return measure(spec, x, where, group)
-
-
-@_statistics.defjvp
-def _statistics_jvp(spec, primals, tangents):
-    x, where, group = primals
-    stats = _statistics(spec, x, where, group)
-    residuals = Residuals(x, where, group, stats)
-    parts = rematerialized(spec, functools.partial(averages, spec), residuals, tangents[0])
-    return stats, statistics_jvp(stats, *parts)
-
-
 def measure(
     spec: NormSpec, x: jax.Array, where: jax.Array | None, group: jax.Array | None
 ) -> Statistics:
@@ -126,8 +88,8 @@ def measure(
     if not spec.subtract_mean:
         var = mean_square(spec, spec.prepare(x), where, count)
     elif where is None and spec.layout.rows and not spec.differentiated:
-        # If nothing but y is wanted, XLA for GPUs keeps each row in one kernel, and reads it once:
-        # not for a part of the row, but for any number of sums that follow each other.
+        # For y alone, XLA for GPUs keeps each row in one kernel and reads it once, however many
+        # sums follow each other; not so if a sum is over a part of the row, such as a sample.
         in_three_passes, in_one_pass = (
             functools.partial(f, spec, where=None, count=count)
             for f in (_in_three_passes, _in_one_pass)
@@ -143,18 +105,18 @@ def measure(
 
 
 def _in_one_pass(spec, x, where, count) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The mean's high and low part and the variance, by one pass over x and one over a sample.
+    """Measure the mean's high and low part and the variance, in one pass over x and a sample.
 
     With p the mean of the sample and d = x - p, the low part is avg(d) and the variance
-    avg(d**2) - avg(d)**2. What cancels there is bounded for any data: if the sample has k of n
-    elements, (p - mean)**2 <= var (n / k - 1), since sum((x - mean)**2) over the sample is at least
-    k (p - mean)**2, and over the others, whose sum of distances is the same but for the sign, at
-    least k**2 / (n - k) times that.
+    avg(d**2) - avg(d)**2. The cancellation in it is bounded for any data. If the sample has k of n
+    elements, (p - mean)**2 <= var (n / k - 1): the sum of (x - mean)**2 is at least k (p - mean)**2
+    over the sample, and at least k**2 / (n - k) (p - mean)**2 over the other elements, because
+    their sum of x - mean is minus that of the sample.
     """
     if where is None:
-        # The sample is taken before the cast, or XLA writes x in float32. It is divided before it
-        # is summed, so that the pivot is a sum and nothing that LLVM might contract with what it is
-        # subtracted from (`drop_last_bit`): that rounding would be one more kernel on a GPU.
+        # Sample before the cast, or XLA writes x in float32 to memory. Divide before the sum: then
+        # the pivot is a sum, which LLVM can't contract with the subtraction from x. `drop_last_bit`
+        # would prevent that too, but is one more kernel on a GPU.
         sample = spec.layout.sample(x)
         part = count if sample is x else count * (sample.size / x.size)
         share = spec.prepare(1 / at_least_one(part))
@@ -165,8 +127,8 @@ def _in_one_pass(spec, x, where, count) -> tuple[jax.Array, jax.Array, jax.Array
     scaled, divisor = squares(spec, d, count)
     total, power = spec.layout.sums((d, scaled), where)
     low = total / at_least_one(count).astype(d.dtype)
-    # The mean is pivot + near. Of `low` itself, XLA would take the square of the sum before it is
-    # divided, which may overflow.
+    # The mean is pivot + near. With `low` in place of `near`, XLA would square the sum before it
+    # divides it, which may overflow.
     near = drop_last_bit(low)
     var = power / divisor - real_product(near, low + (low - near))
     rounding = 8 * jnp.finfo(var.dtype).eps * square(near)
@@ -175,82 +137,14 @@ def _in_one_pass(spec, x, where, count) -> tuple[jax.Array, jax.Array, jax.Array
 
 
 def _in_three_passes(spec, x, where, count) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same, each by a pass of its own."""
+    """Measure the same by three passes over x."""
     high = drop_last_bit(average(spec, spec.prepare(x), where, count))
     low = average(spec, subtract_mean(spec, x, high, None), where, count)
     return high, low, mean_square(spec, subtract_mean(spec, x, high, low), where, count)
 
 
-class Residuals(NamedTuple):
-    """What is kept for the backward pass of a norm; its derivative needs nothing else."""
-
-    x: jax.Array
-    where: jax.Array | None
-    group: jax.Array | None
-    stats: Statistics
-    params: Any = None
-
-
-def rematerialized(spec: NormSpec, jvp: Callable, residuals: Residuals, tangents: Any) -> Any:
-    """Compute `jvp(residuals, tangents)`; its transpose recomputes what depends on the residuals.
-
-    Without the barrier, XLA would notice that the forward pass computes the same, and keep it. The
-    barrier is around the residuals and not around the tangents: dy, their transpose, may be fused
-    with the operation that computes it, such as a matmul. The count is left out: it is mostly a
-    constant, which would have to be written to memory. The mean's low part has no tangent; from jax
-    0.11 on, JAX can't transpose a barrier if it does not know that some tangents are zeros.
-    """
-    if spec.devices.under_vmap:
-        # JAX could not differentiate a `psum` in jax.checkpoint again.
-        return jvp(_finite(spec, residuals), tangents)
-
-    def function(residuals, tangents):
-        low = lax.stop_gradient(residuals.stats.mean_low)
-        stats = residuals.stats._replace(mean_low=low, count=None)
-        x, stats, params = lax.optimization_barrier((residuals.x, stats, residuals.params))
-        stats = stats._replace(count=residuals.stats.count)
-        return jvp(_finite(spec, residuals._replace(x=x, stats=stats, params=params)), tangents)
-
-    return jax.checkpoint(function, prevent_cse=False)(residuals, tangents)
-
-
-def _finite(spec: NormSpec, residuals: Residuals) -> Residuals:
-    """Replace x by zero where it does not count and x_hat is not finite.
-
-    A cotangent there may be zero, but zero times NaN or infinity is NaN, in each sum over x.
-    """
-    if residuals.where is None:
-        return residuals
-    x_hat = lax.stop_gradient(compute_x_hat(spec, residuals.x, residuals.stats))
-    return residuals._replace(x=jnp.where(residuals.where | jnp.isfinite(x_hat), residuals.x, 0))
-
-
-def averages(
-    spec: NormSpec, residuals: Residuals, tx: jax.Array
-) -> tuple[jax.Array | None, jax.Array]:
-    """Return avg(tx), or None if the mean is not subtracted, and avg(tx x_hat)."""
-    x, where, group, stats, _ = residuals
-    tx = spec.prepare(tx)
-    q = average(spec, real_product(tx, compute_x_hat(spec, x, stats)), where, stats.count)
-    t_mean = average(spec, tx, where, stats.count) if spec.subtract_mean else None
-    return spec.statistics_devices.sum((t_mean, q), group)
-
-
-def statistics_jvp(stats: Statistics, t_mean: jax.Array | None, q: jax.Array) -> Statistics:
-    """Return the tangents of the statistics, by those averages."""
-    t_low = None if stats.mean_low is None else jnp.zeros_like(stats.mean_low)
-    t_var = 2 * q * reciprocal_or_zero(stats.rstd)
-    return Statistics(t_mean, t_low, t_var, jnp.zeros_like(stats.count), -(stats.rstd**2) * q)
-
-
-def compute_x_hat(spec: NormSpec, x: jax.Array, stats: Statistics) -> jax.Array:
-    """Compute x_hat = (x - mean) * rstd."""
-    e = subtract_mean(spec, x, stats.mean_high, stats.mean_low)
-    return e * spec.layout.broadcast_statistics(spec.prepare(stats.rstd))
-
-
 def fits(a: jax.Array, x: jax.Array) -> jax.Array:
-    """`a`, which broadcasts against x."""
+    """Return `a`, which broadcasts against x as it is."""
     del x
     return a
 
@@ -271,14 +165,14 @@ def subtract_mean(
 
 
 def merge(add: Callable, parts: tuple) -> tuple[Any, Any, jax.Array, jax.Array]:
-    """Mean (high and low part), variance and count of several parts; `add` sums over the parts.
+    """Merge mean (high and low part), variance and count of several parts; `add` sums over parts.
 
-    Chan, Golub and LeVeque (1979), for any number of parts at once. This measures again, with
-    means for elements, each of which has a variance and a weight: the distances from the rounded
-    mean of all are taken before they are rounded, and their mean is the low part.
+    This is the equation of Chan, Golub and LeVeque (1979), for any number of parts. As in
+    `_in_one_pass`, the distances of the parts' means from the rounded mean of all are nearly exact,
+    and their average is the low part.
     """
     mean_high, mean_low, var, count = parts
-    # The numbers of a part in which nothing counted may be anything.
+    # A part without counted elements may hold any numbers.
     var = jnp.where(count > 0, var, 0)
     if mean_high is None:
         total, power = add((count, count * var))

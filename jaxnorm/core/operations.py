@@ -25,9 +25,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxnorm.core.counts import count_all
-from jaxnorm.core.moments import Residuals, Statistics, compute_x_hat
+from jaxnorm.core.moments import Statistics
 from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.standardize import NormParams, affine, measure_and_standardize, norm_jvp
+from jaxnorm.core.statistics import Residuals, compute_x_hat
 from jaxnorm.kernels import Kernel
 from jaxnorm.kernels.request import Request
 

@@ -46,7 +46,7 @@ def norm_by_primitives(
 
 
 def _equally_varying(tree: Any) -> Any:
-    """In shard_map the operands of a primitive must vary over the same axes."""
+    """Cast the operands of a primitive so that in shard_map they vary over the same axes."""
     leaves = jax.tree.leaves(tree)
     axes = frozenset().union(*map(varying_axes, leaves))
 
@@ -88,7 +88,7 @@ class Operation:
         return self.primitive.bind(*leaves, tree=tree, spec=spec)
 
     def on_leaves(self, tree: Any, spec: NormSpec) -> Callable:
-        """The formula as a function of arrays."""
+        """Return the formula as a function of arrays."""
 
         def function(*leaves):
             return self.formula(spec, *tree.unflatten(leaves))
@@ -108,8 +108,8 @@ class Operation:
         return jax.make_jaxpr(self.on_leaves(tree, spec))(*avals).out_avals
 
     def _derivative(self, primals, tangents, *, tree, spec):
-        # Those that are zero stay constants: JAX can't transpose a barrier if some of its operands
-        # have tangents that are zeros which it does not know of.
+        # Operands whose tangents are zero stay constants: JAX can't transpose a barrier if it does
+        # not know that tangents are zero.
         moves = [type(tangent) is not Zero for tangent in tangents]
         chosen = lambda leaves: [a for a, moved in zip(leaves, moves, strict=True) if moved]
 

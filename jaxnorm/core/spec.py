@@ -1,4 +1,4 @@
-"""What is static in one call of a norm: everything but the arrays."""
+"""The static part of a call of a norm: everything but the arrays."""
 
 from typing import NamedTuple
 
@@ -46,9 +46,9 @@ class NormSpec(NamedTuple):
 
     @property
     def statistics_devices(self) -> Devices:
-        """The devices that share the statistics of y; sub-batches share theirs with no other."""
+        """The devices that share the statistics of y; those of sub-batches are local."""
         return LOCAL if self.layout.sub_batches else self.devices
 
     def prepare(self, x: jax.Array) -> jax.Array:
-        """x, a statistic or a parameter in the arithmetic's dtype."""
+        """Cast x, a statistic or a parameter to the dtype of the arithmetic."""
         return x.astype(self.compute_dtype)

@@ -17,18 +17,15 @@ from jax import export, lax
 from jax.typing import DTypeLike
 
 from jaxnorm.core.arithmetic import reciprocal_or_zero
-from jaxnorm.core.moments import (
+from jaxnorm.core.moments import Statistics, fits, measure, subtract_mean
+from jaxnorm.core.spec import NormSpec
+from jaxnorm.core.statistics import (
     Residuals,
-    Statistics,
     averages,
     compute_x_hat,
-    fits,
-    measure,
     rematerialized,
     statistics_jvp,
-    subtract_mean,
 )
-from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.sums import expand, with_exact_sums
 
 
@@ -52,7 +49,7 @@ def init_params(
     bias: bool = True,
     dtype: DTypeLike = jnp.float32,
 ) -> NormParams:
-    """Initial parameters, which change nothing: scale one, bias zero.
+    """Make initial parameters, which change nothing: scale one, bias zero.
 
     Args:
       features: the number of features, or the shape of the axes that are normalized.
@@ -85,9 +82,9 @@ def standardize(
     params: NormParams,
     fit: Callable = fits,
 ) -> jax.Array:
-    """The equation, in the arithmetic's dtype.
+    """Apply the equation, in the dtype of the arithmetic.
 
-    Where JAX differentiates it, `fit` is `expand`: the gradients are sums.
+    If JAX differentiates it, pass `expand` as `fit`, so that gradients are exact sums.
     """
     spread, prepare = spec.layout.broadcast_statistics, spec.prepare
     factor, offset = spread(prepare(rstd)), None
@@ -96,9 +93,9 @@ def standardize(
     if params.bias is not None:
         offset = prepare(spec.layout.broadcast(params.bias))
     if mean_low is not None and x.dtype.itemsize == 2:
-        # x - high is nearly exact, so the low part may come last, with the bias. For batch norm
-        # this is one operation less for each element; with more, a TPU's compiler does not repeat
-        # them in each matmul that needs y, and writes y out.
+        # x - high is nearly exact, so the low part may be subtracted last, with the bias. For batch
+        # norm this is one operation less for each element. With more operations, XLA for TPUs does
+        # not repeat them in each matmul that reads y, but writes y to memory.
         low = spread(mean_low) * factor
         offset, mean_low = (-low if offset is None else offset - low), None
     y = subtract_mean(spec, x, mean_high, mean_low, fit) * fit(factor, x)
@@ -125,7 +122,7 @@ def affine(spec: NormSpec, x_hat: jax.Array, params: NormParams) -> jax.Array:
 def undo_standardize(
     spec: NormSpec, y: jax.Array, mean: jax.Array, rstd: jax.Array, params: NormParams
 ) -> jax.Array:
-    """The equation solved for x."""
+    """Solve the equation for x."""
     x = spec.prepare(y)
     if params.bias is not None:
         x = x - expand(spec.prepare(spec.layout.broadcast(params.bias)), x)
@@ -135,7 +132,7 @@ def undo_standardize(
     return (x * expand(std, x) + expand(mean, x)).astype(spec.dtype)
 
 
-# With statistics that are given. The backward pass computes again what this computes.
+# By statistics that are given. The backward pass recomputes this.
 standardize_by = jax.checkpoint(functools.partial(standardize, fit=expand), static_argnums=0)
 
 
@@ -154,7 +151,7 @@ def measure_and_standardize(
 def _norm(spec, x, residual, params, where, group):
     residual_sum = None
     if residual is not None:
-        # Or XLA lets the matmul that makes x write it in float32, as the sum reads it.
+        # Without the barrier, the matmul that computes x writes it in float32 for this sum.
         x, residual = lax.optimization_barrier((x, residual))
         exact = spec.prepare(x) + spec.prepare(residual)
         x, residual_sum = exact, exact.astype(x.dtype)
@@ -181,10 +178,10 @@ def standardize_measured(
     params: NormParams,
     where: jax.Array | None = None,
 ) -> tuple[jax.Array, Statistics]:
-    """y by statistics that have been measured of this x, and these with their derivative.
+    """Compute y by statistics that were measured of this x; return them with their derivative.
 
-    The derivative is that of `measure_and_standardize`. In between, the parameters may be chosen
-    by the statistics.
+    The derivative is the same as in `measure_and_standardize`. The parameters may depend on the
+    statistics.
     """
     return _norm_of_measured(spec, x, params, where, spec.statistics_devices.group(), stats)
 

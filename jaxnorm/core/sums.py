@@ -1,17 +1,17 @@
-"""Sums over axes, and what repeats an array along axes, whose transpose is such a sum.
+"""Sums over axes, and broadcasts along axes, whose transposes are such sums.
 
-A sum over the batch and other axes is taken of each example first, and then of all. The batch may
-be sharded, and then only the second step communicates. There is a barrier between them, or XLA
-would join them.
+A sum over the batch and other axes has two steps: the sum of each example, and the sum over the
+examples. If the batch is sharded, only the second step communicates. A barrier keeps XLA from
+merging the steps.
 
-What else the steps are depends on the platform:
+The rest depends on the platform:
 
-- CPUs take long sums in float64, if x is in float32. In float32 the rounding would depend on how
-  many elements the vectors of the processor hold: a sum of 2**18 numbers of both signs lost 9 units
-  on one and 3 on another. Gradients of half precision need not: their elements are rounded by more.
-- XLA for GPUs gives each block of threads some of the sums of a column. Where these are too few to
-  keep a GPU busy, it writes what it sums to memory first, in float32. So there the first step takes
-  the sums of pieces. On TPUs that would be more passes over x.
+- CPUs take long sums in float64, if x is in float32. In float32, rounding would depend on the
+  vector length of the processor: a sum of 2**18 numbers of both signs lost 9 units on one processor
+  and 3 on another. Half precision does not need this: its elements are rounded by more.
+- XLA for GPUs gives each block of threads some of the sums of a column. If these are too few to
+  keep a GPU busy, XLA first writes the summands to memory, in float32. So on GPUs the first step
+  sums pieces. On TPUs that would be more passes over x.
 """
 
 import functools
@@ -28,16 +28,16 @@ from jaxnorm.core.exporting import platform_dependent
 
 Axes = tuple[int, ...]
 Arrays = tuple[jax.Array, ...]
-ENOUGH = 2**15  # sums at a time keep a GPU busy
-LONG = 256  # elements that a piece should have
-SHORT = 32  # elements that it must have
-LONGEST = 2**12  # sums of more elements are taken in float64 on CPUs
-# Dtypes whose long sums CPUs take in another.
-WIDE = {jnp.dtype("float32"): "float64", jnp.dtype("complex64"): "complex128"}
+PARALLEL_SUMS = 2**15  # concurrent sums that keep a GPU busy
+PIECE_LENGTH = 256  # the number of elements that a piece should have
+MIN_PIECE_LENGTH = 32  # the least number
+MAX_FLOAT32_TERMS = 2**12  # CPUs take longer sums in float64
+# The dtype in which CPUs take long sums, by that of the summands.
+WIDE_DTYPES = {jnp.dtype("float32"): "float64", jnp.dtype("complex64"): "complex128"}
 
 
 def sums(arrays: Sequence[jax.Array], axes: Axes, where: jax.Array | None = None) -> Arrays:
-    """Sums of arrays of one shape, over axes that are kept with size one.
+    """Sum arrays of one shape over axes, which are kept with size one.
 
     The second step is one kernel for all arrays. Masked arrays are not divided into pieces.
     """
@@ -53,18 +53,18 @@ def sums(arrays: Sequence[jax.Array], axes: Axes, where: jax.Array | None = None
 
 
 def sum_axes(a: jax.Array, axes: Axes) -> jax.Array:
-    """The sum over axes, which are removed, in one step."""
+    """Sum over axes, which are removed, in one step."""
     add = lambda a: (jnp.sum(a, axes),)
     wide = lambda a: (_sum_in_float64(a, axes, keepdims=False),)
     return _by_platform((a,), add, cpu=wide, length=_length(a.shape, axes))[0]
 
 
 def repeat(a: jax.Array, x: jax.Array, axes: Axes) -> jax.Array:
-    """`a`, of size one along the axes, so that it broadcasts against x.
+    """Repeat `a`, of size one along the axes, so that it broadcasts against x.
 
-    Its transpose is a sum of all elements, on GPUs in pieces where `sums` takes them. Over the
-    batch it is of one step: XLA for GPUs divides such sums by itself, and XLA for TPUs fuses them
-    with convolutions.
+    The transpose is a sum over all elements; on GPUs it sums pieces as `sums` does. A sum over the
+    batch has one step: XLA for GPUs divides such sums, and XLA for TPUs fuses them with
+    convolutions.
     """
     plan = _plan(x, axes)
     if plan.batch or plan.pieces == 1:
@@ -75,19 +75,20 @@ def repeat(a: jax.Array, x: jax.Array, axes: Axes) -> jax.Array:
 
 
 def expand(a: jax.Array, x: jax.Array) -> jax.Array:
-    """`a` in the shape of x, against which it broadcasts; its gradient is such a sum."""
-    if a.dtype not in WIDE or not _is_long(x.size):
+    """Broadcast `a` to the shape of x; its gradient is an exact sum."""
+    if a.dtype not in WIDE_DTYPES or not _is_long(x.size):
         return a
     return _expand(_Target(x.shape, explicit_sharding(x)), a)
 
 
 def with_exact_sums(function: Callable, x: jax.Array, *trees: Any) -> jax.Array:
-    """`function(exact, x, *trees)`, whose transpose has sums over the axes of x.
+    """Call `function(exact, x, *trees)`, whose transpose sums over the axes of x.
 
-    On CPUs, `exact(a, shape)` broadcasts, and its transpose is an exact sum; elsewhere it is None.
+    On CPUs, `exact(a, shape)` broadcasts, and its transpose is an exact sum. On other platforms,
+    `exact` is None.
     """
     default = functools.partial(function, None)
-    if x.dtype not in WIDE or not _is_long(x.size):
+    if x.dtype not in WIDE_DTYPES or not _is_long(x.size):
         return default(x, *trees)
 
     def exact(a, shape):
@@ -143,17 +144,17 @@ def _pieces(a: jax.Array, axes: Axes) -> int:
     if any(is_sharded(a, axis) for axis in axes):
         return 1
     size, length = a.shape[axes[0]], math.prod(a.shape[axis] for axis in axes)
-    least = math.ceil(min(ENOUGH * length / a.size, length / LONG))
+    least = math.ceil(min(PARALLEL_SUMS * length / a.size, length / PIECE_LENGTH))
     if least <= 1:
         return 1
     # Like a power of two: then no element has to be moved should the axis be sharded.
-    divisors = [n for n in range(least, min(size, length // SHORT) + 1) if size % n == 0]
+    divisors = [n for n in range(least, min(size, length // MIN_PIECE_LENGTH) + 1) if size % n == 0]
     return min(divisors, key=lambda n: (n.bit_count(), n % 2, n), default=1)
 
 
 def _is_long(length: int) -> bool:
-    """Whether a float32 sum may round too much; a symbolic length, of jax.export, may be any."""
-    return not isinstance(length, int) or length > LONGEST
+    """Return whether a float32 sum may round too much; a symbolic length (jax.export) may."""
+    return not isinstance(length, int) or length > MAX_FLOAT32_TERMS
 
 
 def _length(shape: tuple[int, ...], axes: Axes) -> int:
@@ -168,9 +169,9 @@ def _by_platform(
     length: int,
     gpu: Callable | None = None,
 ) -> Arrays:
-    """The platform's function of arrays; the CPU's only for long sums."""
+    """Choose the function by platform; `cpu` is for long sums only."""
     platforms = {}
-    if _is_long(length) and any(a.dtype in WIDE for a in arrays):
+    if _is_long(length) and any(a.dtype in WIDE_DTYPES for a in arrays):
         platforms["cpu"] = cpu
     if gpu:
         platforms |= {"cuda": gpu, "rocm": gpu}
@@ -180,11 +181,11 @@ def _by_platform(
 
 
 def _in_float64(function, a):
-    """The function of an array in float64, rounded to the dtype of the array."""
-    if a.dtype not in WIDE:
+    """Call a function with an array in float64; round its result to the dtype of the array."""
+    if a.dtype not in WIDE_DTYPES:
         return function(a)
     with jax.enable_x64(True):
-        wide = lax.convert_element_type(a, WIDE[a.dtype])
+        wide = lax.convert_element_type(a, WIDE_DTYPES[a.dtype])
         return lax.convert_element_type(function(wide), a.dtype)
 
 
@@ -193,7 +194,7 @@ def _sum_in_float64(a, axes, where=None, keepdims=True):
 
 
 def _in_steps(plan, add, where, *arrays):
-    """Sums of pieces, and then of all pieces and of the batch."""
+    """Sum pieces; sum over the pieces and the batch."""
     batch, others, pieces = plan
     done = tuple(_of_pieces(a, others, pieces, add, where) for a in arrays)
     last = batch if pieces == 1 else (*batch, others[0])
@@ -207,7 +208,7 @@ def _in_steps(plan, add, where, *arrays):
 
 
 def _of_pieces(a, axes, pieces, add, where):
-    """The first of the axes is kept, with an element for each piece."""
+    """Sum each piece; keep the first of the axes, with an element for each piece."""
     if pieces == 1:
         return add(a, axes, where=where, keepdims=True)
     first = axes[0]
@@ -216,7 +217,7 @@ def _of_pieces(a, axes, pieces, add, where):
 
 
 def _repeated(plan, shape, a):
-    """The transpose of `_in_steps` for one array."""
+    """Repeat an array; the transpose is `_in_steps`."""
     first, count = plan.others[0], plan.pieces
     one = [1 if axis in plan.others else size for axis, size in enumerate(shape)]
     pieces = jnp.broadcast_to(a, (*shape[:first], count, *one[first + 1 :]))

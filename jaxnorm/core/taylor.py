@@ -1,8 +1,8 @@
-"""Taylor mode, `jax.experimental.jet`: rules that JAX lacks, and those of our primitives.
+"""Taylor mode, `jax.experimental.jet`: rules for jaxnorm's primitives, and rules that JAX lacks.
 
-A rule that JAX has is left as it is. `jet` ignores derivatives that are defined by hand: it expands
-the function itself. So what a norm computes, not only its `custom_jvp`, has to have the right
-derivatives of every order.
+Rules that JAX has are left as they are. `jet` ignores derivatives that are defined by hand and
+expands the function itself. So the computation of a norm, not only its `custom_jvp`, must have the
+right derivatives of every order.
 """
 
 import functools
@@ -26,13 +26,13 @@ from jaxnorm._internals import (
 
 
 def define(primitive: Primitive, function_of: Callable) -> None:
-    """Expand a primitive as the function that `function_of` makes of its parameters."""
+    """Define the rule of a primitive by the function that `function_of` makes of its parameters."""
     if jet:
         _set_missing(primitive, lambda *terms, **params: jet.jet2(function_of(**params), *terms))
 
 
 def _set_missing(primitive: Primitive, rule: Callable) -> None:
-    """Set a rule: of values and their series to those of the results."""
+    """Set a rule, unless JAX has one: from values and series to those of the results."""
     jet.jet_rules.setdefault(primitive, rule)
 
 
@@ -77,6 +77,6 @@ if jet:
     _set_missing(optimization_barrier_p, _barrier)
     _set_missing(reduce_precision_p, _reduce_precision)
     _set_missing(reduce_or_p, functools.partial(jet.zero_prop, reduce_or_p))
-    # JAX calls a function that has a `custom_jvp` outside of the trace of its arguments, and fails,
-    # for `jax.nn.relu` too.
+    # JAX calls a function with a `custom_jvp`, such as `jax.nn.relu`, outside of the trace of its
+    # arguments, which is an error.
     jet.JetTrace.process_custom_jvp_call = _within_its_trace(jet.JetTrace.process_custom_jvp_call)

@@ -8,9 +8,9 @@ from jax.typing import ArrayLike
 
 from jaxnorm.core.arguments import check_input, check_real, check_scalar_or_features
 from jaxnorm.core.layouts import instance_layout
-from jaxnorm.core.moments import statistics
 from jaxnorm.core.norm import norm, prepare_call, program
 from jaxnorm.core.standardize import NormParams, standardize
+from jaxnorm.core.statistics import statistics
 from jaxnorm.core.sums import expand
 
 

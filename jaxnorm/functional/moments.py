@@ -10,9 +10,10 @@ from jaxnorm.core.axes import Axes
 from jaxnorm.core.devices import AxisGroups, AxisName, bound_devices, over_rows
 from jaxnorm.core.exporting import jit
 from jaxnorm.core.layouts import moments_layout
-from jaxnorm.core.moments import Moments, merge, statistics
+from jaxnorm.core.moments import Moments, merge
 from jaxnorm.core.norm import program
 from jaxnorm.core.spec import NormSpec
+from jaxnorm.core.statistics import statistics
 
 
 def moments(

@@ -10,10 +10,11 @@ from jax.core import Tracer
 
 from jaxnorm.core.arguments import check_feature_array, is_number
 from jaxnorm.core.arithmetic import as_array, promote, real_dtype
-from jaxnorm.core.moments import Moments, Statistics, statistics
+from jaxnorm.core.moments import Moments, Statistics
 from jaxnorm.core.norm import Arrays, norm_and_moments, program
 from jaxnorm.core.spec import NormSpec
 from jaxnorm.core.standardize import NormParams, effective_scale, standardize_measured
+from jaxnorm.core.statistics import statistics
 from jaxnorm.kernels import KernelUnavailableError, check_implementation
 
 

@@ -9,9 +9,9 @@ from jaxnorm.core.arithmetic import promote, reciprocal_std
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.devices import AxisName, bound_devices
 from jaxnorm.core.layouts import batch_layout
-from jaxnorm.core.moments import statistics
 from jaxnorm.core.norm import prepare_call, program
 from jaxnorm.core.standardize import NormParams, standardize_by
+from jaxnorm.core.statistics import statistics
 from jaxnorm.functional.state import (
     BatchNormState,
     check_running_dtypes,

@@ -8,9 +8,9 @@ from jaxnorm.core.arguments import check_feature_array, check_input
 from jaxnorm.core.arithmetic import reciprocal_std
 from jaxnorm.core.axes import Axes
 from jaxnorm.core.layouts import batch_layout
-from jaxnorm.core.moments import statistics
 from jaxnorm.core.norm import norm, prepare_call, program
 from jaxnorm.core.standardize import NormParams, standardize_by
+from jaxnorm.core.statistics import statistics
 
 
 def standardize_weight(
