@@ -17,7 +17,7 @@ from changes import changes
 from jaxnorm.core import devices
 from jaxnorm.kernels import cpu
 
-pytest_plugins = ["skips", "pairs"]
+pytest_plugins = ["skips", "pairs", "pytester"]
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -98,6 +98,7 @@ def test_the_kernel_has_nan_where_the_formula_has_it(dtype):
             np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
 
 
+@pytest.mark.usefixtures("kernel")
 def test_what_the_kernel_does_not_add_is_the_formula_s(rng):
     x = rng.standard_normal((3, 4, 6), np.float32)
     long = rng.standard_normal((1, 2**14 + 1)).astype(jnp.bfloat16)

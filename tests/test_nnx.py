@@ -127,8 +127,8 @@ def test_jit_and_remat_change_neither_values_nor_gradients(transform, name, rng)
     plain, module = make(name), make(name)
     expected = nnx.value_and_grad(loss, argnums=(0, 1))(plain, x)
     results = nnx.jit(nnx.value_and_grad(transform(loss), argnums=(0, 1)))(module, x)
-    # Sums of up to 48 terms.
-    assert_trees_all_close(results, expected, atol=48 * TOL, rtol=0)
+    # Gradients are sums of up to 48 terms (2 * 4 * 6), each of which is rounded as a value is.
+    assert_trees_all_close(results, expected, atol=x.size * TOL, rtol=0)
     assert_trees_all_close(values(module), values(plain), atol=TOL, rtol=0)
 
 
@@ -139,9 +139,9 @@ def test_the_gradients_of_scale_and_bias_are_those_of_the_equation(name, rng):
     h = TRUTH[name](x)
     for parameter, truth in (("scale", np.cos(h) * h), ("bias", np.cos(h))):
         if parameter in gradient:
-            # Sums of 20 terms.
+            terms = x.size // 6  # of a sum, each of which is rounded as a value is
             np.testing.assert_allclose(
-                gradient[parameter][...], truth.sum((0, 1)), atol=20 * TOL, rtol=0
+                gradient[parameter][...], truth.sum((0, 1)), atol=terms * TOL, rtol=0
             )
 
 
@@ -170,7 +170,7 @@ def test_scan_runs_layers_that_each_keep_their_statistics(rng):
     for index, layer in enumerate(parts):
         x = layer(x)
         assert_trees_all_close(values(part(layers, index)), values(layer), atol=TOL, rtol=0)
-    assert_trees_all_close(y, x, atol=3 * TOL, rtol=0)
+    assert_trees_all_close(y, x, atol=3 * TOL, rtol=0)  # three layers
 
 
 def test_vmap_over_modules_keeps_them_apart(rng):

@@ -152,7 +152,7 @@ def test_examples_of_vmap_have_their_own_gradients(norm, kind):
             assert np.abs(oracle.wide(result[i]) - expected).max() <= limit
 
 
-# A norm of columns by the formula, one of rows by the kernel where there is one.
+# In float64, which no kernel takes: a norm of columns and one of rows.
 @pytest.mark.usefixtures("x64", "unoptimized")
 @pytest.mark.parametrize("norm", [NORMS[0], NORMS[1]], ids=norm_id)
 @pytest.mark.parametrize(
