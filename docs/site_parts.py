@@ -130,9 +130,10 @@ def _as_restructured_text(app, what, name, obj, options, lines: list[str]) -> No
 
 
 def _read(app, page: str, source: list[str]) -> None:
-    """The text of a page, from elsewhere in the repository if it stands there."""
+    """Read a page; if its text is elsewhere in the repository, keep only its own toctree."""
     if page in OUTSIDE:
-        source[0] = _from_outside(page)
+        toctree = "".join(source[0].partition("```{toctree}")[1:])
+        source[0] = f"{_from_outside(page)}\n{toctree}"
     if page in NOT_SEARCHED:
         source[0] = f"---\nnosearch: true\n---\n{source[0]}"
 
@@ -149,8 +150,7 @@ def _from_outside(page: str) -> str:
         target = (file.parent / path).resolve()
         return match[1] + pages.get(target, os.path.relpath(target, HERE)) + hash_ + heading
 
-    text = re.sub(r'<a href="[^"]*">(<img [^>]*>)</a>', r"\1", file.read_text())
-    return re.sub(r'(\]\(|src=")([^)"]+)', relative, text)
+    return re.sub(r"(\]\()([^)]+)", relative, file.read_text())
 
 
 def _write_llms(app, error: Exception | None) -> None:

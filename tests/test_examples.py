@@ -504,3 +504,16 @@ def test_training_mode_has_the_statistics_of_each_batch(rng):
     # Matrix products of a batch and of three rows add up in another order.
     np.testing.assert_allclose(together, alone, atol=1e-5)
     assert not np.allclose(together, evaluated, atol=0.1)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_it_has_a_row_in_the_overview_and_a_page_that_begins_with_its_figure(name):
+    folder = Path(common.__file__).parent
+    row = rf"\| \[{name}\.py\]\({name}\.py\) \| [^|]+\? \| [^|]+\. \| \[[^|]+\]\(([^|]+)\) \|\n"
+    link = re.search(row, (folder / "README.md").read_text())
+    assert link
+    page = folder / link[1]
+    begin = re.match(r"# .+\?\n\n!\[[^\]]+\]\((.+)\)\n\n", text := page.read_text())
+    assert begin
+    assert (page.parent / begin[1]).exists()
+    assert f"\npython examples/{name}.py\n" in text
