@@ -1,8 +1,6 @@
 """What the site has beyond Markdown: formulas as MathML, two directives, and llms.txt."""
 
-import html
 import inspect
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -37,37 +35,6 @@ class Axes(Directive):
     def run(self) -> list[nodes.Node]:
         """Return the picture as HTML."""
         return [nodes.raw("", axes.widget(self.arguments[0]), format="html")]
-
-
-class Choices(Directive):
-    """`{choices}`: the answers of which_norm.json, of which a script leaves those that fit."""
-
-    def run(self) -> list[nodes.Node]:
-        """Return questions and answers as HTML."""
-        data = json.loads((HERE / "which_norm.json").read_text())
-        answers = "".join(_answer(row, data["questions"]) for row in data["answers"])
-        questions = html.escape(json.dumps(data["questions"]))
-        text = f'<div class="choices" data-questions="{questions}">{answers}</div>'
-        return [nodes.raw("", text, format="html")]
-
-
-def _answer(row: dict[str, Any], questions: dict[str, Any]) -> str:
-    fits = " ".join(f'data-{name}="{" ".join(row[name])}"' for name in questions if name in row)
-    options = {name: question["options"] for name, question in questions.items()}
-    network = ", ".join(options["network"][value] for value in row["network"])
-    sizes = {("some", "many"): "5 or more", tuple(options["batch"]): "any number of"}
-    either = " or ".join(options["batch"][value] for value in row["batch"])
-    examples = f"{sizes.get(tuple(row['batch']), either)} examples"
-    alone = {("yes",): "; results may depend on each other", ("no",): "; each by itself"}
-    use = f"{network}; {examples}{alone.get(tuple(row['alone']), '')}"
-    return (
-        f'<div class="answer" {fits}><p class="norm">{html.escape(row["norm"])}</p>'
-        f'<p class="use">{html.escape(use)}</p>'
-        f"<p>{html.escape(row['why'])}</p><pre>{html.escape(row['code'])}</pre>"
-        f'<p class="several" data-devices="several">On several devices: '
-        f"{html.escape(row.get('several', 'nothing to do, each example is on one of them.'))}</p>"
-        f'<p>Seen in <a href="examples.html">{html.escape(row["run"])}</a>.</p></div>'
-    )
 
 
 def _inline_math(self, node: nodes.Element) -> None:
@@ -179,7 +146,6 @@ def _first_sentence(doctree: nodes.document) -> str:
 def setup(app) -> dict[str, bool]:
     """Tell Sphinx."""
     app.add_directive("axes", Axes)
-    app.add_directive("choices", Choices)
     app.add_html_math_renderer("mathml", (_inline_math, None), (_block_math, None))
     # Before napoleon, which moves the sections of a docstring.
     app.connect("autodoc-process-docstring", _as_restructured_text, priority=100)

@@ -178,23 +178,26 @@ def drawn(page):
 def test_the_table_leads_to_one_answer(browser_page):
     page = browser_page("which_norm.html")
     shown = lambda: [
-        answer.inner_text() for answer in page.query_selector_all(".answer:not([hidden])")
+        row.inner_text() for row in page.query_selector_all("tbody tr") if row.is_visible()
     ]
-    assert shown() == []
-    assert "Choose a network." in page.inner_text(".choices")
-    page.select_option("select[name=network]", "recurrent")
+    network, batch, depends = page.query_selector_all(".controls select")
+    rows = len(shown())
+    assert rows > 10
+    network.select_option("recurrent")
     (answer,) = shown()
     assert "Layer norm inside the cell" in answer
-    assert "examples/lstm.py" in answer
-    page.select_option("select[name=network]", "convolutional")
-    page.select_option("select[name=batch]", "many")
-    page.select_option("select[name=alone]", "yes")
+    assert "lstm.py" in answer
+    network.select_option("convolutional")
+    batch.select_option("more than 32")
+    depends.select_option("yes")
     (answer,) = shown()
-    assert answer.startswith("Batch norm")
-    assert "On several devices" in answer
-    page.select_option("select[name=devices]", "one")
+    assert "Batch norm" in answer
+    depends.select_option("no")
     (answer,) = shown()
-    assert "On several devices" not in answer
+    assert "Layer norm or group norm" in answer
+    for select in (network, batch, depends):
+        select.select_option("any")
+    assert len(shown()) == rows
 
 
 def test_the_search_finds(browser_page):

@@ -1,43 +1,29 @@
-// Shows the answers of "Which norm?" that fit what is chosen. Without a script all are shown.
+// Filters the table of "Which norm?" by what is chosen for each of its first columns.
 "use strict";
-(() => {
-  function start(choices) {
-    const questions = JSON.parse(choices.dataset.questions);
-    const controls = document.createElement("div");
-    controls.className = "controls";
-    const selects = Object.entries(questions).map(([name, question]) => {
-      const label = document.createElement("label");
-      const select = document.createElement("select");
-      select.name = name;
-      select.append(new Option("any", ""));
-      for (const [value, text] of Object.entries(question.options))
-        select.append(new Option(text, value));
-      label.append(question.label, select);
-      controls.append(label);
-      return select;
-    });
-    const none = document.createElement("p");
-    const update = () => {
-      const chosen = selects.some((select) => select.value);
-      let shown = 0;
-      for (const part of choices.querySelectorAll(".answer, .several")) {
-        const fits = selects.every(({ name, value }) => {
-          const values = part.getAttribute(`data-${name}`);
-          return !value || values === null || values.split(" ").includes(value);
-        });
-        const isAnswer = part.matches(".answer");
-        part.hidden = !fits || (isAnswer && !chosen);
-        shown += isAnswer && !part.hidden;
-      }
-      none.textContent = chosen ? "No run covers this." : "Choose a network.";
-      none.hidden = shown > 0;
-    };
-    controls.addEventListener("change", update);
-    choices.prepend(controls);
-    choices.append(none);
-    update();
-  }
-
-  document.addEventListener("DOMContentLoaded", () =>
-    document.querySelectorAll(".choices").forEach(start));
-})();
+document.addEventListener("DOMContentLoaded", () => {
+  const QUESTIONS = 3; // columns; a cell there lists options, or is "any"
+  const table = document.querySelector("#which-norm table");
+  if (!table) return;
+  const rows = [...table.tBodies[0].rows];
+  const options = (row, column) => row.cells[column].textContent.trim().split(", ");
+  const controls = document.createElement("div");
+  controls.className = "controls";
+  const selects = [...table.tHead.rows[0].cells].slice(0, QUESTIONS).map((head, column) => {
+    const label = document.createElement("label");
+    const select = document.createElement("select");
+    const all = rows.flatMap((row) => options(row, column));
+    for (const option of new Set(["any", ...all])) select.append(new Option(option));
+    label.append(head.textContent, select);
+    controls.append(label);
+    return select;
+  });
+  controls.addEventListener("change", () => {
+    for (const row of rows) {
+      row.hidden = !selects.every(({ value }, column) => {
+        const fitting = options(row, column);
+        return value === "any" || fitting.includes("any") || fitting.includes(value);
+      });
+    }
+  });
+  table.before(controls);
+});
