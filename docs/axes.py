@@ -1,12 +1,16 @@
-"""Pictures of which elements share statistics, drawn from the layouts of the norms themselves.
+"""Draw which elements share statistics, from the layouts of the norms themselves.
 
-An element is a cell with the number of its group: cells of one number share one mean and
-variance. Each example is a panel, its rows are positions and its columns features.
+    python docs/axes.py    # writes the pictures of docs/norms
+
+Each element is a cell with the number of its group. Cells with the same number share one mean and
+variance. Each example is a panel; its rows are positions, and its columns are features.
 """
 
 import html
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,24 +28,25 @@ LAYOUTS: dict[str, Callable[[tuple[int, ...]], Layout]] = {
 }
 SHAPES = dict.fromkeys(LAYOUTS, (2, 3, 4)) | {"group_norm": (2, 3, 6)}
 CELL, GAP, TOP, LEFT = 26, 30, 40, 14
+HERE = Path(__file__).parent
 
 
 def groups(layout: Layout) -> np.ndarray:
-    """The number of the group of each element: an array of the shape of x."""
+    """Return the number of each element's group: an array of the shape of x."""
     shape = layout.statistics_shape
     numbers = jnp.arange(math.prod(shape)).reshape(shape)
     return np.broadcast_to(np.asarray(layout.broadcast_statistics(numbers)), layout.shape)
 
 
 def shares(name: str) -> dict[str, bool]:
-    """Whether elements share statistics that differ in example, position or feature alone."""
+    """Return whether examples, positions and features share statistics."""
     numbers = groups(LAYOUTS[name](SHAPES[name]))
     differ = {"examples": (1, 0, 0), "positions": (0, 1, 0), "features": (0, 0, 1)}
     return {axis: bool(numbers[place] == numbers[0, 0, 0]) for axis, place in differ.items()}
 
 
 def picture(name: str, shape: tuple[int, ...] | None = None) -> str:
-    """An SVG; its colours are those of site.css. axes.js draws the same for another shape."""
+    """Return an SVG with the classes of site.css. axes.js draws the same for other shapes."""
     shape = SHAPES[name] if shape is None else shape
     numbers = groups(LAYOUTS[name](shape)).reshape(shape[0], -1, shape[-1])
     examples, positions, features = numbers.shape
@@ -66,8 +71,19 @@ def picture(name: str, shape: tuple[int, ...] | None = None) -> str:
     )
 
 
-def said(name: str, layout: Layout) -> str:
-    """How many statistics there are, and of how many elements. axes.js says the same."""
+def file(name: str) -> str:
+    """Return the picture as the text of a file, with the colours of site.css."""
+    colors = re.findall(r"--g(\d): (#\w+)", (HERE / "_static" / "site.css").read_text())
+    cells = "".join(f".c{number}{{fill:{color}}}" for number, color in colors)
+    # Gray is legible on white and on black; the numbers are on the cells' colours.
+    style = f"text{{font:12px sans-serif;fill:#808080}}{cells}"
+    style += ".n{font-size:10px;text-anchor:middle;fill:#1a1a1a}"
+    svg = picture(name).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    return svg.replace(">", f"><style>{style}</style>", 1).replace("<rect", "\n<rect") + "\n"
+
+
+def summary(name: str, layout: Layout) -> str:
+    """Return the number of statistics and of the elements in each, in words, as axes.js does."""
     count = math.prod(layout.statistics_shape)
     size = math.prod(layout.shape) // count
     one = "mean square" if name == "rms_norm" else "mean"
@@ -79,7 +95,7 @@ def said(name: str, layout: Layout) -> str:
 
 
 def widget(name: str) -> str:
-    """The picture, and fields in which another shape and number of groups can be typed."""
+    """Return the picture, with input fields for the shape and the number of groups."""
     axes = " ".join(axis for axis, shared in shares(name).items() if shared)
     shape = ", ".join(map(str, SHAPES[name]))
     field = '<label>{}: <input class="{}" value="{}" size="{}" spellcheck="false"></label> '
@@ -89,5 +105,10 @@ def widget(name: str) -> str:
     return (
         f'<div class="axes-widget" data-norm="{name}" data-shares="{axes}">'
         f'<div class="picture">{picture(name)}</div>{fields}'
-        f"<output>{said(name, LAYOUTS[name](SHAPES[name]))}</output></div>"
+        f"<output>{summary(name, LAYOUTS[name](SHAPES[name]))}</output></div>"
     )
+
+
+if __name__ == "__main__":
+    for name in LAYOUTS:
+        (HERE / "norms" / f"{name}.svg").write_text(file(name))

@@ -1,4 +1,4 @@
-"""What the site has beyond Markdown: formulas as MathML, two directives, and llms.txt."""
+"""Extend Sphinx: formulas as MathML, pictures of axes that readers change, and llms.txt."""
 
 import inspect
 import os
@@ -9,7 +9,6 @@ from typing import Any
 
 import axes
 from docutils import nodes
-from docutils.parsers.rst import Directive
 from latex2mathml.converter import convert
 
 HERE = Path(__file__).parent
@@ -27,14 +26,12 @@ SUMMARY = (
 )
 
 
-class Axes(Directive):
-    """`{axes} batch_norm`: which elements share statistics, for the shape that is typed."""
-
-    required_arguments = 1
-
-    def run(self) -> list[nodes.Node]:
-        """Return the picture as HTML."""
-        return [nodes.raw("", axes.widget(self.arguments[0]), format="html")]
+def _widgets(app, doctree: nodes.document) -> None:
+    """Replace the pictures of axes.py by ones that follow a shape that a reader types."""
+    for image in list(doctree.findall(nodes.image)):
+        path = Path(image["uri"])
+        if path.suffix == ".svg" and path.stem in axes.LAYOUTS:
+            image.parent.replace_self(nodes.raw("", axes.widget(path.stem), format="html"))
 
 
 def _inline_math(self, node: nodes.Element) -> None:
@@ -48,7 +45,7 @@ def _block_math(self, node: nodes.Element) -> None:
 
 
 def _signature(app, what, name, obj, options, signature, returned):
-    """Arguments as in the source: of a class those of its constructor, and defaults by name."""
+    """Return the signature as in the source: a class has its constructor's, defaults have names."""
     if not signature or not re.search(r"\*args|<", signature):
         return None
     is_class = what == "class"
@@ -63,13 +60,13 @@ def _signature(app, what, name, obj, options, signature, returned):
 
 
 class _Name(str):
-    """What a signature shows for a default."""
+    """The text of a default in a signature."""
 
     __repr__ = str.__str__
 
 
 def _named(default: Any) -> Any:
-    """A default that is shown as in the source: by its name, if it is a function or a type."""
+    """Return a default as in the source: functions and types by their names."""
     if default is inspect.Parameter.empty:
         return default
     if isinstance(default, Mapping):
@@ -79,12 +76,12 @@ def _named(default: Any) -> Any:
 
 
 def _skips(app, what, name, obj, skip, options) -> bool | None:
-    """Leave out the fields of a NamedTuple, which its docstring describes."""
+    """Skip the fields of a NamedTuple; its docstring describes them."""
     return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field") else None
 
 
 def _as_restructured_text(app, what, name, obj, options, lines: list[str]) -> None:
-    """Indented lines after a paragraph of a docstring are code; and |x| is no substitution."""
+    """Mark indented lines after a paragraph as code, and escape |x|, which is a substitution."""
     sections = next((i for i, x in enumerate(lines) if re.fullmatch(r"[A-Z]\w+:", x)), len(lines))
     for place, line in enumerate(lines):
         if not line.startswith(">>>") and not (place < sections and line.startswith("    ")):
@@ -106,7 +103,7 @@ def _read(app, page: str, source: list[str]) -> None:
 
 
 def _from_outside(page: str) -> str:
-    """A file of the repository, with its links as they are from here."""
+    """Return the text of a file of the repository, with its links relative to docs/."""
     file = HERE.parent / OUTSIDE[page]
     pages = {(HERE.parent / path).resolve(): f"{name}.md" for name, path in OUTSIDE.items()}
 
@@ -121,7 +118,7 @@ def _from_outside(page: str) -> str:
 
 
 def _write_llms(app, error: Exception | None) -> None:
-    """A list of all pages with their first sentences, for language models."""
+    """Write a list of all pages with their first sentences, for language models."""
     if error or app.builder.name != "html":
         return
     lines = ["# jaxnorm", "", f"> {SUMMARY}", "", "## Pages", ""]
@@ -133,7 +130,7 @@ def _write_llms(app, error: Exception | None) -> None:
 
 
 def _first_sentence(doctree: nodes.document) -> str:
-    """The first whole sentence of the text: no part of a table or list, no start of a block."""
+    """Return the first sentence of the text that is outside of tables, lists and code."""
     for paragraph in doctree.findall(nodes.paragraph):
         sentence = re.match(r".*?\.(?= |$)", " ".join(paragraph.astext().split()))
         before = paragraph.previous_sibling()
@@ -144,13 +141,13 @@ def _first_sentence(doctree: nodes.document) -> str:
 
 
 def setup(app) -> dict[str, bool]:
-    """Tell Sphinx."""
-    app.add_directive("axes", Axes)
+    """Register the extensions with Sphinx."""
     app.add_html_math_renderer("mathml", (_inline_math, None), (_block_math, None))
     # Before napoleon, which moves the sections of a docstring.
     app.connect("autodoc-process-docstring", _as_restructured_text, priority=100)
     app.connect("autodoc-skip-member", _skips)
     app.connect("autodoc-process-signature", _signature)
     app.connect("source-read", _read)
+    app.connect("doctree-read", _widgets, priority=100)  # before images are collected
     app.connect("build-finished", _write_llms)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

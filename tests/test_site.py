@@ -108,6 +108,17 @@ def test_cells_of_one_number_share_statistics(name):
     assert re.findall(r">(\d+)</text>", svg) == [str(number) for number in numbers]
 
 
+def test_pictures_of_the_pages_are_those_of_the_script(site):
+    axes = importlib.import_module("axes")
+    for name in axes.LAYOUTS:
+        page = DOCS / "norms" / f"{name}.md"
+        (link,) = re.findall(r"!\[[^\]]+\]\((\w+\.svg)\)", page.read_text())
+        assert (page.parent / link).read_text() == axes.file(name)
+        built = (site / "norms" / f"{name}.html").read_text()
+        assert axes.widget(name) in built
+        assert link not in built
+
+
 @pytest.fixture
 def browser_page(site):
     """A function that opens a page in Chromium, where nothing else may be asked for."""
@@ -150,7 +161,7 @@ def test_a_picture_follows_the_shape_that_is_typed(browser_page):
             layout = axes.LAYOUTS[name](shape)
             page.fill("input.shape", ", ".join(map(str, shape)))
             assert drawn(page) == [str(number) for number in axes.groups(layout).ravel()]
-            assert page.inner_text(".axes-widget output") == axes.said(name, layout)
+            assert page.inner_text(".axes-widget output") == axes.summary(name, layout)
     page = browser_page("norms/group_norm.html")
     for groups, separator in (("3", " "), ("6", "x")):
         page.fill("input.shape", separator.join("236"))

@@ -59,8 +59,8 @@
     return null;
   }
 
-  // How many statistics there are, and of how many elements: `said` of docs/axes.py.
-  function said(name, count, size) {
+  // How many statistics there are, and of how many elements: `summary` of docs/axes.py.
+  function summary(name, count, size) {
     const one = name === "rms_norm" ? "mean square" : "mean";
     const means = `${count} ${one}${count === 1 ? "" : "s"}, each of `;
     if (size > 1) return `${means}${size} elements`;
@@ -84,7 +84,7 @@
         output.textContent = wrong;
       } else {
         const each = counts(sizes, shared, parts), count = product(each);
-        output.textContent = said(name, count, elements / count) + (drawn ? "" : "; too many to draw");
+        output.textContent = summary(name, count, elements / count) + (drawn ? "" : "; too many to draw");
         if (drawn)
           widget.querySelector("svg").outerHTML =
             svg(groups(sizes, each), `${name}, x of shape (${shape.join(", ")})`);
