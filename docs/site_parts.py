@@ -14,11 +14,11 @@ from latex2mathml.converter import convert
 HERE = Path(__file__).parent
 OUTSIDE = {
     "examples": "examples/README.md",
-    "how_it_works": "CONTRIBUTING.md",
     "changelog": "CHANGELOG.md",
 }
 TABLES = {"accelerators/table", "benchmarks/table"}
-NOT_SEARCHED = {"how_it_works", "changelog"} | TABLES
+RECIPES = {"how_it_works", "add_a_norm", "add_a_kernel", "fix_a_wrong_number"}
+NOT_SEARCHED = {"changelog"} | RECIPES | TABLES  # a search is for users
 SUMMARY = (
     "Normalization for JAX: batch, layer, rms, group and instance norm and their family, as pure "
     "functions and as drop-in modules for Flax, accurate where other layers cancel, and with the "
