@@ -234,13 +234,19 @@ def main() -> int:
 PAGE = """\
 # Accuracy
 
-The tables show the largest error of the output and of the gradients (of x, scale and bias),
-compared with NumPy in float64. The unit is the last place of a float32 of the size of the largest
-exact element. 1 is as accurate as float32 can be; 8e6 means that no digit is correct; more means
-that the result is larger than it should be. All libraries get the same input and gradient, epsilon
-{epsilon}, and otherwise run with their defaults. The columns "jaxnorm" are its CPU kernel ({kernel}
-here), and "jaxnorm (XLA)" is what computes the norms otherwise. Made by
-`python docs/numerics.py --write` with {versions}.
+The error of jaxnorm is at most 4 units on every kind of data in the tables, on all processors.
+Where the mean is 10,000 times the standard deviation, Flax loses all digits, and PyTorch about four
+of seven (all of them on columns of 2^18 elements).
+
+The tables have the largest error of the output, and of the gradients of x, scale and bias, compared
+with NumPy in float64. A unit is the last place of a float32 of the size of the largest exact
+element. An error of 1 is about the best that float32 allows. At 8e6 the error is as large as the
+largest element, so no digit is correct; larger numbers mean that the result is that much too large.
+
+All libraries get the same input, the same gradient and epsilon {epsilon}, and otherwise use their
+defaults. "jaxnorm" is the CPU kernel ({kernel} here), "jaxnorm (XLA)" the formulas that compute the
+norms where there is no kernel. Made by `python docs/numerics.py --write` with
+{versions}.
 
 ## Layer norm: 64 rows of 1024 or 4096 elements (2 of 2^18)
 
@@ -252,33 +258,35 @@ here), and "jaxnorm (XLA)" is what computes the norms otherwise. Made by
 
 ## Sources of error
 
-Flax computes the variance as the mean of the squares minus the square of the mean. This cancels
-when the mean is much larger than the standard deviation. PyTorch subtracts the mean first, but
-rounds it to one float32, which for rows around 1e4 is off by up to 5e-4. jaxnorm subtracts the mean
-twice: it also computes the rounding error of the mean and subtracts it. It scales before it
-squares, so 1e18 does not overflow (the CPU kernel recomputes such data in float64). Its derivative
-contains no power of the standard deviation that could overflow. In float32 this holds for numbers
-up to about 1e19 and, with epsilon 0, down to about 1e-15. The squares of other numbers leave the
-range of float32, and the result is zero.
+**The variance.** Flax computes it as the mean of the squares minus the square of the mean. The two
+cancel when the mean is much larger than the standard deviation. PyTorch subtracts the mean first,
+rounded to one float32; for rows around 1e4 it is off by up to 5e-4. jaxnorm also computes this
+rounding error of the mean, and subtracts it, too.
 
-XLA first subtracts the mean of a sample, an eighth of the elements, and in one pass over the rest
-computes how far it was off, and the variance about it ([accelerators.md](accelerators.md)). Of a
-sample of k of n elements, the squared distance from the mean is at most n / k - 1 times the
-variance, so at most a factor of 8 cancels, three of the 24 bits of a float32, whatever the data.
-Data that puts 1e4 in exactly the elements of the sample and noise around 0 in all others has an
-error of 8 units; every kind in the table, among them six that are hard for a sample, has at most 4.
+**The range.** jaxnorm scales before it squares, so 1e18 does not overflow (the CPU kernel
+recomputes such data in float64). Its derivative contains no power of the standard deviation that
+could overflow. In float32 this holds for numbers up to about 1e19 and, with epsilon 0, down to
+about 1e-15. The squares of other numbers leave the range of float32, and the result is zero.
 
-A float32 sum rounds at every addition. Behind an outlier these errors do not average out where the
-elements are alike: each addition to a sum of 1e12 rounds to a multiple of 65536. Their size depends
-on how many elements a vector of the processor holds. So on CPUs XLA's sums of more than 4096
-numbers are taken in float64, in the forward pass and, where x is float32, in the backward pass. For
-the statistics, the CPU kernel adds about ten numbers in float32, sixteen in columns, and goes on in
-float64; the gradients of columns it adds in float64.
+**The sample.** The formulas first subtract the mean of a sample, an eighth of the elements. One
+pass over x then gives the distance of this mean from that of all elements, and the variance
+([accelerators.md](accelerators.md)). For a sample of k of n elements, the squared distance is at
+most n / k - 1 times the variance, for any data. So at most a factor of 8 cancels, which is three of
+the 24 bits of a float32. The worst data has 1e4 in exactly the elements of the sample and noise
+around 0 in all others: its error is 8 units. All kinds of data in the tables have at most 4; six of
+them are hard for a sample.
 
-`tests/test_numerics.py` bounds every number of the columns of jaxnorm by 4, on all processors. On
-the longest columns the gradient of scale is a sum of 2^18 terms of both signs, and its error is
-that of the rounded terms. If the exact value is zero, as for the gradient of scale of constants,
-the error is relative to the smallest float32.
+**Sums.** A float32 sum is rounded at every addition. If the elements are alike, these errors don't
+average out after an outlier: each addition to a sum of 1e12 rounds to a multiple of 65536. The
+error depends on the vector length of the processor. So on CPUs the formulas take sums of more than
+4096 numbers in float64, in the forward pass and, where x is float32, in the backward pass. The CPU
+kernel adds about ten numbers of the statistics in float32, sixteen in columns, and the sums of
+these in float64. It adds the gradients of columns in float64.
+
+**The bound.** `tests/test_numerics.py` bounds every number in the columns of jaxnorm by 4, on all
+processors. On the longest columns the gradient of scale is a sum of 2^18 terms of both signs, and
+its error is that of the rounded terms. If the exact value is zero, as for the gradient of scale of
+constants, the error is relative to the smallest float32.
 """
 
 if __name__ == "__main__":
