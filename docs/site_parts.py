@@ -20,9 +20,9 @@ TABLES = {"accelerators/table", "benchmarks/table"}
 RECIPES = {"how_it_works", "add_a_norm", "add_a_kernel", "fix_a_wrong_number"}
 NOT_SEARCHED = {"changelog"} | RECIPES | TABLES  # a search is for users
 SUMMARY = (
-    "Normalization for JAX: batch, layer, rms, group and instance norm and their family, as pure "
-    "functions and as drop-in modules for Flax, accurate where other layers cancel, and with the "
-    "same result on any number of devices."
+    "Batch, layer, rms, group and instance norm for JAX, and norms related to them, as pure "
+    "functions and as drop-in replacements for Flax's modules: accurate where other libraries lose "
+    "digits, and with the same result on any number of devices."
 )
 
 

@@ -43,10 +43,11 @@ def test_a_module_is_looked_for_in_the_wrong_place():
         jn.layernorm  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_errors_in_readme_are_those_of_the_page():
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
+def test_errors_in_readme_are_those_of_the_page(name):
     """Rounded to two digits: Flax, PyTorch and the kernel."""
-    readme, page = ((ROOT / name).read_text() for name in ("README.md", "docs/numerics.md"))
-    rows = re.findall(r"^\| ((?:mean|std) [^|]*) \| (.*) \|$", readme, re.MULTILINE)
+    text, page = ((ROOT / file).read_text() for file in (name, "docs/numerics.md"))
+    rows = re.findall(r"^\| ((?:mean|std) [^|]*) \| (.*) \|$", text, re.MULTILINE)
     assert len(rows) == 4
     for kind, cells in rows:
         line = re.search(rf"^\| {kind} \| (.*) \|$", page, re.MULTILINE)
