@@ -175,7 +175,10 @@ def test_refusals(monkeypatch, change):
     x = jnp.ones((8, 128))
     for norm, sentence in (
         (lambda x: jn.layer_norm(x[:, :100], implementation="kernel"), "a multiple of 64"),
-        (lambda x: jn.layer_norm(x, where=x > 0, implementation="kernel"), "it takes no mask"),
+        (
+            lambda x: jn.layer_norm(x, where=x > 0, implementation="kernel"),
+            "it does not support masks",
+        ),
         (lambda x: jn.instance_norm(x[None], implementation="kernel"), "layer and rms norm"),
         (lambda x: jn.rms_norm(x.astype(jnp.float16), implementation="kernel"), "float32 or bf"),
     ):
@@ -189,10 +192,10 @@ def test_without_a_gpu_it_has_to_be_asked_for():
 
 def test_the_devices_decide_each_time_whether_it_is_used_unasked(monkeypatch):
     gpus = lambda *kinds: lambda backend: [types.SimpleNamespace(device_kind=k) for k in kinds]
-    monkeypatch.setattr(jax, "devices", gpus(gpu.PROVEN, gpu.PROVEN))
+    monkeypatch.setattr(jax, "devices", gpus(gpu.VERIFIED, gpu.VERIFIED))
     assert gpu.opt_in_reason() is None
-    monkeypatch.setattr(jax, "devices", gpus(gpu.PROVEN, "NVIDIA A100"))
-    assert "here is an NVIDIA A100" in (gpu.opt_in_reason() or "")
+    monkeypatch.setattr(jax, "devices", gpus(gpu.VERIFIED, "NVIDIA A100"))
+    assert "this is an NVIDIA A100" in (gpu.opt_in_reason() or "")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

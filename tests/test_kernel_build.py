@@ -131,7 +131,7 @@ def test_a_library_for_a_newer_xla_is_left_alone(monkeypatch, rng):
 def test_the_variable_asks_for_what_is_not_there(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "none.so")
     monkeypatch.setenv(VARIABLE, "kernel")
-    assert jn.implementations()["cpu"].startswith(f"none: {VARIABLE} asks for the kernel, but")
+    assert jn.implementations()["cpu"].startswith(f"none: {VARIABLE} requires the kernel, but")
 
 
 @pytest.mark.parametrize(

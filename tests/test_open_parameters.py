@@ -122,7 +122,9 @@ def test_what_the_kernel_does_not_take_is_said(kind):
     )
     assert program(apart, x, scale, bias).count("custom-call(") == 1
     x, scale, bias = draw((X, *LEAVES[kind]), jnp.bfloat16)
-    with pytest.raises(ValueError, match=r"scale and bias must be those of features, or .* run of"):
+    with pytest.raises(
+        ValueError, match=r"scale and bias must differ only between features, or .* runs"
+    ):
         jn.instance_norm(x, jn.NormParams(scale, bias), implementation="kernel")
 
 

@@ -31,7 +31,7 @@ def test_the_kernel_of_this_machine_is_right(capsys):
     assert f"kernel: {cpu.target()}" in said
     assert "layer_norm 8 x 64 float32, 10000 ± 1" in said
     assert "add_rms_norm 4 x 32768 bfloat16" in said
-    assert "declined: it adds a residual to rows of bfloat16 of up to 16384" in said
+    assert "declined: it supports a residual in bfloat16 for rows of up to 16384" in said
     assert "The kernel's errors are within the limit in 1 cases." in said
     assert "of 2 programs." in said
     start, timed = said.index("Up to two minutes and 1 GB"), said.index(" 1 of 1  add_layer")

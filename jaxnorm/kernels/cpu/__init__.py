@@ -1,8 +1,8 @@
-"""The CPU's kernel, in C++, called through XLA's foreign function interface.
+"""The kernel for CPUs, in C++, called through XLA's foreign function interface.
 
-All five norms are a block (n, s, g, k) in memory: n independent examples, s positions, g groups of
-k features; statistics are shared over s and k. rows.h has the norms of rows (s = 1: layer, rms),
-which may add a residual, columns.h the others.
+The arrays of all five norms are a block (n, s, g, k) in memory: n independent examples, s
+positions, g groups of k features. Statistics are shared over s and k. rows.h has the norms of rows
+(s = 1: layer and rms norm), which may add a residual; columns.h has the others.
 """
 
 import ctypes
@@ -18,19 +18,19 @@ from jaxnorm.kernels.request import Request, common_unsupported_reason
 
 LIBRARY = Path(__file__).with_name("_norms.so")
 WHY_NOT_BUILT = Path(__file__).with_name("_not_built.txt")
-_NOTHING = jax.ShapeDtypeStruct((0,), jnp.float32)  # a result that is not wanted
+_NOTHING = jax.ShapeDtypeStruct((0,), jnp.float32)  # for a result that is not computed
 _LONGEST_SUM = 2**14  # kLongestSum in norms.h
 
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Why there is no kernel here, or None if there is one, which is then loaded."""
+    """Return why the kernel can't be used here, or None if it can; load and register it."""
     if not LIBRARY.exists():
         if WHY_NOT_BUILT.exists():
-            how = f"is not in the wheel of jaxnorm, because {WHY_NOT_BUILT.read_text()}"
+            state = f"is not in the wheel of jaxnorm, because {WHY_NOT_BUILT.read_text()}"
         else:
-            how = "has not been built"
-        return f"it {how}: run python -m jaxnorm.kernels.cpu.build"
+            state = "has not been built"
+        return f"it {state}: run python -m jaxnorm.kernels.cpu.build"
     try:
         library = _library()
         if library.jaxnorm_api_version() > _api_version():
@@ -46,7 +46,7 @@ def unavailable_reason() -> str | None:
 
 
 def _api_version() -> int:
-    """The version of XLA's interface that runs here, from the headers of jaxlib."""
+    """Return the version of the installed XLA's interface, from the headers of jaxlib."""
     header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
     major, minor = (
         int(re.findall(rf"#define XLA_FFI_API_{part} (\d+)", header)[0])
@@ -64,45 +64,45 @@ def _library() -> ctypes.CDLL:
 
 
 def target() -> str:
-    """What hardware it is compiled for: the best target of the library that runs here."""
+    """Return the hardware that runs: the best of the library's targets for this processor."""
     return _library().jaxnorm_target().decode()
 
 
 def use_target(name: str) -> bool:
-    """Use another target in all calls from now on; False if it doesn't run here.
+    """Use another target for all later calls; return False if this processor does not support it.
 
-    It is chosen when a program runs, so this holds for programs that are compiled, too.
+    The target is chosen when a program runs, so this changes compiled programs too.
     """
     return _library().jaxnorm_use_target(name.encode())
 
 
 def opt_in_reason() -> None:
-    """Nothing: docs/benchmarks.md has its times."""
+    """Return None: the kernel is the default on all CPUs. docs/benchmarks.md has its times."""
 
 
 @functools.cache
 def unsupported_reason(request: Request) -> str | None:
-    """Why it does not support such a call, or None if it does."""
+    """Return why the kernel does not support such a call, or None if it does."""
     if reason := common_unsupported_reason(request):
         return reason
     block = request.block
     if block is None:
         return (
-            "the features are not the last axes, or elements that share statistics are not side "
-            "by side in memory"
+            "the features are not the last axes, or the elements that share statistics are not "
+            "side by side in memory"
         )
     if request.param_blocks is None and request.dtype != jnp.float32:
-        # Their own pass over y would round it twice. On a GPU or TPU that pass costs too much.
+        # To apply them to the kernel's result would round y twice.
         return (
-            "scale and bias must be those of features, or of features and one run of examples, and "
-            "here they differ along other axes"
+            "scale and bias must differ only between features, or between features and equal runs "
+            "of examples, and here they differ along other axes"
         )
     if not request.subtract_mean and block[1] > 1:
-        return "it takes rms norm over the last axes only"
+        return "it supports rms norm over the last axes only"
     if request.has_residual and block[1] > 1:
-        return "it adds a residual only where the last axes share statistics"
+        return "it supports a residual only if the last axes share statistics"
     if request.has_residual and request.dtype == jnp.bfloat16 and block[3] > _LONGEST_SUM:
-        return f"it adds a residual to rows of bfloat16 of up to {_LONGEST_SUM} elements"
+        return f"it supports a residual in bfloat16 for rows of up to {_LONGEST_SUM} elements"
     if request.exported:
         return "an exported program must run where jaxnorm's kernels are not built"
     return None
@@ -119,7 +119,7 @@ def forward(
     epsilon: float,
     subtract_mean: bool,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None, jax.Array, jax.Array]:
-    """y, the residual_sum and the statistics, of `batch` blocks."""
+    """Return y, the residual sum and the statistics of `batch` blocks."""
     n, _, g, _ = block
     statistic = jax.ShapeDtypeStruct((batch, n, g), jnp.float32)
     mean = statistic if subtract_mean else _NOTHING
@@ -160,14 +160,14 @@ def vjp(
     batch: int,
     wanted: tuple[bool, ...],
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """The gradients, of `batch` blocks."""
+    """Return the gradients of `batch` blocks."""
     _, _, g, k = block
-    of_features = jax.ShapeDtypeStruct((batch, g * k), jnp.float32)
+    param_grad = jax.ShapeDtypeStruct((batch, g * k), jnp.float32)
     dx, *grads = jax.ffi.ffi_call(
         "jaxnorm_backward",
         [
             jax.ShapeDtypeStruct(x.shape, x.dtype),
-            *(of_features if is_wanted else _NOTHING for is_wanted in wanted),
+            *(param_grad if is_wanted else _NOTHING for is_wanted in wanted),
         ],
     )(
         x,

@@ -1,9 +1,9 @@
-"""Compiles the kernel, during `pip install` or later.
+"""Compile the kernel, during `pip install` or later.
 
     python -m jaxnorm.kernels.cpu.build
 
-CXX names the compiler, CXXFLAGS further flags. This file runs before jaxnorm is installed, so it
-imports nothing of it.
+The environment variable CXX sets the compiler, CXXFLAGS adds flags. This file runs before jaxnorm
+is installed, so it imports nothing of jaxnorm.
 """
 
 import os
@@ -22,10 +22,10 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"
 
 
 def build(library: Path = LIBRARY, flags: Sequence[str] = ()) -> list[str]:
-    """Compile the kernel into `library`; if that fails, the file stays as it was.
+    """Compile the kernel into `library`; if that fails, leave the file unchanged.
 
     Returns:
-      The targets that it is compiled for. Those that the compiler lacks are left out.
+      The targets that the kernel is compiled for. Targets that the compiler lacks are left out.
 
     Raises:
       RuntimeError: there is no compiler, or it failed.
@@ -41,15 +41,15 @@ def build(library: Path = LIBRARY, flags: Sequence[str] = ()) -> list[str]:
     targets = {"Baseline": []}
     if platform.machine().lower() in ("x86_64", "amd64"):
         # GCC 12 warns of variables in its own header.
-        known = {
+        candidates = {
             "Avx2": ["-march=x86-64-v3"],
             "Avx512": ["-march=x86-64-v4", "-Wno-maybe-uninitialized"],
         }
-        for target, options in known.items():
-            if _takes(compiler, options):
+        for target, options in candidates.items():
+            if _accepts(compiler, options):
                 targets[target] = options
                 handlers.append(f"-DJAXNORM_{target.upper()}")
-    # target.cc is compiled once for each target; handlers.cc takes the best that runs.
+    # target.cc is compiled once for each target; handlers.cc picks the best one at run time.
     sources = [handlers]
     for target, options in targets.items():
         names = [f"-DJAXNORM_TARGET={target.lower()}", f"-DJAXNORM_NAME=k{target}"]
@@ -62,7 +62,7 @@ def build(library: Path = LIBRARY, flags: Sequence[str] = ()) -> list[str]:
         ]
         list(pool.map(_run, commands))
         _run([*compiler, *flags, "-shared", *objects, "-o", f"{folder}/norms.so"])
-        # Copied into the same folder first, because only a move within a folder is atomic.
+        # Copied into the same folder first, because only a move within a file system is atomic.
         unfinished = library.with_name(f"{library.name}.{os.getpid()}.tmp")
         try:
             shutil.copy(f"{folder}/norms.so", unfinished)
@@ -73,15 +73,15 @@ def build(library: Path = LIBRARY, flags: Sequence[str] = ()) -> list[str]:
 
 
 def find_compiler() -> list[str] | None:
-    """The command of the C++ compiler."""
+    """Return the command of the C++ compiler, or None if there is none."""
     if shlex.split(os.environ.get("CXX", "")):
         return shlex.split(os.environ["CXX"])
-    found = (shutil.which(name) for name in ("c++", "g++", "clang++"))
-    return next(([path] for path in found if path), None)
+    paths = (shutil.which(name) for name in ("c++", "g++", "clang++"))
+    return next(([path] for path in paths if path), None)
 
 
-def _takes(compiler: list[str], options: list[str]) -> bool:
-    """Whether the compiler knows these options: old ones lack the newer targets of x86-64."""
+def _accepts(compiler: list[str], options: list[str]) -> bool:
+    """Return whether the compiler has these options: old ones lack the newer targets of x86-64."""
     command = [*compiler, *options, "-fsyntax-only", "-x", "c++", os.devnull]
     try:
         _run(command)
@@ -96,7 +96,7 @@ def _run(command: list[str]) -> None:
     except OSError as error:
         raise RuntimeError(f"{command[0]} could not be run: {error.strerror}") from error
     if result.returncode:
-        lines = result.stderr.splitlines() or ["it said nothing"]
+        lines = result.stderr.splitlines() or ["it printed nothing"]
         reason = next((line for line in lines if "error" in line), lines[0])
         raise RuntimeError(f"{command[0]} failed to compile it: {reason}")
 
@@ -107,5 +107,5 @@ if __name__ == "__main__":
     except (RuntimeError, OSError, ImportError) as error:
         raise SystemExit(f"The kernel is not built: {error}.") from None
     except KeyboardInterrupt:
-        raise SystemExit("Interrupted: the kernel is as it was.") from None
+        raise SystemExit("Interrupted: the kernel is unchanged.") from None
     print(f"Built {LIBRARY} for {', '.join(targets)}")

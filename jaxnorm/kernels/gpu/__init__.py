@@ -1,7 +1,7 @@
-"""The kernel for NVIDIA GPUs, in Pallas, by its backend Mosaic GPU.
+"""The kernel for NVIDIA GPUs, in Pallas with its backend Mosaic GPU.
 
-It takes layer and rms norm of rows that fit into registers. tiles.py divides them, registers.py
-loads and sums a tile, rows.py computes it.
+It supports layer and rms norm of rows that fit into registers. tiles.py divides rows into tiles,
+registers.py loads and sums a tile, rows.py computes the norms.
 """
 
 import functools
@@ -18,13 +18,13 @@ from jaxnorm.kernels.request import (
     rows_of,
 )
 
-OLDEST_JAX = (0, 11)  # older ones can't interpret it, so it was not tested with them
-PROVEN = "NVIDIA H100 80GB HBM3"  # the GPU that it was measured on
+OLDEST_JAX = (0, 11)  # older versions can't interpret the kernel, so it is not tested with them
+VERIFIED = "NVIDIA H100 80GB HBM3"  # the GPU on which it was right, and faster than XLA
 
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Why there is no kernel here, or None if there is one."""
+    """Return why the kernel can't be used here, or None if it can."""
     if jax.__version_info__ < OLDEST_JAX:
         needed = ".".join(map(str, OLDEST_JAX))
         return f"it needs jax {needed} or newer, and this is jax {jax.__version__}"
@@ -32,36 +32,36 @@ def unavailable_reason() -> str | None:
 
 
 def target() -> str:
-    """What hardware it is compiled for, and by what."""
+    """Return the hardware that the kernel is compiled for, and the compiler."""
     return "NVIDIA GPUs, by Pallas (Mosaic GPU)"
 
 
 def opt_in_reason() -> str | None:
-    """Why it has to be asked for here, or None if it is used unasked."""
+    """Return why the kernel is not the default here, or None if it is."""
     try:
         devices = jax.devices("cuda")
     except RuntimeError:
-        return "there is no NVIDIA GPU here to run it by default"
+        return "there is no NVIDIA GPU here"
     for device in devices:
-        if device.device_kind != PROVEN:
-            return f"it was measured on an {PROVEN} only, and here is an {device.device_kind}"
+        if device.device_kind != VERIFIED:
+            return f"it was verified on an {VERIFIED} only, and this is an {device.device_kind}"
     return None
 
 
 @functools.cache
 def unsupported_reason(request: Request) -> str | None:
-    """Why it does not support such a call, or None if it does."""
+    """Return why the kernel does not support such a call, or None if it does."""
     if reason := common_unsupported_reason(request) or param_blocks_unsupported_reason(request):
         return reason
     rows = rows_of(request.block)
     if rows is None:
-        return "it takes layer and rms norm over the last axes, of known sizes, only"
+        return "it supports layer and rms norm over the last axes only, of known sizes"
     if math.prod(rows) >= 2**31:
-        return f"it takes fewer than 2**31 elements, and x has {math.prod(rows)}"
+        return f"it supports fewer than 2**31 elements, and x has {math.prod(rows)}"
     if tile(*rows) is None:
-        return f"it takes {WIDTHS}, and x has {rows[0]} rows of {rows[1]}"
+        return f"it supports {WIDTHS}, and x has {rows[0]} rows of {rows[1]}"
     if request.exported:
-        return "Mosaic's code is not promised to run by other versions of JAX than exported it"
+        return "Mosaic's code may not run with another version of JAX"
     return None
 
 
@@ -76,7 +76,7 @@ def forward(
     epsilon: float,
     subtract_mean: bool,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None, jax.Array, jax.Array]:
-    """y, the sum with the residual, and the statistics."""
+    """Return y, the residual sum and the statistics."""
     from jaxnorm.kernels.gpu import rows  # Pallas takes a second to import
 
     n, k = batch * block[0], block[3]
@@ -106,7 +106,7 @@ def vjp(
     batch: int,
     wanted: tuple[bool, ...],
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """The gradients, of `batch` blocks."""
+    """Return the gradients of `batch` blocks."""
     from jaxnorm.kernels.gpu import rows
 
     n, _, _, k = block

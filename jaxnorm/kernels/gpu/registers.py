@@ -1,4 +1,4 @@
-"""Rows in the registers of a GPU: loaded, stored, and summed."""
+"""Load, store and sum rows in the registers of a GPU."""
 
 import functools
 import operator
@@ -14,93 +14,93 @@ from jaxnorm.kernels.gpu.tiles import LANES, WARPS, Tile
 
 
 class Rows(Tile):
-    """A tile, and how it is loaded, stored and summed.
+    """A tile with the operations that load, store and sum it.
 
-    Arrays of rows are handled as arrays of segments, which are rows if a row has one.
+    Arrays of rows are handled as arrays of segments; a row of one segment is its segment.
     """
 
     @property
     def layout(self) -> Any:
-        """Which lane has which elements: a segment belongs to one warp."""
+        """Return the assignment of elements to lanes: a segment belongs to one warp."""
         tiling = plgpu.Tiling(((WARPS, LANES * self.vector), (self.vector,)))
         return plgpu.Layout.TILED(tiling, (-3,), (-2,), -1)
 
     def segment(self) -> Any:
-        """The first segment of a row that this warpgroup has."""
+        """Return the number of this warpgroup's first segment of a row."""
         return lax.axis_index("warpgroup") * WARPS if self.segments > 1 else 0
 
     def load(self, ref: Any, start: Any) -> jax.Array:
-        """Rows of an array, in float32."""
+        """Load rows of an array, in float32."""
         return _load(ref.at[self._slice(start), :], self.layout).astype(jnp.float32)
 
     def store(self, ref: Any, start: Any, a: jax.Array) -> None:
-        """The inverse of `load`."""
+        """Store rows: the inverse of `load`."""
         store(ref.at[self._slice(start), :], a.astype(ref.dtype))
 
     def load_param(self, ref: Any) -> jax.Array:
-        """A number for each feature, for each element."""
+        """Load a number for each feature, and broadcast it to all elements."""
         if self.segments > 1:
             return self.load(ref, 0)
-        return self._wide(_load(ref.at[0, :], self.layout.reduce(0)), 1)
+        return self._broadcast_in_dim(_load(ref.at[0, :], self.layout.reduce(0)), 1)
 
     def load_statistic(self, ref: Any, start: Any) -> jax.Array:
-        """A number for each row."""
+        """Load a number for each row."""
         if self.segments > 1:
             return ref[start]
         return _load(ref.at[pl.ds(start, self.rows)], self.layout.reduce(1))
 
     def store_statistic(self, ref: Any, start: Any, a: jax.Array) -> None:
-        """The inverse of `load_statistic`."""
+        """Store a number for each row: the inverse of `load_statistic`."""
         if self.segments == 1:
             store(ref.at[pl.ds(start, self.rows)], a)
             return
 
-        @pl.when(lax.axis_index("warpgroup") == 0)  # all have the same
+        @pl.when(lax.axis_index("warpgroup") == 0)  # all warpgroups hold the same number
         def _():
             ref[start] = a
 
     def broadcast(self, a: jax.Array) -> jax.Array:
-        """A number for each row, for each element."""
-        return a if self.segments > 1 else self._wide(a, 0)
+        """Broadcast a number for each row to all elements."""
+        return a if self.segments > 1 else self._broadcast_in_dim(a, 0)
 
     def means(self, shared: Any, slot: Any, *arrays: jax.Array) -> list[jax.Array]:
-        """The mean of each row, of each of the arrays.
+        """Return the mean of each row, for each array.
 
         Args:
-          shared: shared memory and a barrier, if rows have segments.
-          slot: 0 and 1 in turns, so that no warpgroup writes what another still reads.
-          *arrays: up to two.
+          shared: shared memory and a barrier, if rows have several segments.
+          slot: 0 and 1 in turn, so that no warpgroup overwrites what another still reads.
+          *arrays: up to two arrays.
         """
         sums = [jnp.sum(a, axis=1) for a in arrays]
         if self.segments > 1:
             memory, barrier = shared
-            place = lambda number: (2 * slot + number) * self.segments
+            offset = lambda number: (2 * slot + number) * self.segments
             for number, a in enumerate(sums):
-                memory[pl.ds(place(number) + self.segment(), WARPS)] = a
+                memory[pl.ds(offset(number) + self.segment(), WARPS)] = a
             plgpu.barrier_arrive(barrier)
             plgpu.barrier_wait(barrier)
-            total = lambda at: functools.reduce(
-                operator.add, (memory[at + segment] for segment in range(self.segments))
+            total = lambda start: functools.reduce(
+                operator.add, (memory[start + segment] for segment in range(self.segments))
             )
-            sums = [total(place(number)) for number in range(len(arrays))]
+            sums = [total(offset(number)) for number in range(len(arrays))]
         return [a / self.k for a in sums]
 
     def _slice(self, start):
         return pl.ds(start * self.segments + self.segment(), self.shape[0])
 
-    def _wide(self, a, axis):
+    def _broadcast_in_dim(self, a, axis):
         return plgpu.layout_cast(lax.broadcast_in_dim(a, self.shape, (axis,)), self.layout)
 
 
 def _load(ref: Any, layout: Any) -> jax.Array:
-    load: Any = plgpu.load  # the oldest jax that jaxnorm supports types it otherwise
+    load: Any = plgpu.load  # its type differs in the oldest supported jax
     return load(ref, layout=layout, optimized=False)  # only shared memory has optimized loads
 
 
 def store(ref: Any, a: jax.Array) -> None:
-    """Write to memory; from jax 0.12 on, a store is an error unless it fills sectors of 32 bytes.
+    """Write to memory, also less than 32 bytes, such as the statistics of four rows.
 
-    Statistics of four rows have 16.
+    From jax 0.12 on, such a store is an error unless `optimized=False`.
     """
     pallas: Any = plgpu
     if hasattr(pallas, "store"):

@@ -1,9 +1,9 @@
 """Layer and rms norm of rows, forward and backward, for Mosaic GPU.
 
-Rows are kept in registers, so memory is read and written once. tiles.py has how they are divided.
+Rows are kept in registers, so memory is read and written once. tiles.py divides rows into tiles.
 
-Backward, each program takes every P-th tile of rows, and adds up what they give the gradients of
-scale and bias. XLA adds the sums of the programs.
+In the backward pass each of P programs computes every P-th tile of rows and sums its terms of the
+gradients of scale and bias. XLA adds the sums of the programs.
 """
 
 import math
@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxnorm.kernels.gpu.registers import Rows, store
 from jaxnorm.kernels.gpu.tiles import VECTOR_BYTES, WARPS, tile
 
-interpret: Any = None  # tests run the kernels without a GPU
+interpret: Any = None  # tests set it to run the kernels without a GPU
 
 
 def forward(
@@ -30,13 +30,13 @@ def forward(
     epsilon: float,
     subtract_mean: bool,
 ) -> list[Any]:
-    """y, the sum with the residual, and the statistics, of x of shape (rows, k)."""
+    """Return y, the residual sum and the statistics of x of shape (rows, k)."""
     rows, k = x.shape
     t = tile(rows, k, VECTOR_BYTES // x.dtype.itemsize)
-    assert t  # else it was declined
+    assert t  # unsupported_reason has checked it
     t = Rows(*t)
     statistic = jax.ShapeDtypeStruct((rows,), jnp.float32)
-    # About 1 / sqrt(k), so that sums of scaled squares don't overflow; exact, a power of two.
+    # About 1 / sqrt(k), so that sums of scaled squares don't overflow; a power of two is exact.
     small = 2.0 ** -math.ceil(math.log2(k) / 2)
 
     def body(refs, results, shared):
@@ -71,22 +71,22 @@ def forward(
         return scaled * scaled
 
     like_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    of_mean = statistic if subtract_mean else None
-    found = _call(
+    mean = statistic if subtract_mean else None
+    outputs = _call(
         t,
         body,
         {"x": x, "residual": residual, "scale": scale, "bias": bias},
         {
             "y": like_x,
             "residual_sum": None if residual is None else like_x,
-            "high": of_mean,
-            "low": of_mean,
+            "high": mean,
+            "low": mean,
             "var": statistic,
             "rstd": statistic,
         },
         {"tile": rows // t.rows},
     )
-    return [found.get(name) for name in ("y", "residual_sum", "high", "low", "var", "rstd")]
+    return [outputs.get(name) for name in ("y", "residual_sum", "high", "low", "var", "rstd")]
 
 
 def vjp(
@@ -101,13 +101,13 @@ def vjp(
     batch: int,
     wanted: tuple[bool, ...],
 ) -> list[Any]:
-    """The gradients of x, of shape (rows, k), and of scale and bias, of each of `batch` parts."""
+    """Return the gradients of x, of shape (rows, k), and of scale and bias of `batch` parts."""
     rows, k = x.shape
-    each = rows // batch
-    t = tile(each, k, 4)  # Mosaic adds no more over warps
-    assert t  # else it was declined
+    part_rows = rows // batch
+    t = tile(part_rows, k, 4)  # Mosaic does not sum vectors of more over warps
+    assert t  # unsupported_reason has checked it
     t = Rows(*t)
-    tiles = each // t.rows
+    tiles = part_rows // t.rows
     programs = min(t.programs, tiles)
 
     def body(refs, results, shared):
@@ -115,7 +115,7 @@ def vjp(
         param = t.load_param(refs["scale"]) if "scale" in refs else None
 
         def step(i, sums):
-            start = part * each + (program + i * programs) * t.rows
+            start = part * part_rows + (program + i * programs) * t.rows
             x_hat, d = t.load(refs["x"], start), t.load(refs["dy"], start)
             if "high" in refs:
                 x_hat = x_hat - t.broadcast(t.load_statistic(refs["high"], start))
@@ -146,8 +146,8 @@ def vjp(
             else:
                 store(partial_sum.at[0, :], jnp.sum(sums[name], axis=0))
 
-    of_features = jax.ShapeDtypeStruct((batch * programs, t.segments, k // t.segments), jnp.float32)
-    found = _call(
+    param_sums = jax.ShapeDtypeStruct((batch * programs, t.segments, k // t.segments), jnp.float32)
+    outputs = _call(
         t,
         body,
         {
@@ -161,14 +161,14 @@ def vjp(
         },
         {
             "dx": jax.ShapeDtypeStruct(x.shape, x.dtype),
-            "dscale": of_features if wanted[0] else None,
-            "dbias": of_features if wanted[1] else None,
+            "dscale": param_sums if wanted[0] else None,
+            "dbias": param_sums if wanted[1] else None,
         },
         {"part": batch, "program": programs},
     )
-    sums = [found.get(name) for name in ("dscale", "dbias")]
+    sums = [outputs.get(name) for name in ("dscale", "dbias")]
     return [
-        found["dx"],
+        outputs["dx"],
         *(None if a is None else jnp.sum(a.reshape(batch, programs, k), 1) for a in sums),
     ]
 
@@ -176,9 +176,9 @@ def vjp(
 def _call(
     t: Rows, body, operands: dict[str, Any], results: dict[str, Any], grid: dict[str, int]
 ) -> dict[str, jax.Array]:
-    """Run `body(operands, results, shared)` in a grid; those that are None are left out.
+    """Run `body(operands, results, shared)` in a grid; leave out what is None.
 
-    Arrays of rows come to it as arrays of segments; parameters are rows.
+    `body` gets arrays of rows as arrays of segments; parameters are rows.
     """
     segment = t.k // t.segments
     operands = {
@@ -187,20 +187,21 @@ def _call(
         if a is not None
     }
     results = {name: a for name, a in results.items() if a is not None}
-    in_segments = [
+    segmented = [
         jax.ShapeDtypeStruct((a.shape[0] * t.segments, segment), a.dtype) if a.ndim == 2 else a
         for a in results.values()
     ]
 
     def jaxnorm_rows(*refs):
-        given, rest = refs[: len(operands)], refs[len(operands) :]
-        made, shared = rest[: len(results)], rest[len(results) :]
-        body(dict(zip(operands, given, strict=True)), dict(zip(results, made, strict=True)), shared)
+        inputs, rest = refs[: len(operands)], refs[len(operands) :]
+        outputs, shared = rest[: len(results)], rest[len(results) :]
+        named_inputs = dict(zip(operands, inputs, strict=True))
+        body(named_inputs, dict(zip(results, outputs, strict=True)), shared)
 
     shared = [plgpu.SMEM((4 * t.segments,), jnp.float32), plgpu.Barrier(num_arrivals=t.warpgroups)]
     kernel = plgpu.kernel(
         jaxnorm_rows,
-        out_type=in_segments,
+        out_type=segmented,
         scratch_types=shared if t.segments > 1 else (),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
@@ -213,17 +214,19 @@ def _call(
         ),
         interpret=interpret,
     )
-    found = kernel(*operands.values())
+    outputs = kernel(*operands.values())
     return {
-        name: a.reshape(like.shape) for (name, like), a in zip(results.items(), found, strict=True)
+        name: a.reshape(result.shape)
+        for (name, result), a in zip(results.items(), outputs, strict=True)
     }
 
 
 def _reciprocal_root(a: jax.Array) -> jax.Array:
-    """a**-1/2, and zero for zero: the hardware's estimate and a step of Newton's method."""
+    """Return a**-1/2, and zero for zero: the hardware's estimate and a step of Newton's method."""
     zero = a <= 0
     positive = jnp.where(zero, 1.0, a)
     estimate = lax.rsqrt(positive)
     error = 1 - (positive * estimate) * estimate
-    better = jnp.where(error == error, estimate + 0.5 * estimate * error, estimate)  # infinity
-    return jnp.where(zero, 0.0, better)
+    # The error is NaN for infinity, whose estimate is right.
+    refined = jnp.where(error == error, estimate + 0.5 * estimate * error, estimate)
+    return jnp.where(zero, 0.0, refined)
