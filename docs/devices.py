@@ -68,7 +68,7 @@ def forward(way: str, features: int, devices: int) -> list[Collective]:
 
 
 def exchange(kind: str, numbers: int, devices: int) -> Collective:
-    """A collective of so many float32 numbers from each device."""
+    """Return a collective of `numbers` float32 numbers from each device."""
     return Collective(kind, numbers, 4 * numbers, devices)
 
 

@@ -1,4 +1,4 @@
-"""Eight virtual devices, and a JAX that promotes neither dtypes nor ranks unasked."""
+"""Eight virtual devices, and strict promotion of dtypes and ranks in JAX."""
 
 import os
 import re

@@ -123,7 +123,7 @@ def assert_kept(norm, example, results, epsilon, *, formula):
 
 
 def assert_near(results, expected, sizes, terms, *, formula):
-    """The same, for the truth as it is given; scale and bias have gradients of so many terms."""
+    """Check against a given truth; gradients of scale and bias are sums of `terms` terms."""
     for name, result, right, size in zip(Results._fields, results, expected, sizes, strict=True):
         units = 4.0  # rounding of the mean, of rstd, and of the operations of the formula
         casts = 1

@@ -24,7 +24,7 @@ class Small:
     learned: tuple[str, ...] = ()
 
     def arguments(self, rng, shape, dtype=np.float32, std=1.0):
-        """x, which is near no kink, and what is learned, of which some are one number."""
+        """x, which is near no kink, and the learned arrays, some of which are scalars."""
         x = std * rng.standard_normal(shape)
         features = lambda mean, spread: mean + spread * rng.standard_normal(shape[-1])
         draw = {

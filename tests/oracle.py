@@ -1,6 +1,6 @@
 """The truth: NumPy in float64, one function per norm, written from the papers' definitions.
 
-`standardized` and `gradients` know nothing of layouts: they take the axes that share statistics of
+`standardized` and `gradients` do not depend on layouts: they take the axes that share statistics of
 an array in which the groups are already an axis of their own.
 """
 
@@ -254,7 +254,7 @@ def matrix(w, feature_axis=-1):
 
 
 def power_iteration(w, u, steps, *, feature_axis=-1):
-    """Miyato et al., 2018, algorithm 1: u, v and sigma after so many steps."""
+    """Miyato et al., 2018, algorithm 1: u, v and sigma after `steps` steps."""
     m, u = matrix(w, feature_axis), wide(u)
     v = m @ u / np.linalg.norm(m @ u)
     for _ in range(steps):

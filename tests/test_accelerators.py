@@ -1,4 +1,4 @@
-"""What the compiler for TPUs makes of the norms; it is in the extra `tpu` and needs no TPU."""
+"""Programs that are compiled for TPUs and GPUs: bytes, collectives, tables and the command."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Scale and bias that a call of a module gives, and an offset of the scale, in linen and nnx."""
+"""Scale and bias per call, and the offset of the scale, in linen and nnx modules."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Derivatives of norms of a residual sum, and what is kept for them."""
+"""Derivatives of norms of a residual sum, and their residuals."""
 
 import functools
 

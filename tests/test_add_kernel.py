@@ -1,4 +1,4 @@
-"""Norms of a residual sum by the kernel: memory, vmap, devices, and what the formula computes."""
+"""Norms of a residual sum by the kernel: memory, vmap, devices, and unsupported calls."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The modules that add a residual, against those that don't: variables, values, dtypes."""
+"""Modules with a residual, compared with those without: variables, values, dtypes."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Norms of a residual sum: values, dtypes, masks, and what is refused."""
+"""Norms of a residual sum: values, dtypes, masks, errors."""
 
 import functools
 

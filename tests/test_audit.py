@@ -1,4 +1,4 @@
-"""Audits of a model, sound and not, in both libraries."""
+"""Audits of whole models, with and without faults, in linen and nnx."""
 
 import sys
 from typing import Any
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("unoptimized")  # programs that run once or
 
 
 class Model(nnx.Module):
-    """Two batch norms, of which the one that is called first comes last by name."""
+    """Two batch norms; the one that is called first is last in the alphabet."""
 
     def __init__(self):
         rngs = nnx.Rngs(0)
@@ -82,7 +82,7 @@ def both(model, x, **options) -> jlinen.Findings:
 
 @pytest.fixture(scope="module")
 def settled() -> Model:
-    """A model that has seen so many batches that its running statistics have settled."""
+    """A model whose running statistics have settled, after many batches."""
     model, rng = Model(), np.random.default_rng(1)
     train = nnx.jit(lambda model, x: model(x))
     for _ in range(100):

@@ -1,4 +1,4 @@
-"""What is found wrong with a batch norm: each fault in a norm that was broken for it."""
+"""Findings of an audit: one norm with each fault."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""How far a batch may be from running statistics, by chance."""
+"""The sampling error of batch statistics in an audit."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxnorm.tools.batch_moments import BatchMoments, merge_batch_moments, no_ba
 FEATURES, EXAMPLES, MOMENTUM = 16, 32, 0.9
 # Programs that run once or twice.
 pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.thorough]
-looked = jax.jit(observe, static_argnums=(1, 2, 4))
+measure = jax.jit(observe, static_argnums=(1, 2, 4))
 merged = jax.jit(merge_batch_moments)
 
 
@@ -47,7 +47,7 @@ def test_what_is_seen(case, rng):
         x = 1e-15 * x  # the fourth power is no number of float32
     x = x.astype(np.complex64 if case == "complex" else np.float32)
     given = x if where is None else np.where(where, x, 1e6)
-    check(looked(given, (3,), -1, where, None), truth(x, where))
+    check(measure(given, (3,), -1, where, None), truth(x, where))
 
 
 def test_features_in_another_place_and_devices_that_share(rng):
@@ -60,18 +60,18 @@ def test_features_in_another_place_and_devices_that_share(rng):
         np.moveaxis(x, 0, 2)
     )
     check(observed, truth(np.moveaxis(x, 0, 2)))
-    alone = looked(x, (3,), 0, None, None)  # each element is an example
+    alone = measure(x, (3,), 0, None, None)  # each element is an example
     check(alone, truth(np.moveaxis(x.reshape(3, 64, 1), 0, 2)))
 
 
 def test_two_calls(rng):
     """The bound is exact if a layer sees the same twice, and a bound if it does not."""
     x = rng.standard_normal((6, 4, 3)).astype(np.float32)
-    one = looked(x, (3,), -1, None, None)
+    one = measure(x, (3,), -1, None, None)
     check(merged(no_batch_moments(jnp.zeros(3)), one), truth(x))
     check(merged(one, one), truth(np.concatenate([x, x], 1)))
     z = (2 - x + 0.1 * rng.standard_normal(x.shape)).astype(np.float32)
-    both, right = merged(one, looked(z, (3,), -1, None, None)), truth(np.concatenate([x, z], 1))
+    both, right = merged(one, measure(z, (3,), -1, None, None)), truth(np.concatenate([x, z], 1))
     check(both[:2], right[:2])
     assert (np.asarray(both.sums) >= right.sums).all()
     assert (np.asarray(both.squares) >= right.squares).all()

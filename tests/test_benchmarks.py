@@ -1,4 +1,4 @@
-"""The benchmark: what it measures, that it measures the right thing, and what it says about it."""
+"""The command `python -m benchmarks`: cases, measurements, summaries, errors."""
 
 import importlib.util
 import json

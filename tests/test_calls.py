@@ -1,4 +1,4 @@
-"""What a call is to JAX: one program, with a name in profiles, of types that can be exported."""
+"""A call is one program with a name in profiles, and its types can be exported."""
 
 import functools
 

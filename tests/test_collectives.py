@@ -1,4 +1,4 @@
-"""What the devices exchange, read off the compiled programs: little, and seldom."""
+"""Collectives of compiled programs: their number and their sizes."""
 
 import functools
 

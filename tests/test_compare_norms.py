@@ -1,4 +1,4 @@
-"""The study of norms: that it can be stopped and resumed, refuses what is wrong, and learns."""
+"""examples/compare_norms.py: training, stopping and resuming, errors."""
 
 import csv
 import gzip

@@ -1,4 +1,4 @@
-"""A call that is like one before it compiles nothing."""
+"""A repeated call compiles nothing."""
 
 import contextlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""One contract for the formulas and each kernel: values and derivatives of NumPy in float64."""
+"""The contract of the formulas and each kernel: values and derivatives of NumPy in float64."""
 
 import functools
 import itertools

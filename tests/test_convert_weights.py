@@ -1,4 +1,4 @@
-"""Layers of PyTorch in Flax, and those of weight norm and spectral norm: all axes of one size.
+"""Layers of PyTorch in Flax, with weight norm and spectral norm: all axes of one size.
 
 So no shape tells whether the axes of a kernel are in the right order. The outputs do.
 """

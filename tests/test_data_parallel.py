@@ -1,4 +1,4 @@
-"""The example of data parallelism: real processes that meet, are killed, and go on."""
+"""examples/data_parallel.py with real processes, which are killed and resumed."""
 
 import gc
 import os

@@ -1,4 +1,4 @@
-"""Batch norm across devices is that of one device: under every map, mask, mesh and grouping."""
+"""Batch norm across devices equals batch norm on one, for every map, mask, mesh and grouping."""
 
 import functools
 from typing import Any

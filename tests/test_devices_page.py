@@ -1,4 +1,4 @@
-"""docs/devices.md: what it says is sent is what the compiled programs send, and its code runs."""
+"""docs/devices.md: its table matches the compiled programs, and its code runs."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What pip gets."""
+"""The files of a distribution."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a Flax user sees after changing the import lines: the same modules."""
+"""Drop-ins for Flax: signatures, variables, dtypes, checkpoints."""
 
 import functools
 import inspect

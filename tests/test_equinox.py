@@ -1,4 +1,4 @@
-"""The Equinox modules: what an Equinox user sees after changing the import line."""
+"""Drop-ins for Equinox: signatures, fields, values, errors."""
 
 import dataclasses
 import inspect
@@ -30,7 +30,7 @@ NAMES = ["LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm"]
 all_norms = pytest.mark.parametrize("name", NAMES)
 
 
-def test_nothing_imports_equinox_unasked_and_without_it_the_error_says_what_to_install():
+def test_only_jaxnorm_equinox_imports_equinox_and_its_error_names_the_package():
     code = """
 import sys, jaxnorm
 assert not {"equinox", "jaxnorm.equinox"} & set(sys.modules)

@@ -1,4 +1,4 @@
-"""Equinox's BatchNorm and ours: training, inference, named axes and hard data."""
+"""BatchNorm of Equinox and of jaxnorm.equinox: training, inference, named axes, hard data."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Errors of every norm and of the modules: of which types, and what is no error."""
+"""Errors of every norm and module: their types, and input that is not an error."""
 
 import os
 import subprocess

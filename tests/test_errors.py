@@ -1,4 +1,4 @@
-"""Bad input is refused while tracing, with what must hold, what was given and what to do."""
+"""Errors for bad input, raised while tracing: what must hold, what was given, what to do."""
 
 from typing import Any
 

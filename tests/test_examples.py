@@ -1,4 +1,4 @@
-"""The examples that train: they learn, are interrupted and go on, and say what is wrong."""
+"""The example scripts: training, interruption and resumption, errors."""
 
 import csv
 import gc

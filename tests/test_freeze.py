@@ -1,4 +1,4 @@
-"""Frozen batch norms: nothing moves their statistics, and nothing else is held."""
+"""Frozen batch norms keep their statistics; everything else trains."""
 
 from typing import Any
 

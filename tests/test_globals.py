@@ -1,4 +1,4 @@
-"""Programs that are compiled are those of the globals as they are."""
+"""Compiled programs depend on the present values of globals."""
 
 import types
 

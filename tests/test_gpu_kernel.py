@@ -1,4 +1,4 @@
-"""The GPU's kernel: interpreted on the CPU, and compiled for a GPU that is not there."""
+"""The GPU's kernel: interpreted on the CPU, and compiled ahead of time for a GPU."""
 
 import functools
 import itertools
@@ -190,7 +190,7 @@ def test_without_a_gpu_it_has_to_be_asked_for():
     assert "no NVIDIA GPU here" in (gpu.opt_in_reason() or "")
 
 
-def test_the_devices_decide_each_time_whether_it_is_used_unasked(monkeypatch):
+def test_the_default_depends_on_the_devices_at_each_lowering(monkeypatch):
     gpus = lambda *kinds: lambda backend: [types.SimpleNamespace(device_kind=k) for k in kinds]
     monkeypatch.setattr(jax, "devices", gpus(gpu.VERIFIED, gpu.VERIFIED))
     assert gpu.opt_in_reason() is None

@@ -20,7 +20,7 @@ def traffic(f, *args, donate=()):
 
 
 def is_about(found, arrays, sums=0):
-    """Whether so many arrays are moved, to a hundredth.
+    """Whether this many arrays are moved, to a hundredth.
 
     The XLA of jax 0.10.0 takes a sum of each 32 elements first, and writes and reads these.
     """

@@ -1,4 +1,4 @@
-"""jaxnorm/_internals.py has all that may go with the next JAX or Flax, and it still works."""
+"""jaxnorm/_internals.py has all uses of internals of JAX and Flax, with fallbacks."""
 
 import ast
 import contextlib

@@ -1,4 +1,4 @@
-"""Who computes: chosen by argument or variable, and refused in one sentence."""
+"""The choice between kernel and XLA, by argument or environment variable, and its errors."""
 
 import functools
 import pickle

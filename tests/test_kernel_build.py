@@ -1,4 +1,4 @@
-"""Building the kernel, and doing without it."""
+"""Building the CPU kernel, and installing without it."""
 
 import ctypes
 import platform

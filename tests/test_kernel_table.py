@@ -1,4 +1,4 @@
-"""The table of kernels: another platform's kernel, in thirty lines, is all that an entry takes."""
+"""The table of kernels, with a kernel of thirty lines as an example."""
 
 import functools
 import types
@@ -94,7 +94,7 @@ def test_one_traced_program_runs_by_each_platform_s_kernel(table):
 
 
 @pytest.mark.usefixtures("kernel")
-def test_each_platform_declines_by_itself(table):
+def test_support_is_checked_for_each_platform(table):
     table(tpu=Tiny())
     batch_norm = lambda x: jn.batch_norm(x, jn.init_batch_norm_state(11))[0]
     assert "jaxnorm_forward" in lowered(batch_norm, "cpu", X)
@@ -112,7 +112,7 @@ def test_a_kernel_is_reached_where_another_could_not_be_built(table, no_compiler
 
 
 @pytest.mark.usefixtures("kernel")
-def test_an_unproven_kernel_is_used_only_where_it_is_asked_for(table, monkeypatch):
+def test_a_kernel_with_an_opt_in_reason_is_used_by_name_only(table, monkeypatch):
     tiny = Tiny()
     monkeypatch.setattr(tiny, "opt_in_reason", lambda: "it was never run on a real chip")
     table(tpu=tiny)

@@ -1,4 +1,4 @@
-"""docs/left_out.md: its code runs, and computes what it says."""
+"""docs/left_out.md: its code runs, with the results that the page states."""
 
 import re
 from pathlib import Path

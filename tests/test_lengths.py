@@ -1,4 +1,4 @@
-"""The 2-norm: of any magnitude, with a derivative at zero."""
+"""The 2-norm, of any magnitude, and its derivative at zero."""
 
 import functools
 

@@ -131,7 +131,7 @@ def test_haiku_issue_396_and_equinox_issue_876_half_precision(name, dtype, mean,
     x = normal(rng, 4, 16, 16, 6, mean=mean, std=3, dtype=dtype)  # they are whole or half numbers
     truth = TRUTH[name](np.asarray(x, np.float64))
     norm = NORMS[name].clone(force_float32_reductions=forced)
-    # Sums of up to 1024 terms, of which many are alike, round by about the root of that.
+    # Sums of up to 1024 terms, many of them alike: rounding grows with the root of their number.
     assert oracle.units(train(norm.clone(dtype=jnp.float32), x)[0], truth) < 32
     y = train(norm.clone(dtype=dtype), x)[0]
     assert y.dtype == dtype

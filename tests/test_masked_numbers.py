@@ -1,4 +1,4 @@
-"""What does not count may be any number, NaN too: no gradient depends on it.
+"""Masked elements may be any number, NaN too: no gradient depends on them.
 
 The loss leaves these positions out. So all gradients are those of x with any other numbers there.
 """

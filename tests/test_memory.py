@@ -1,4 +1,4 @@
-"""The kernel's lean memory: what a compiled program plans beside its inputs and outputs."""
+"""Scratch memory that compiled programs with the kernel plan."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What the modules do beyond Flax, and where Flax's two faces differ from each other."""
+"""What the modules add to Flax's, and where linen and nnx differ."""
 
 from typing import Any
 

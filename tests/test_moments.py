@@ -1,4 +1,4 @@
-"""Measuring, merging and committing moments."""
+"""Moments: measured, merged, and added to a running state."""
 
 import functools
 

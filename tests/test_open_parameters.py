@@ -1,4 +1,4 @@
-"""Scale and bias of the rank of x, an offset of the scale, and statistics that are given."""
+"""Scale and bias of the rank of x, the offset of the scale, and given statistics."""
 
 import functools
 import os

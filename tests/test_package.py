@@ -1,4 +1,4 @@
-"""The package as one imports it."""
+"""The package: its public names, imports and versions."""
 
 import importlib.metadata
 import inspect

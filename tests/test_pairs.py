@@ -1,4 +1,4 @@
-"""The tests that are run of a grid have every value, or every pair of its values."""
+"""The tests chosen from a grid have every value, or every pair of values."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What XLA is given for accelerators: few results, few reductions, nothing kept but x."""
+"""Programs for accelerators before XLA: results, reductions, residuals."""
 
 import re
 

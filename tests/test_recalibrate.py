@@ -1,4 +1,4 @@
-"""Running statistics measured anew: exact over any batches, and nothing else changes."""
+"""Recalibration: exact for any division into batches; nothing else changes."""
 
 from typing import Any
 

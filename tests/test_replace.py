@@ -1,4 +1,4 @@
-"""Flax's norms replaced inside models: the same variables, our numbers, nothing else touched."""
+"""Flax's norms replaced inside models: the same variables, jaxnorm's numbers."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""The site: it builds without a warning, its code runs, and its pictures are true."""
+"""The site builds without a warning; its code runs; its pictures match the layouts."""
 
 import functools
 import http.server

@@ -1,4 +1,4 @@
-"""The advice of "Which norm?" and the errors of "When something fails" are true."""
+"""The advice of "Which norm?" and the errors of "When something fails" match the code."""
 
 import itertools
 import re

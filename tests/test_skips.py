@@ -1,4 +1,4 @@
-"""A skip that nobody expects fails a run, whether it has one process or several."""
+"""An unexpected skip fails a run, in one process or several."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Batches in parts: ghost batch norm, microbatches, and padding to a size that divides."""
+"""Batches in parts: ghost batch norm, microbatches, padding."""
 
 import inspect
 

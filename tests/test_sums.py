@@ -1,4 +1,4 @@
-"""Sums in two steps: the same numbers, from fewer and leaner kernels."""
+"""Sums in two steps: the same numbers in fewer kernels."""
 
 import re
 

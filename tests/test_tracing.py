@@ -1,4 +1,4 @@
-"""Tracing starts none of JAX's backends: `jax.distributed.initialize` may come after it."""
+"""Tracing starts none of JAX's backends, so `jax.distributed.initialize` may follow it."""
 
 import subprocess
 import sys

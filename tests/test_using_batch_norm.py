@@ -1,4 +1,4 @@
-"""docs/using_batch_norm.md: its code runs, and what it says of other libraries is so."""
+"""docs/using_batch_norm.md: its code runs, and its statements on other libraries hold."""
 
 import importlib
 import inspect

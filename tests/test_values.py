@@ -1,4 +1,4 @@
-"""Values against NumPy in float64: shapes, axes, dtypes, masks, and what is empty."""
+"""Values against NumPy in float64: shapes, axes, dtypes, masks, empty arrays."""
 
 import hypothesis.extra.numpy as hnp
 import jax
@@ -49,7 +49,7 @@ def norms_of(shape):
     return [norm.with_groups(shape) for norm in NORMS if norm.name in names]
 
 
-# float32 for every shape, and the other dtypes, which are cast at the door, for some.
+# float32 for every shape, and the other dtypes, which are cast first, for some.
 NAMED = [(name, jnp.float32) for name in ROWS | IMAGES]
 NAMED += [(name, jnp.bfloat16) for name in ("gpt2", "mlp", "resnet-stem", "digits")]
 NAMED += [(name, dtype) for name in ("mlp", "digits") for dtype in (jnp.float16, jnp.complex64)]

@@ -1,4 +1,4 @@
-"""python -m jaxnorm.verify tells right kernels from wrong ones."""
+"""python -m jaxnorm.verify distinguishes right kernels from wrong ones."""
 
 import os
 import subprocess

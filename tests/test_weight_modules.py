@@ -1,4 +1,4 @@
-"""Modules that normalize weights: values, training, and bugs of Flax's."""
+"""Modules that normalize weights: values, training, and bugs of Flax that they avoid."""
 
 from collections.abc import Callable
 from typing import Any
@@ -163,7 +163,7 @@ def test_evaluation_does_not_iterate(rng):
     graph, state = nnx.split(module)
     f = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
     assert_trees_all_close(f(state, x), y, atol=TOL)
-    # A module may be called under a transformation that does not know of it.
+    # A transformation may not get the module as an argument.
     assert jax.grad(lambda x: module(x).sum())(x).shape == x.shape
 
 

@@ -1,4 +1,4 @@
-"""The worked examples that tutorials give, with their arithmetic put right."""
+"""Worked examples of tutorials, with correct arithmetic."""
 
 import jax.numpy as jnp
 import numpy as np
