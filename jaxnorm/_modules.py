@@ -1,4 +1,4 @@
-"""What `jaxnorm.linen` and `jaxnorm.nnx` share: arguments of a norm by a module's attributes."""
+"""Helpers that `jaxnorm.linen` and `jaxnorm.nnx` share."""
 
 import warnings
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def options_of(module: Any, mask: jax.Array | None, *, bind_names: bool) -> dict
 def add_params(
     learned: NormParams, given: NormParams, layout: Layout, dtype: jnp.dtype
 ) -> NormParams:
-    """The sum of two scales and of two biases, in float32 or better; None is no summand."""
+    """Add two scales and two biases, in float32 or better; None counts as zero."""
 
     def add(name, a, b):
         if b is None:
@@ -64,14 +64,14 @@ def add_params(
 
 
 def initial_scale(offset: float) -> float:
-    """The scale that, with its offset, changes nothing."""
+    """Return the scale that, with its offset, is the factor one."""
     return 1.0 - check_number(offset, "scale_offset")
 
 
 def update_running_statistics(
     mean: jax.Array, var: jax.Array, moments: Moments, momentum: float, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
-    """The running statistics of a module, moved towards the moments.
+    """Return the running statistics of a module, updated by the moments.
 
     Like Flax's, they have no count of updates, and may be in half precision. Then they are promoted
     to `dtype`, that of the input.
@@ -92,7 +92,7 @@ def update_running_statistics(
 
 
 def cast_and_place_like(old: Any, value: np.ndarray | jax.Array) -> jax.Array:
-    """The value in the dtype of an array, and where that is."""
+    """Cast a value to the dtype of an array, and place it on the same devices."""
     new = jnp.asarray(value.astype(old.dtype))
     if isinstance(old, jax.Array) and not isinstance(old, Tracer) and old.committed:
         return jax.device_put(new, old.sharding)
@@ -100,7 +100,7 @@ def cast_and_place_like(old: Any, value: np.ndarray | jax.Array) -> jax.Array:
 
 
 def widened(x: Any, dtype: DTypeLike | None) -> jax.Array:
-    """x as an array that JAX promotes: one of float8, where a module has a dtype, in float32."""
+    """Return x as an array that JAX promotes; if a module has a dtype, cast float8 to float32."""
     x = jnp.asarray(x)
     if dtype is None:
         check_dtype(x.dtype, "x", "convert it first, or give the module a dtype.")
@@ -110,7 +110,7 @@ def widened(x: Any, dtype: DTypeLike | None) -> jax.Array:
 
 
 def warn_of_single_elements(layout: Layout) -> None:
-    """Warn that no axis is left to measure over; Flax's result is the same in silence."""
+    """Warn if no axis is left to measure over; Flax returns the same without a warning."""
     if not layout.reduction_axes:
         warnings.warn(
             "InstanceNorm must have an axis besides those of the examples and the features, got "
@@ -123,7 +123,7 @@ def warn_of_single_elements(layout: Layout) -> None:
 def call_in_dtype(
     function: Callable, x: Any, dtype: DTypeLike, *args: Any, **options: Any
 ) -> jax.Array:
-    """`function(x, ...)` with a result of `dtype`: x is cast up before, and y down after."""
+    """Call `function(x, ...)` in at least `dtype`, and cast its result to `dtype`."""
     x = widened(x, dtype)
     return function(x.astype(promote(x.dtype, dtype)), *args, **options).astype(dtype)
 
@@ -135,7 +135,7 @@ def weight_normalized(
     epsilon: float,
     dtype: DTypeLike,
 ) -> jax.Array:
-    """`weight_norm` with the scale as g, of length one without a scale."""
+    """Apply `weight_norm` with the scale as g; without a scale, g is one."""
     wide = weights.astype(promote(weights.dtype, dtype))
     if scale is None:
         layout = batch_layout(weights.shape, feature_axes, name="feature_axes")
@@ -146,7 +146,7 @@ def weight_normalized(
 def spectrally_normalized(
     weights: jax.Array, u: jax.Array, steps: int, epsilon: float, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The weights after so many power iterations from u, the new u, and sigma.
+    """Return the weights divided by sigma after `steps` power iterations, the new u, and sigma.
 
     Flax keeps u and sigma, and no v; without a step, it is that of u.
     """
@@ -168,7 +168,7 @@ def check_matrix(required: bool, name: str, shape: tuple[int, ...]) -> None:
 
 
 def check_no_mask(mask: jax.Array | None) -> None:
-    """Check that no weights are hidden: they would count in the statistics."""
+    """Check that there is no mask of weights: masked weights would count in the statistics."""
     if mask is not None:
         raise ValueError(
             f"mask must be None where weights are standardized, got an array of shape {mask.shape};"

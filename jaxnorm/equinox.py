@@ -188,7 +188,7 @@ def _options(norm: Any) -> dict[str, Any]:
 
 
 def _running(averages: tuple, x: jax.Array, count: jax.Array) -> BatchNormState:
-    """The averages of a state in float32 or better; both are complex in a complex module."""
+    """Return the averages of a state in float32 or better; in a complex module both are complex."""
     mean, var = averages
     if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean):
         raise TypeError(
@@ -200,7 +200,7 @@ def _running(averages: tuple, x: jax.Array, count: jax.Array) -> BatchNormState:
 
 
 def _rounded(moved: BatchNormState, averages: tuple) -> tuple[jax.Array, jax.Array]:
-    """The new averages in the dtypes of the old ones."""
+    """Cast the new averages to the dtypes of the old ones."""
     return moved.mean.astype(averages[0].dtype), moved.var.astype(averages[1].dtype)
 
 

@@ -21,7 +21,7 @@ def from_haiku(
     state: Mapping[str, Mapping[str, Any]],
     name: str,
 ) -> tuple[NormParams, BatchNormState | None]:
-    """Scale, bias and running statistics of a Haiku norm.
+    """Read scale, bias and running statistics of a Haiku norm.
 
     Haiku's BatchNorm keeps a biased average `hidden`, which starts at zero, and the `average` with
     which it normalizes: hidden / (1 - decay_rate**counter). The latter is the state here.
@@ -64,7 +64,7 @@ def from_haiku(
 
 
 def haiku_momentum(decay_rate: float, count: jax.Array | int) -> jax.Array:
-    """The momentum of the next step, with which the state stays Haiku's debiased average.
+    """Return the momentum of the next step that keeps the state equal to Haiku's debiased average.
 
         momentum = decay_rate (1 - decay_rate**count) / (1 - decay_rate**(count + 1))
 
@@ -104,7 +104,7 @@ def haiku_momentum(decay_rate: float, count: jax.Array | int) -> jax.Array:
 
 
 def _features(value: jax.Array) -> jax.Array:
-    """An array without the axes of size one that Haiku keeps."""
+    """Remove the axes of size one that Haiku keeps."""
     if value.ndim < 2:
         return value
     return value.reshape(tuple(size for size in value.shape if size > 1) or (1,))

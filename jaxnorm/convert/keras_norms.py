@@ -14,7 +14,7 @@ _KINDS = "BatchNormalization", "LayerNormalization", "RMSNormalization", "GroupN
 
 
 def from_keras(layer: Any) -> tuple[NormParams, BatchNormState | None]:
-    """Scale, bias and running statistics of a Keras layer, on any of its backends.
+    """Read scale, bias and running statistics of a Keras layer, on any of its backends.
 
     `keras_options` has the options that go with them.
 
@@ -46,7 +46,7 @@ def from_keras(layer: Any) -> tuple[NormParams, BatchNormState | None]:
 
 
 def keras_options(layer: Any) -> dict[str, Any]:
-    """The keywords with which a function of jaxnorm computes what a Keras layer does.
+    """Return the keywords that make a function of jaxnorm compute the same as a Keras layer.
 
     With them, `batch_norm`, `layer_norm`, `rms_norm` or `group_norm` gives the same result for the
     same x, and `batch_norm` the same running statistics after each step. Keras's momentum is ours.
@@ -93,7 +93,7 @@ def _checked(layer: Any) -> str:
 
 
 def _in_order(params: NormParams, layer: Any) -> NormParams:
-    """Scale and bias in the order of the axes of x.
+    """Transpose scale and bias to the order of the axes of x.
 
     Keras sorts axes as they are given, so [1, -2] becomes [-2, 1], and makes the arrays in this
     order. But it reshapes them to the order of x, and does not transpose them.
@@ -104,5 +104,5 @@ def _in_order(params: NormParams, layer: Any) -> NormParams:
 
 
 def _value(variable: Any) -> Any:
-    """The array of a variable, which is one of JAX, PyTorch or TensorFlow; None stays None."""
+    """Return the array of a variable of JAX, PyTorch or TensorFlow; None stays None."""
     return None if variable is None else variable.value

@@ -24,8 +24,8 @@ class _Target(NamedTuple):
     """A place for an array in a model."""
 
     old: Any  # with a shape and a dtype
-    required: bool  # whether it is an error to leave it as it is
-    flipped: bool = False  # whether it is a kernel of a transposed convolution that is not flipped
+    required: bool  # whether it is an error if no array replaces it
+    flipped: bool = False  # whether it is an unflipped kernel of a transposed convolution
 
 
 def load(
@@ -35,7 +35,7 @@ def load(
     *,
     keep: Iterable[str] = (),
 ) -> Model:
-    """A model with the arrays of another library's model.
+    """Load the arrays of another library's model into a model.
 
     Every array and every variable of the model must have a place, so that no name is forgotten.
     An array whose place is a "kernel" is transposed if it is a "weight" by the last part of its
@@ -119,7 +119,7 @@ def load(
 
 
 def _check_names(arrays, places: dict[str, str | None], targets: dict[str, _Target], kept) -> None:
-    """Check that each name and path is there, and that none is left over or used twice."""
+    """Check that each name and path exists, and that each is used once."""
     if missing := places.keys() - arrays.keys():
         raise ValueError(
             f"table must name arrays that are there, got {listed(missing)}; there are "
@@ -159,7 +159,7 @@ def _is_below(path: str, parent: str) -> bool:
 
 
 def _arranged(array: np.ndarray, name: str, path: str, target: _Target, function) -> np.ndarray:
-    """An array as the model has it."""
+    """Return an array in the layout of the model."""
     if function is not None:
         return np.asarray(function(array))
     is_kernel = path.rpartition(".")[2] == "kernel" and array.ndim > 1
@@ -178,7 +178,7 @@ def _arranged(array: np.ndarray, name: str, path: str, target: _Target, function
 
 
 def _holds(dtype: Any, given: Any) -> bool:
-    """Whether a variable of a dtype can have values of another: rounded, but of no other kind."""
+    """Return whether a variable can hold values of another dtype: rounded, but of the same kind."""
     kinds = [np.bool_, np.integer, np.floating, np.complexfloating]
     rank = lambda d: next(i for i, kind in enumerate(kinds) if jnp.issubdtype(d, kind))
     return rank(given) <= rank(dtype)
@@ -196,7 +196,7 @@ def _is_nnx(model: Any) -> bool:
 
 
 def _nnx(model: Any) -> tuple[dict[str, _Target], Callable]:
-    """The variables of an nnx module by their paths, and what makes it with others."""
+    """Return the variables of an nnx module by their paths, and a function that replaces them."""
     from flax import nnx
 
     def variables(module: Any) -> dict[str, tuple[tuple, Any]]:
@@ -222,12 +222,12 @@ def _nnx(model: Any) -> tuple[dict[str, _Target], Callable]:
 
 
 def _dotted(path: Any) -> str:
-    """A path whose parts may be paths: ("scales", ("kernel",)) of a weight norm."""
+    """Join a path whose parts may be paths, such as ("scales", ("kernel",)) of a weight norm."""
     return ".".join(map(_dotted, path)) if isinstance(path, tuple) else str(path)
 
 
 def _linen(variables: Any) -> tuple[dict[str, _Target], Callable]:
-    """The variables of linen by their paths, boxed or not, and what makes them with others."""
+    """Return the variables of linen by their paths, and a function that replaces them."""
     from flax.core import meta
 
     is_box = lambda leaf: isinstance(leaf, meta.AxisMetadata)

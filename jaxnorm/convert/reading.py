@@ -11,7 +11,7 @@ MANY = 20  # names in a message
 
 
 def as_numpy(value: Any, name: str) -> np.ndarray:
-    """A copy of a PyTorch tensor, or of a NumPy or JAX array, in NumPy.
+    """Copy a PyTorch tensor, or a NumPy or JAX array, to NumPy.
 
     NumPy has bfloat16 and the like by the package ml_dtypes, which JAX requires. A tensor of such
     a dtype goes through float32, which holds all of them.
@@ -37,24 +37,24 @@ def as_numpy(value: Any, name: str) -> np.ndarray:
 
 
 def is_native(dtype: np.dtype) -> bool:
-    """Whether NumPy has the dtype by itself."""
+    """Return whether the dtype is one of NumPy's own."""
     return np.dtype(dtype).kind != "V" and np.dtype(dtype).isbuiltin == 1
 
 
 def as_scale_or_bias(value: Any, name: str) -> Any:
-    """A parameter as a JAX array of its own dtype; None stays None."""
+    """Return a parameter as a JAX array of its own dtype; None stays None."""
     return None if value is None else jnp.asarray(as_numpy(value, name))
 
 
 def as_statistic(value: Any, name: str) -> Any:
-    """A running statistic as a JAX array of float32 or better."""
+    """Return a running statistic as a JAX array of float32 or better."""
     array = as_numpy(value, name)
     wide = array.dtype.itemsize >= 4 and jnp.issubdtype(array.dtype, jnp.inexact)
     return jnp.asarray(array if wide else array.astype(np.float32))
 
 
 def listed(names: Iterable[str], like: str = "") -> str:
-    """Names for a message: all, or those that are most like another."""
+    """List names for a message: all, or the most similar to another name."""
     names = sorted(set(names))
     if not names:
         return "none"
@@ -66,7 +66,7 @@ def listed(names: Iterable[str], like: str = "") -> str:
 
 
 def kind_of(instance: Any, kinds: Iterable[str], root: str, method: str) -> str:
-    """Which of the classes `kinds` an object of another library is.
+    """Return which of the classes `kinds` an object of another library is.
 
     `root` is where the library defines them, and `method` what computes. A subclass with a method
     of its own may compute something else.

@@ -26,7 +26,7 @@ _KINDS = "_BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "_InstanceNorm"
 def from_torch(
     state_dict: Mapping[str, Any], prefix: str = ""
 ) -> tuple[NormParams, BatchNormState | None]:
-    """Scale, bias and running statistics of a PyTorch norm.
+    """Read scale, bias and running statistics of a PyTorch norm.
 
     `torch_options` has the options that go with them.
 
@@ -107,7 +107,7 @@ def from_torch(
 def to_torch(
     params: NormParams | None, state: BatchNormState | None = None, prefix: str = ""
 ) -> dict[str, np.ndarray]:
-    """What a PyTorch norm loads, under its names.
+    """Return the state dictionary of a PyTorch norm.
 
     Args:
       params: scale and bias; what is None is left out, as it is by a module without it.
@@ -149,7 +149,7 @@ def to_torch(
 
 
 def torch_options(module: Any) -> dict[str, Any]:
-    """The keywords with which a function of jaxnorm computes what a PyTorch norm does.
+    """Return the keywords that make a function of jaxnorm compute the same as a PyTorch norm.
 
     With them, `batch_norm`, `layer_norm`, `rms_norm`, `group_norm` or `instance_norm` gives the
     same result for the same x, and `batch_norm` the same running statistics after each step: the

@@ -19,7 +19,7 @@ def add_layer_norm(
     scale_offset: float = 0.0,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Layer normalization of x + residual, which is returned too: one pass over both.
+    """Apply layer normalization to x + residual, and return this sum too.
 
         total = x + residual
         y = (total - mean(total)) / sqrt(var(total) + epsilon) * (scale_offset + scale) + bias

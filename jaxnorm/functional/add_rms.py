@@ -19,7 +19,7 @@ def add_rms_norm(
     scale_offset: float = 0.0,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """RMS normalization of x + residual, which is returned too: one pass over both.
+    """Apply RMS normalization to x + residual, and return this sum too.
 
         total = x + residual
         y = total / sqrt(mean(total**2) + epsilon) * (scale_offset + scale) + bias

@@ -40,7 +40,7 @@ def batch_norm(
     renorm: Renorm | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, BatchNormState]:
-    """Batch normalization: zero mean and unit variance for each feature over the batch.
+    """Apply batch normalization: zero mean and unit variance for each feature over the batch.
 
         y = (x - mean) / sqrt(var + epsilon) * (scale_offset + scale) + bias
 
@@ -128,7 +128,7 @@ def batch_norm(
             "axis_name must be a name or a tuple of names, got a NormParams; pass params by "
             "keyword: batch_norm(x, state, params=params)."
         )
-    # In evaluation too, so that what is wrong is an error before training.
+    # Check in evaluation too, so that a wrong argument is an error before training.
     spec, arrays = prepare_call(
         "batch_norm",
         x,

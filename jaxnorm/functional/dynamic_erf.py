@@ -1,4 +1,4 @@
-"""Dynamic erf: a bounded function of each element, in the place of a norm."""
+"""Dynamic erf: a bounded function of each element instead of a norm."""
 
 import jax
 from jax import lax
@@ -18,7 +18,7 @@ def dynamic_erf(
     *,
     feature_axis: int = -1,
 ) -> jax.Array:
-    """Dynamic erf (Derf), which takes the place of layer norm and has no statistics.
+    """Apply dynamic erf (Derf), which replaces layer norm and has no statistics.
 
         y = erf(alpha * x + shift) * scale + bias
 

@@ -1,4 +1,4 @@
-"""Dynamic tanh: a bounded function of each element, in the place of a norm."""
+"""Dynamic tanh: a bounded function of each element instead of a norm."""
 
 import jax
 from jax.typing import ArrayLike
@@ -17,7 +17,7 @@ def dynamic_tanh(
     *,
     feature_axis: int = -1,
 ) -> jax.Array:
-    """Dynamic tanh (DyT), which takes the place of layer norm and has no statistics.
+    """Apply dynamic tanh (DyT), which replaces layer norm and has no statistics.
 
         y = tanh(alpha * x) * scale + bias
 

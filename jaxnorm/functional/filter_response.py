@@ -22,7 +22,7 @@ def filter_response_norm(
     feature_axis: int = -1,
     epsilon: float = 1e-6,
 ) -> jax.Array:
-    """Filter response normalization (FRN), and the thresholded linear unit (TLU) that follows it.
+    """Apply filter response normalization (FRN) and a thresholded linear unit (TLU).
 
         y = max(x / sqrt(mean(x**2) + epsilon) * scale + bias, threshold)
 
@@ -80,7 +80,7 @@ def _above(spec, x, params, threshold):
         return _standardize_above(spec, x, statistics(spec, x).rstd, params, threshold)
 
 
-# The maximum is part of what is computed again: which of the two it was has as many elements as x.
+# The backward pass recomputes the maximum too: the mask of its larger operand is as large as x.
 @functools.partial(jax.checkpoint, static_argnums=0)
 def _standardize_above(spec, x, rstd, params, threshold):
     wide = spec._replace(dtype=spec.compute_dtype)

@@ -31,7 +31,7 @@ def fold_batch_norm(
     scale_offset: float = 0.0,
     output_axis: Axes = -1,
 ) -> tuple[jax.Array, jax.Array]:
-    """The dense layer or convolution that computes itself and the batch norm after it.
+    """Fold a batch norm into the dense layer or convolution before it.
 
         factor = (scale_offset + scale) / sqrt(var + epsilon)
         kernel = kernel * factor
@@ -88,9 +88,9 @@ def fold_batch_norm(
     state = check_state(state, layout, kernel.dtype)
     check_scale_offset(scale_offset, params)
     for name, value in check_params(params, layout, kernel.dtype)._asdict().items():
-        if value is not None:  # which check_params may also have of the rank of the kernel
+        if value is not None:  # check_params also accepts the rank of the kernel
             check_feature_array(value, f"params.{name}", layout, kernel.dtype)
-    # The norm of the bias, and that of the kernel without what is not a factor.
+    # Normalize the bias, and the kernel with the factor of the norm alone.
     outputs = batch_layout(shape, tuple(range(len(shape))))
     scale = None if params is None else params.scale
     centred = jnp.zeros_like(state.mean), state.var

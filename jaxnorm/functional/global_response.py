@@ -23,7 +23,7 @@ def global_response_norm(
     feature_axis: int = -1,
     epsilon: float = 1e-6,
 ) -> jax.Array:
-    """Global response normalization (GRN): features are multiplied by their share of the response.
+    """Apply global response normalization (GRN): multiply features by their share of the response.
 
         y = x + x * N * scale + bias,    N = G / (mean of G over the features + epsilon)
 
@@ -71,7 +71,7 @@ def _global_response_norm(spec, x, params):
 
 
 def _share(spec: NormSpec, length: jax.Array) -> jax.Array:
-    """Each feature's length divided by the mean of all."""
+    """Divide each feature's length by the mean length."""
     mean = jnp.mean(length, spec.layout.feature_axes, keepdims=True) + spec.epsilon
     zero = mean == 0
     return jnp.where(zero, 0, quotient(length, jnp.where(zero, 1, mean)))
@@ -80,6 +80,6 @@ def _share(spec: NormSpec, length: jax.Array) -> jax.Array:
 @functools.partial(jax.checkpoint, static_argnums=0)
 def _respond(spec: NormSpec, x: jax.Array, share: jax.Array, params: NormParams) -> jax.Array:
     wide = spec._replace(dtype=spec.compute_dtype)
-    # The share in the place of rstd.
+    # The share takes the place of rstd.
     response = standardize(wide, x, None, None, share, params, expand)
     return (spec.prepare(x) + response).astype(spec.dtype)

@@ -20,7 +20,7 @@ def group_norm(
     scale_offset: float = 0.0,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Group normalization: zero mean and unit variance in each example and group of features.
+    """Apply group normalization: zero mean and unit variance in each example and group of features.
 
         y = (x - mean(x)) / sqrt(var(x) + epsilon) * (scale_offset + scale) + bias
 

@@ -19,7 +19,7 @@ def instance_norm(
     scale_offset: float = 0.0,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Instance normalization: zero mean and unit variance in each example and feature.
+    """Apply instance normalization: zero mean and unit variance in each example and feature.
 
         y = (x - mean(x)) / sqrt(var(x) + epsilon) * (scale_offset + scale) + bias
 

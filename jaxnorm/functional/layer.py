@@ -18,7 +18,7 @@ def layer_norm(
     scale_offset: float = 0.0,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Layer normalization: zero mean and unit variance over `axis`, separately for each example.
+    """Apply layer normalization: zero mean and unit variance over `axis`, for each example.
 
         y = (x - mean(x)) / sqrt(var(x) + epsilon) * (scale_offset + scale) + bias
 

@@ -43,7 +43,7 @@ def local_response_norm(
     k: float = 1.0,
     feature_axis: int = -1,
 ) -> jax.Array:
-    """Local response normalization (LRN): each feature is inhibited by its neighbours.
+    """Apply local response normalization (LRN): divide each feature by a power of its neighbours.
 
         y = x / (k + alpha / size * sum(x**2 over the neighbours))**beta
 
@@ -108,8 +108,8 @@ def _inhibited(spec: NormSpec, constants: Response, x: jax.Array) -> jax.Array:
     padded = jnp.pad(x, padding)
     shift = lambda start: lax.slice_in_dim(padded, start, start + x.shape[axis], axis=axis)
     neighbours = [shift(start) for start in range(size)]
-    # The result does not depend on the unit, so neither does its derivative. The root of the weight
-    # is a part of it, as a power of two.
+    # Neither the result nor its derivative depends on the unit. The root of the weight is a part of
+    # the unit, as a power of two.
     weight = alpha / size
     root = 2.0 ** math.floor(math.log2(weight) / 2) if weight else 0.0
     parts = [root * lax.stop_gradient(jnp.abs(a)) for a in neighbours]
@@ -118,7 +118,7 @@ def _inhibited(spec: NormSpec, constants: Response, x: jax.Array) -> jax.Array:
     unit = jnp.where(zero, 1, magnitude(longest))
     squares = [square(a * (root / unit).astype(a.dtype)) for a in neighbours]
     total = functools.reduce(operator.add, squares) * (weight / root**2 if weight else 0.0)
-    if k:  # else XLA would divide zero by the square of the unit, which may be zero too
+    if k:  # for k = 0, XLA would divide zero by the square of the unit, which may be zero
         total = total + k / unit / unit
     total = jnp.where(zero, 1, total)
     factor = jnp.where(zero, 0, total**-beta * unit ** (1 - 2 * beta))

@@ -1,4 +1,4 @@
-"""Moments without a norm: measured and merged."""
+"""Moments of arrays: measured and merged."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def moments(
     axis_name: AxisName = None,
     axis_index_groups: AxisGroups = None,
 ) -> Moments:
-    """Mean, biased variance and count of x over `axis`, and over the devices of `axis_name`.
+    """Measure mean, biased variance and count of x over `axis` and the devices of `axis_name`.
 
     Args:
       x: array of any shape with at least one axis; floating-point or complex.
@@ -68,7 +68,7 @@ def _moments(spec, x, where):
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
-    """The moments of the elements of a and b together; counts may differ, and may be zero.
+    """Merge the moments of two sets of elements; their counts may differ, and may be zero.
 
     The result is rounded to the dtype of a and b. In float32 a count is exact up to 2**24, and
     moments of few elements may be too small to move those of very many: merge moments of similar
@@ -114,14 +114,14 @@ def _merged(a, b):
 
 
 def check_moments(moments: Moments) -> Moments:
-    """Moments whose parts are JAX arrays."""
+    """Return moments whose parts are JAX arrays."""
     if not isinstance(moments, Moments):
         raise TypeError(
             f"moments must be a Moments, got {type(moments).__name__}; measure them with "
             "jaxnorm.moments(x, axis)."
         )
     mean, var, count = map(as_array, moments)
-    if jnp.issubdtype(count.dtype, jnp.integer):  # the sum of two may overflow
+    if jnp.issubdtype(count.dtype, jnp.integer):  # sums of counts may overflow
         count = count.astype(var.dtype)
     return Moments(mean, var, count)
 

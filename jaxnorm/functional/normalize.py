@@ -73,7 +73,7 @@ def denormalize(
     epsilon: float = 1e-5,
     scale_offset: float = 0.0,
 ) -> jax.Array:
-    """The inverse of `normalize` with the same arguments.
+    """Undo `normalize` with the same arguments.
 
         x = (y - bias) / (scale_offset + scale) * sqrt(var + epsilon) + mean
 

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def pad_batch(batch: Any, multiple: int) -> tuple[Any, Any]:
-    """Pad the batch with zeros until `multiple` divides it, and tell which examples are real.
+    """Pad the batch with zeros until `multiple` divides it; return which examples are real.
 
     A batch of any size can then be sharded over devices. Pass the second result to a norm as
     `where`: statistics and gradients are then those of the real examples, on whichever device they

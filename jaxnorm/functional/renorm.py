@@ -20,7 +20,7 @@ from jaxnorm.kernels import KernelUnavailableError, check_implementation
 
 @functools.partial(export.register_namedtuple_serialization, serialized_name="jaxnorm.Renorm")
 class Renorm(NamedTuple):
-    """How far batch renormalization may correct a batch towards the running statistics.
+    """Limits of the correction that batch renormalization makes.
 
     Both limits are scalars. They may be traced, so that a schedule needs one program; then nothing
     checks that they are at least 1 and 0. Renorm(1, 0)
@@ -47,7 +47,7 @@ class Renorm(NamedTuple):
 
 
 def check_renorm(renorm: Renorm | None) -> Renorm | None:
-    """The limits, checked; None if they are the numbers 1 and 0, which correct nothing.
+    """Return the limits, or None if they are the numbers 1 and 0, which correct nothing.
 
     Limits that are not traced become Python numbers.
     """
@@ -85,7 +85,7 @@ def _check_limit(name: str, limit: float | jax.Array, least: int) -> float | jax
 
 
 def without_kernel(renorm: Renorm | None, implementation: str | None = None) -> str | None:
-    """The implementation; if there is renorm, the formula.
+    """Return the implementation, which is XLA for batch renormalization.
 
     Raises:
       KernelUnavailableError: there is renorm, and the kernel is asked for.
@@ -102,7 +102,7 @@ def without_kernel(renorm: Renorm | None, implementation: str | None = None) -> 
 def normalize_batch(
     spec: NormSpec, arrays: Arrays, mean: jax.Array, var: jax.Array, renorm: Renorm | None
 ) -> tuple[jax.Array, Moments]:
-    """Standardize x by its own statistics, corrected towards the running ones if there is renorm.
+    """Standardize x by its own statistics; with renorm, correct towards the running statistics.
 
     The second result is the moments, over the devices.
     """
@@ -127,24 +127,24 @@ def _renormalize(spec, arrays, mean, var, renorm):
 def _corrections(
     spec: NormSpec, stats: Statistics, mean: jax.Array, var: jax.Array, renorm: Renorm
 ) -> tuple[jax.Array, jax.Array]:
-    """r and d, in the arithmetic's dtype; 1 and 0 where nothing counts. They broadcast to x."""
+    """Return r and d, which broadcast to x; they are 1 and 0 where nothing counts."""
     mean, var = map(spec.layout.broadcast, (mean, var))
     high, low, own_var, count, _ = map(spec.layout.broadcast_statistics, jax.tree.leaves(stats))
-    # A state in float64 keeps its precision, though x may be in float32.
+    # A state in float64 keeps its precision if x is in float32.
     dtype = promote(own_var.dtype, var.dtype, real_dtype(mean.dtype))
     r_max, d_max = (lax.stop_gradient(as_array(limit).astype(dtype)) for limit in renorm)
     own_std, std = (jnp.sqrt(v.astype(dtype) + spec.epsilon) for v in (own_var, var))
     high, low, mean = (a.astype(promote(dtype, high.dtype, mean.dtype)) for a in (high, low, mean))
     shift = (high - mean) + low
     r = jnp.clip(_ratio(own_std, std), 1 / r_max, r_max)
-    # Of a complex shift, the absolute value is limited; of a real one, this is to clip it.
+    # Limit the absolute value of the shift; for a real shift this is clipping.
     size = jnp.minimum(_ratio(jnp.abs(shift), std), d_max)
     d = jnp.sign(shift) * size.astype(shift.dtype)
     return spec.prepare(jnp.where(count > 0, r, 1)), spec.prepare(jnp.where(count > 0, d, 0))
 
 
 def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a / b, infinite where b alone is zero, and zero where both are."""
+    """Return a / b: infinite where only b is zero, and zero where both are."""
     return jnp.where(a == 0, 0, a / b)
 
 

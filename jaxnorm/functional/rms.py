@@ -18,7 +18,7 @@ def rms_norm(
     scale_offset: float = 0.0,
     implementation: str | None = None,
 ) -> jax.Array:
-    """RMS normalization: a mean square of one over `axis`, separately for each example.
+    """Apply RMS normalization: a mean square of one over `axis`, for each example.
 
         y = x / sqrt(mean(x**2) + epsilon) * (scale_offset + scale) + bias
 

@@ -66,8 +66,8 @@ def _normalized(spec, arrays, state, weights):
             jnp.where(first, new.astype(old.dtype), old)
             for new, old in zip(measured[:2], new_state[:2], strict=True)
         )
-        # The new mean is that of x and a part of the way to the old one: written so, it keeps the
-        # low part of the former, and the difference is taken before it is rounded.
+        # The new mean is the mean of x plus a part of the distance to the old mean. Written so, it
+        # keeps the low part of the mean of x, and the difference is not rounded before.
         high, low = stats.mean_high, stats.mean_low
         assert high is not None
         assert low is not None

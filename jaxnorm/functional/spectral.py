@@ -23,7 +23,7 @@ UNROLLED = 4  # power iterations; more are a loop
     export.register_namedtuple_serialization, serialized_name="jaxnorm.SpectralNormState"
 )
 class SpectralNormState(NamedTuple):
-    """The singular vectors of weights for their largest singular value, as far as they are known.
+    """Estimates of the singular vectors of weights for their largest singular value.
 
     Attributes:
       u: the vector of the features, of their shape.
@@ -37,7 +37,7 @@ class SpectralNormState(NamedTuple):
 def init_spectral_norm_state(
     w: ArrayLike, key: jax.Array, *, feature_axis: Axes = -1
 ) -> SpectralNormState:
-    """The initial state: a random direction u, and v = W u / |W u|.
+    """Make the initial state: a random direction u, and v = W u / |W u|.
 
     Args:
       w: weights such as a kernel of shape (inputs, features); floating-point or complex.
@@ -72,7 +72,7 @@ def spectral_norm(
     epsilon: float = 1e-12,
     feature_axis: Axes = -1,
 ) -> tuple[jax.Array, SpectralNormState]:
-    """Spectral normalization: w divided by an estimate of its largest singular value.
+    """Apply spectral normalization: divide w by an estimate of its largest singular value.
 
         v = W u / |W u|,    u = W^T v / |W^T v|    (steps times, in training)
         y = w / sigma,    sigma = v^T W u
@@ -126,7 +126,7 @@ def spectral_norm(
 
 @functools.partial(jit, static_argnums=0)
 def init_vectors(layout: Layout, w: jax.Array, u: jax.Array) -> SpectralNormState:
-    """The state of a vector u of any length."""
+    """Make the state from a vector u of any length."""
     w, u = (a.astype(promote(a.dtype, w.dtype, jnp.float32)) for a in (w, u))
     matrix, _ = scaled_to_one(w, _whole(layout))
     u = unit(u, tuple(range(u.ndim)))
@@ -138,10 +138,10 @@ def init_vectors(layout: Layout, w: jax.Array, u: jax.Array) -> SpectralNormStat
 def spectral_normalize(
     layout: Layout, steps: int, epsilon: float, w: jax.Array, state: SpectralNormState
 ) -> tuple[jax.Array, SpectralNormState, jax.Array]:
-    """w / sigma, the state after so many steps, and sigma; from arguments that are checked."""
+    """Return w / sigma, the state after `steps` power iterations, and sigma."""
     with jax.named_scope("spectral_norm"):
         transposed, whole = _transposed(layout), _whole(layout)
-        # Of weights near one, no product overflows, nor does the square that the derivative has.
+        # With weights near one, neither products nor the square in the derivative overflow.
         matrix, scale = scaled_to_one(w, whole)
         constant = lax.stop_gradient(matrix)
 
@@ -157,19 +157,19 @@ def spectral_normalize(
         new_state = SpectralNormState(u.astype(state.u.dtype), v.astype(state.v.dtype))
         of_u = matrix * layout.broadcast(u)
         sigma = whole.sum(real_product(of_u, jnp.broadcast_to(transposed.broadcast(v), w.shape)))
-        # One in units of w, so that zeros have a gradient of usual size.
+        # The divisor is one in units of w, so that weights of zero have a gradient of usual size.
         divisor = jnp.where(jnp.abs(sigma) > epsilon / scale, sigma, 1 / scale)
         y = matrix / divisor.astype(matrix.dtype)
         return y.astype(w.dtype), new_state, jnp.squeeze(sigma * scale)
 
 
 def _product(layout: Layout, matrix: jax.Array, vector: jax.Array) -> jax.Array:
-    """The matrix times a vector that broadcasts against it: an array of the layout's features."""
+    """Multiply the matrix by a vector that broadcasts against it."""
     return jnp.squeeze(layout.sum(matrix * vector), layout.reduction_axes)
 
 
 def _on_mesh_of(matrix: jax.Array, vector: jax.Array) -> jax.Array:
-    """The vector, and on the explicit mesh of the matrix if it was made before that was sharded."""
+    """Move a vector to the explicit mesh of the matrix, if it is on none."""
     sharding = jax.typeof(matrix).sharding
     if sharding.mesh.empty or not jax.typeof(vector).sharding.mesh.empty:
         return vector
@@ -177,7 +177,7 @@ def _on_mesh_of(matrix: jax.Array, vector: jax.Array) -> jax.Array:
 
 
 def _turned(old: jax.Array, new: jax.Array) -> jax.Array:
-    """The direction of the new vector, sharded as the old one, or that if it has none."""
+    """Return the direction of the new vector, or the old vector if the new one is zero."""
     if jax.typeof(new).sharding != jax.typeof(old).sharding:
         new = jax.sharding.reshard(new, jax.typeof(old).sharding)
     return jnp.where(jnp.any(new != 0), unit(new, tuple(range(new.ndim))), old)

@@ -21,7 +21,7 @@ def standardize_weight(
     epsilon: float = 1e-6,
     fan_in: bool = False,
 ) -> jax.Array:
-    """Weight standardization: zero mean and unit variance for the weights of each feature.
+    """Standardize weights: zero mean and unit variance for the weights of each feature.
 
         y = (w - mean(w)) / sqrt(var(w) + epsilon) * gain
         y = (w - mean(w)) / sqrt(max(var(w) n, epsilon)) * gain    with fan_in
@@ -80,7 +80,7 @@ def standardize_weight(
 
 @program
 def _by_fan_in(spec, arrays):
-    """The norm with another rstd; its statistics have core's derivative."""
+    """Divide by the root of the sum of squares instead of the standard deviation."""
     with jax.named_scope(spec.name):
         measured = statistics(spec._replace(epsilon=0.0), arrays.x)
         power = jnp.maximum(measured.var * measured.count, spec.epsilon)

@@ -1,4 +1,4 @@
-"""The running statistics of batch norm, and how they move."""
+"""The running statistics of batch norm, and their update."""
 
 import functools
 import math
@@ -42,7 +42,7 @@ Weights = tuple[float | jax.Array, float | jax.Array] | None
 def init_batch_norm_state(
     features: int | tuple[int, ...], dtype: DTypeLike = jnp.float32
 ) -> BatchNormState:
-    """The initial state: mean zero, variance one, no updates.
+    """Make the initial state: mean zero, variance one, no updates.
 
     Args:
       features: the number of features, or their shape.
@@ -70,7 +70,7 @@ def update_batch_norm_state(
     momentum: float | jax.Array | None = 0.99,
     ddof: int = 0,
 ) -> BatchNormState:
-    """The state moved towards the moments.
+    """Update the state by the moments.
 
         new = momentum * old + (1 - momentum) * measured
 
@@ -112,7 +112,7 @@ def update_batch_norm_state(
 def updated_state(
     state: BatchNormState, moments: Moments, weights: Weights, ddof: int
 ) -> BatchNormState:
-    """The new state, from arguments that have been checked."""
+    """Return the new state; the arguments have been checked."""
     counted = moments.count > 0
     if weights is None:
         updates = state.count.astype(state.var.dtype)
@@ -139,7 +139,7 @@ _updated_state = jit(updated_state, static_argnums=3)
 
 
 def update_weight(momentum: float, count: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """1 - momentum**count: what so many updates weigh in a running average, and its start does not.
+    """Return 1 - momentum**count, the weight of all updates in a running average.
 
     Written so, it would cancel.
     """
@@ -151,7 +151,7 @@ def update_weight(momentum: float, count: jax.Array, dtype: DTypeLike = jnp.floa
 
 @functools.partial(jit, static_argnums=1)
 def debiased(state: BatchNormState, momentum: float) -> BatchNormState:
-    """The running statistics divided by the weight of their updates.
+    """Divide the running statistics by the weight of their updates.
 
     The average of what was measured, if it started at zero. Before any update it stays as it is.
     """
@@ -162,7 +162,7 @@ def debiased(state: BatchNormState, momentum: float) -> BatchNormState:
 
 
 def check_weights(momentum: float | jax.Array | None) -> Weights:
-    """The weights of the old state and of the new moments; None for the cumulative average."""
+    """Return the weights of the old state and the new moments; None for the cumulative average."""
     if momentum is None:
         return None
     if not is_number(momentum):
@@ -182,14 +182,14 @@ def check_weights(momentum: float | jax.Array | None) -> Weights:
 
 
 def check_ddof(ddof: int) -> int:
-    """The number that is subtracted from the count."""
+    """Return the number that is subtracted from the count."""
     if not isinstance(ddof, int | np.integer) or ddof < 0:
         raise ValueError(f"ddof must be an integer of at least 0, got {ddof!r}; pass 0 or 1.")
     return int(ddof)
 
 
 def check_state(state: BatchNormState, layout: Layout, dtype: jnp.dtype) -> BatchNormState:
-    """A state whose arrays fit the layout, and x of that dtype."""
+    """Return a state whose arrays fit the layout and an x of that dtype."""
     _check_state_type(state)
     mean = check_feature_array(state.mean, "state.mean", layout, dtype)
     if jnp.issubdtype(dtype, jnp.complexfloating) and not jnp.iscomplexobj(mean):
@@ -210,7 +210,7 @@ def _check_state_type(state: BatchNormState) -> None:
 
 
 def check_running_dtypes(state: BatchNormState) -> None:
-    """Check that the state is of types that hold the small steps of a running average."""
+    """Check that the dtypes of the state hold the small steps of a running average."""
     _check_running_dtype(state.mean.dtype, "state.mean")
     _check_running_dtype(state.var.dtype, "state.var")
 

@@ -25,7 +25,7 @@ def unit_norm(
     epsilon: float = 1e-12,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    """Unit norm: a length of one over `axis`.
+    """Apply unit norm: a length of one over `axis`.
 
         y = x / max(norm(x), epsilon)
 

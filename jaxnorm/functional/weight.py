@@ -21,7 +21,7 @@ EPSILON = 1e-12
 def weight_norm(
     v: ArrayLike, g: ArrayLike, *, feature_axis: Axes = -1, epsilon: float = EPSILON
 ) -> jax.Array:
-    """Weight normalization: the direction of v, of length g, for each feature.
+    """Apply weight normalization: the direction of v with length g, for each feature.
 
         w = g v / sqrt(|v|**2 + epsilon)
 
@@ -68,7 +68,7 @@ def _weight_norm(layout, epsilon, v, g):
 
 
 def init_weight_norm(w: ArrayLike, *, feature_axis: Axes = -1) -> tuple[jax.Array, jax.Array]:
-    """The v and g of weights, with which `weight_norm` gives these weights again.
+    """Return v and g for which `weight_norm` gives these weights.
 
         v = w,    g = sqrt(|w|**2 + 1e-12)
 
@@ -91,6 +91,6 @@ def init_weight_norm(w: ArrayLike, *, feature_axis: Axes = -1) -> tuple[jax.Arra
     """
     w = check_input(w, "w")
     layout = batch_layout(w.shape, feature_axis)
-    # The default epsilon of `weight_norm` is in g too, or small weights would shrink.
+    # g includes the default epsilon of `weight_norm`; otherwise small weights would shrink.
     length = jnp.squeeze(two_norm(w, layout.reduction_axes), layout.reduction_axes)
     return w, jnp.hypot(length, jnp.full_like(length, math.sqrt(EPSILON)))

@@ -38,7 +38,7 @@ class AddLayerNorm(LayerNorm):
         scale: jax.Array | None = None,
         bias: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Normalize the sum; the second result is this total."""
+        """Normalize the sum, and return it too."""
         return _add("add_layer_norm", self, x, residual, mask, NormParams(scale, bias))
 
 
@@ -65,7 +65,7 @@ class AddRMSNorm(RMSNorm):
         scale: jax.Array | None = None,
         bias: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Normalize the sum; the second result is this total."""
+        """Normalize the sum, and return it too."""
         return _add(
             "add_rms_norm", self, x, residual, mask, NormParams(scale, bias), subtract_mean=False
         )

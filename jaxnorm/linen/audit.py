@@ -1,4 +1,4 @@
-"""What is wrong with the batch norms of a linen model."""
+"""Audits of the batch norms of a linen model."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,10 +29,10 @@ def audit(
     batch_size: int | None = None,
     **call: Any,
 ) -> Findings:
-    """What is wrong with the batch norms of a model: a table to print, and a figure.
+    """Find faults in the batch norms of a model.
 
-    The model is called once, in training mode; nothing that the call changes is kept. What is found
-    out, and how running and batch statistics are compared, is described in `jaxnorm.nnx.audit`.
+    The model is called once, in training mode; changes of its variables are dropped.
+    `jaxnorm.nnx.audit` describes the findings, and how running and batch statistics are compared.
 
     Args:
       model: a linen module, whose batch norms are Flax's or jaxnorm's.
@@ -81,7 +81,7 @@ def audit(
     if not any(one.examples.any() for one in observed.values()):
         raise ValueError(
             "the model must have a batch norm that is called in training mode, got none; pass what "
-            "makes it train, such as train=True; a norm that is frozen sees no batch."
+            "makes it train, such as train=True; unfreeze norms that are frozen."
         )
     audited = []
     for path, norm in modules.items():
@@ -95,7 +95,7 @@ def audit(
 
 @memoize
 def _program(model: StaticByKey, static: StaticArguments) -> Callable:
-    """A program that returns what the batch norms see, and notes which are called."""
+    """Make a program that returns the moments of batches and the batch norms that were called."""
 
     @jax.jit
     def measure(variables, arrays, *inputs):

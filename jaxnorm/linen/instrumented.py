@@ -71,8 +71,8 @@ def instrumented_call(
     called: dict[Path, nn.Module] = {}
     stats: dict[Path, Any] = flatten_dict(variables.get("batch_stats", {}))
     norms = norms_of(stats)
-    # In place before the call, so that nn.scan may carry it. Other transformations stack it as they
-    # do the statistics.
+    # Add the variables before the call, so that nn.scan can carry them. Other transformations stack
+    # them like the statistics.
     stats |= {(*path, _NAME): no_batch_moments(stats[(*path, "mean")]) for path in norms}
     variables = {**variables, "batch_stats": unflatten_dict(stats)}
     with replaced(), nn.intercept_methods(_observer(called)):
@@ -87,7 +87,7 @@ def norms_of(stats: dict[Path, Any]) -> list[Path]:
 
 
 def _observer(called: dict[Path, nn.Module]) -> Callable:
-    """An interceptor that stores the moments of batches beside the running statistics."""
+    """Make an interceptor that stores the moments of batches beside the running statistics."""
     observations = 0
 
     def observed_call(next_call, args, kwargs, context):

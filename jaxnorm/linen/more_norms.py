@@ -107,7 +107,7 @@ class DynamicTanh(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Bound x."""
+        """Apply the function to x."""
         params, numbers, dtype = _learned(self, x, numbers={"alpha": self.alpha_init})
         return call_in_dtype(
             dynamic_tanh, x, dtype, *numbers, params, feature_axis=self.feature_axis
@@ -139,7 +139,7 @@ class DynamicErf(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Bound x."""
+        """Apply the function to x."""
         numbers = {"alpha": self.alpha_init, "shift": self.shift_init}
         params, numbers, dtype = _learned(self, x, numbers=numbers)
         return call_in_dtype(
@@ -150,7 +150,7 @@ class DynamicErf(nn.Module):
 def _learned(
     module: Any, x, *, per_feature: dict | None = None, numbers: dict | None = None
 ) -> tuple[NormParams, list[jax.Array], Dtype]:
-    """Scale and bias, the module's other arrays by their initializers, and the result's dtype."""
+    """Return scale and bias, the module's other arrays, and the dtype of the result."""
     (axis,) = canonical_axes((module.feature_axis,), np.ndim(x), "feature_axis")
     shape, dtype = (np.shape(x)[axis],), module.param_dtype
     scale = module.param("scale", module.scale_init, shape, dtype) if module.use_scale else None

@@ -1,4 +1,4 @@
-"""Running statistics measured anew."""
+"""Recalibration: running statistics measured on given batches."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -29,13 +29,13 @@ def recalibrate(
     reduction: str = "pooled",
     **call: Any,
 ) -> Any:
-    """Variables whose batch norms have the running statistics of these batches.
+    """Replace the running statistics of batch norms by statistics of these batches.
 
-    For parameters that the running statistics don't belong to: an average of weights, weights that
-    were rounded or converted, or another set of data. The model is called on each batch in training
-    mode. What a batch norm then sees is measured as the norm measures it, masks included, and
-    replaces its running mean and variance. All other variables stay, and so do the statistics of a
-    norm that is frozen or is not called.
+    Use this if the running statistics don't fit the parameters or the data: after averaging,
+    rounding or converting weights, or for another data set. The model is called on each batch in
+    training mode. The inputs of each batch norm are measured as the norm measures them, masks
+    included; the result replaces its running mean and variance. All other variables stay the same,
+    as do the statistics of a norm that is frozen or is not called.
 
     Args:
       model: a linen module, whose batch norms are Flax's or jaxnorm's.
@@ -55,8 +55,8 @@ def recalibrate(
     Raises:
       TypeError: the model is not a linen module, the variables are no mapping, or batches are an
         array.
-      ValueError: there are no batches, no batch norm is called in training mode, what it sees is
-        not finite, or `reduction` is neither.
+      ValueError: there are no batches, no batch norm is called in training mode, statistics are not
+        finite, or `reduction` is neither.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxnorm.linen as jn
@@ -80,9 +80,7 @@ def recalibrate(
     totals = {path: zero_total(stats[(*path, "mean")]) for path in norms_of(stats)}
     for number, arguments in enumerate(batch_arguments(batches)):
         totals = measure(variables, totals, jnp.int32(number), rngs, arrays, *arguments)
-    remedy = (
-        "pass what makes the model train, such as train=True; a norm that is frozen sees nothing"
-    )
+    remedy = "pass what makes the model train, such as train=True, and unfreeze norms"
     check_totals({"/".join(path): total.high for path, total in totals.items()}, remedy)
     for path, (moments, _) in totals.items():
         for name in ("mean", "var"):
@@ -95,7 +93,7 @@ def recalibrate(
 
 @memoize
 def _program(model: StaticByKey, reduction: str, static: StaticArguments) -> Callable:
-    """A program that adds to the totals what the batch norms see of one batch."""
+    """Make a program that adds the moments of one batch to the totals."""
 
     @jax.jit
     def measure(variables, totals, number, rngs, arrays, *arguments):

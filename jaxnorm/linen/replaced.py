@@ -1,4 +1,4 @@
-"""Flax's norms computed as ours, in models that name `flax.linen`."""
+"""Replacement of Flax's norms by jaxnorm's in calls of linen models."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ _OURS = replacements(nn, norms)
 
 @contextlib.contextmanager
 def replaced() -> Iterator[list[tuple[str, str]]]:
-    """Within this context, Flax's norms compute as those of `jaxnorm.linen`.
+    """Compute Flax's norms by `jaxnorm.linen` within this context.
 
     For models whose code names `flax.linen`. `init`, `apply` and what JAX traces in the context use
     our norms, with the arguments and variables of Flax's. A function that JAX compiled before keeps
@@ -52,7 +52,7 @@ def replaced() -> Iterator[list[tuple[str, str]]]:
 
 
 def made(kind: type[nn.Module], module: nn.Module, **changes: Any) -> Any:
-    """A module of that class in the place of a bound module: with its arguments and variables."""
+    """Make a module of a class with the arguments and variables of a bound module."""
     names = [field.name for field in dataclasses.fields(module) if field.init]
     arguments = {name: getattr(module, name) for name in names if name not in ("parent", "name")}
     return kind(**arguments | changes, parent=module.scope)

@@ -76,7 +76,7 @@ class SpectralNorm(nn.SpectralNorm):
 
     @nn.compact
     def __call__(self, *args: Any, update_stats: bool, **kwargs: Any) -> Any:
-        """Call the layer with normalized weights, and in training move u and sigma."""
+        """Call the layer with normalized weights, and in training update u and sigma."""
         update_stats = check_flag(update_stats, "update_stats")
 
         def normalized(name: str, weights: jax.Array) -> jax.Array:
@@ -132,7 +132,7 @@ class StandardizedDense(nn.Dense):
 
     @nn.nowrap
     def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """A parameter, which is standardized if it is the kernel."""
+        """Return a parameter, standardized if it is the kernel."""
         return _standardized(self, name, super().param(name, *args, **kwargs))
 
 
@@ -156,7 +156,7 @@ class StandardizedConv(nn.Conv):
 
     @nn.nowrap
     def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """A parameter, which is standardized if it is the kernel."""
+        """Return a parameter, standardized if it is the kernel."""
         check_no_mask(self.mask)
         return _standardized(self, name, super().param(name, *args, **kwargs))
 

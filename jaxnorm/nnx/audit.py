@@ -1,4 +1,4 @@
-"""What is wrong with the batch norms of an nnx model."""
+"""Audits of the batch norms of an nnx model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,29 +25,30 @@ def audit(
     batch_size: int | None = None,
     **call: Any,
 ) -> Findings:
-    """What is wrong with the batch norms of a model: a table to print, and a figure.
+    """Find faults in the batch norms of a model.
 
-    A copy of the model is called once, in training mode; the model stays as it is, also its mode
-    and its random numbers. Found are:
+    A copy of the model is called once, in training mode. The model itself does not change, nor do
+    its mode and its random numbers. The audit finds:
 
     - running statistics that were never updated, are not finite, are in half precision, or differ
-      between devices that should have the same;
+      between devices that should agree;
     - batch statistics that differ from the running ones by more than sampling explains;
     - features of the batch that are constant or not finite;
     - a momentum that looks like PyTorch's (below 0.5), and an epsilon above the variance.
 
-    Batch and running statistics are compared by a test of each mean and each variance. Its unit is
-    the example, the first axis of what a norm gets, because the positions of an image depend on
-    each other. Fewer than 8 examples tell too little and are not tested. The running statistics are
-    an average over batches: of `batch_size` examples, or as many as these inputs have.
+    The audit tests the significance of each difference between a batch and a running mean or
+    variance. Each example, along the first axis of a norm's input, is one sample, because the
+    positions of an image depend on each other. Norms with fewer than 8 examples are not tested. The
+    running statistics count as an average over batches of `batch_size` examples, by default as many
+    as in these inputs.
 
-    A sound model has such a finding with at most the chance `significance`, if the data are normal.
-    The rate was simulated for a norm of 4 to 256 features and 8 to 1000 examples: 0 to 1 times the
-    significance for normal data, up to 1.6 times for normal data after ReLU and for gamma data of
-    shape 1, up to 6 times for shape 1/2, and up to 12 times where one feature in eight is skewed.
+    For normal data, the chance that a sound model has such a finding is at most `significance`. In
+    simulations of a norm with 4 to 256 features and 8 to 1000 examples, the rate was 0 to 1 times
+    `significance` for normal data, up to 1.6 times for normal data after ReLU and for gamma data of
+    shape 1, up to 6 times for shape 1/2, and up to 12 times if one feature in eight is skewed.
     Within networks it is lower, because norms make their inputs alike.
 
-    A finding says that something differs; its `effect` estimates how much that matters.
+    A finding means that something differs; its `effect` estimates how much that matters.
 
     Args:
       model: any nnx module, whose batch norms are Flax's or jaxnorm's.
@@ -107,7 +108,7 @@ def audit(
 
 @memoize
 def _program(static: StaticArguments) -> Callable:
-    """A program that returns what the batch norms of a copy see, and notes in which order."""
+    """Make a program that returns the moments of batches and the order of the calls."""
 
     @nnx.jit
     def measure(copy, arrays, *inputs):

@@ -1,4 +1,4 @@
-"""A model for evaluation, whose batch norms are part of the layers before them."""
+"""Batch norms folded into the layers before them, in whole nnx models."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -23,10 +23,10 @@ _NORMS = nnx.BatchNorm, BatchNorm
 
 
 class FoldedNorm(nnx.Module):
-    """What is left of a norm: its result is x, in the dtype that the norm gave it."""
+    """A folded norm: it returns x in the dtype of the norm's result."""
 
     def __init__(self, dtype: DTypeLike | None, promoted: DTypeLike):
-        """The norm's dtype, and the one that holds its variables, with which x is promoted."""
+        """Store the norm's dtype, and the dtype of its variables, with which x is promoted."""
         self.dtype = dtype
         self.promoted = promoted
 
@@ -48,18 +48,18 @@ def fold(
     pairs: Iterable[tuple[str, str]] | None = None,
     tolerance: float | None = None,
 ) -> Model:
-    """A model for evaluation, in which `jaxnorm.fold_batch_norm` has removed batch norms.
+    """Fold batch norms into the layers before them; return a model for evaluation.
 
     Each pair is a Linear, Conv or ConvTranspose and the batch norm after it, of Flax or of
     jaxnorm. The layer's new kernel and bias include the norm, and a module that returns its input
-    takes the norm's place. The model that is given stays as it is.
+    replaces the norm. The given model does not change.
 
-    The new model is called on `inputs`, beside the old one in evaluation: both must say the same.
-    That finds a wrong pair, something between the two, and a layer or norm that is used twice.
+    Both models are called on `inputs` in evaluation, and their outputs must agree. This check finds
+    a wrong pair, another operation between layer and norm, and a layer or norm that is used twice.
 
     Args:
       model: any nnx module.
-      *inputs: what the model is called on to compare; use data such as the model will see.
+      *inputs: arguments for the calls that are compared; use typical data.
       pairs: paths of a layer and of the norm after it, such as ("blocks.0.conv", "blocks.0.bn").
         None: all neighbours in an `nnx.Sequential`, wherever in the model it is.
       tolerance: how much outputs may differ, as a fraction of the largest; by default the square
@@ -111,13 +111,14 @@ def fold(
             "model must have a batch norm to fold, got none that follows a Linear, Conv or "
             "ConvTranspose in an nnx.Sequential; name the layers and norms in pairs."
         )
-    # A call may change what a model keeps, such as a cache: the result is not the one called.
+    # A call may change variables of a model, such as a cache, so return a model that was not
+    # called.
     _check_same(reference, nnx.clone(folded), inputs, tolerance, kernels)
     return folded
 
 
 def _neighbours(modules: dict[Path, Any]) -> Iterator[tuple[Path, Path]]:
-    """Paths of layers and norms that follow each other in a Sequential."""
+    """Find layers and norms that follow each other in a Sequential; return their paths."""
     for path, module in list(modules.items()):
         if not _is_exactly(module, nnx.Sequential):
             continue
@@ -133,7 +134,7 @@ def _neighbours(modules: dict[Path, Any]) -> Iterator[tuple[Path, Path]]:
 def _named(
     modules: dict[Path, Any], pairs: Iterable[tuple[str, str]]
 ) -> Iterator[tuple[Path, Path]]:
-    """The paths that were named, checked."""
+    """Check the given paths, and return them."""
     by_name = {".".join(map(str, path)): path for path in modules}
     named: list[str] = []
     for pair in pairs:
@@ -203,7 +204,7 @@ def _fold_pair(modules: dict[Path, Any], layer_path: Path, norm_path: Path) -> D
 
 
 def _check_same(reference, folded, inputs, tolerance: float | None, dtypes: list) -> None:
-    """Raise an error if two models don't say the same."""
+    """Raise an error if two models differ in their outputs."""
     with jax.default_matmul_precision("highest"):
         outputs = [jax.tree.leaves(model(*inputs)) for model in (reference, folded)]
     for old, new in zip(*outputs, strict=True):
@@ -232,7 +233,7 @@ def _check_same(reference, folded, inputs, tolerance: float | None, dtypes: list
 
 
 def _fits(layer: Any, norm: Any) -> bool:
-    """Whether the norm's axis is that of the layer's outputs."""
+    """Return whether the norm's axis is the layer's axis of outputs."""
     last = [-1, (-1,), [-1]]
     if not isinstance(layer, nnx.Linear):  # the rank of its outputs is known
         last.append(len(layer.kernel_size) + 1)
@@ -240,7 +241,7 @@ def _fits(layer: Any, norm: Any) -> bool:
 
 
 def _is_exactly(module: Any, *kinds: type) -> bool:
-    """Whether a module is called as one of these classes is."""
+    """Return whether the `__call__` of a module is that of one of these classes."""
     return any(
         isinstance(module, kind) and type(module).__call__ is kind.__call__ for kind in kinds
     )

@@ -81,7 +81,7 @@ def _set(model: nnx.Module, where: Paths, frozen: bool) -> list[str]:
 
 
 def _chosen(model: nnx.Module, norms: dict[str, Any], where: Any) -> list[str]:
-    """The paths of the norms that are in these places; one that has two places has one path."""
+    """Return the paths of the norms in these places; a shared norm has one path."""
     places = [where] if isinstance(where, str) else where
     if not isinstance(places, Iterable) or not all(isinstance(place, str) for place in places):
         raise TypeError(
@@ -101,7 +101,7 @@ def _chosen(model: nnx.Module, norms: dict[str, Any], where: Any) -> list[str]:
 
 
 def _at(model: Any, path: str) -> Any:
-    """What is at a path, or an empty module."""
+    """Return the object at a path, or an empty module."""
     for name in path.split(".") if path else ():
         try:
             model = model[int(name)] if name.isdigit() else getattr(model, name)

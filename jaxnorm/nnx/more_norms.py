@@ -61,7 +61,7 @@ class _Learned(nnx.Module):
         return nnx.Param(init(rngs.params(), shape, self.param_dtype))
 
     def _values(self, x: Any, *others: Any) -> tuple[NormParams, list[Any], Dtype]:
-        """Scale and bias, other variables' arrays, and the result's dtype."""
+        """Return scale and bias, other variables' arrays, and the dtype of the result."""
         variables = self.scale, self.bias, *others
         arrays = [None if variable is None else variable[...] for variable in variables]
         with jax.numpy_dtype_promotion("standard"):
@@ -92,7 +92,7 @@ class GlobalResponseNorm(_Learned):
         rngs: nnx.Rngs,
         **options: Unpack[_Options],
     ):
-        """Arguments as in Flax."""
+        """Take arguments as in Flax."""
         super().__init__(num_features, scale_init=scale_init, rngs=rngs, **options)
         self.epsilon = epsilon
 
@@ -128,7 +128,7 @@ class FilterResponseNorm(_Learned):
         rngs: nnx.Rngs,
         **options: Unpack[_Options],
     ):
-        """Arguments as in Flax, and those of the threshold."""
+        """Take arguments as in Flax, and those of the threshold."""
         super().__init__(num_features, scale_init=scale_init, rngs=rngs, **options)
         self.epsilon = epsilon
         self.use_threshold = use_threshold
@@ -163,12 +163,12 @@ class DynamicTanh(_Learned):
         rngs: nnx.Rngs,
         **options: Unpack[_Options],
     ):
-        """Arguments as in Flax, and that of alpha."""
+        """Take arguments as in Flax, and that of alpha."""
         super().__init__(num_features, scale_init=scale_init, rngs=rngs, **options)
         self.alpha = self._param(alpha_init, rngs, ())
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Bound x."""
+        """Apply the function to x."""
         params, (alpha,), dtype = self._values(x, self.alpha)
         return call_in_dtype(dynamic_tanh, x, dtype, alpha, params, feature_axis=self.feature_axis)
 
@@ -197,13 +197,13 @@ class DynamicErf(_Learned):
         rngs: nnx.Rngs,
         **options: Unpack[_Options],
     ):
-        """Arguments as in Flax, and those of alpha and the shift."""
+        """Take arguments as in Flax, and those of alpha and the shift."""
         super().__init__(num_features, scale_init=scale_init, rngs=rngs, **options)
         self.alpha = self._param(alpha_init, rngs, ())
         self.shift = self._param(shift_init, rngs, ())
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Bound x."""
+        """Apply the function to x."""
         params, (alpha, shift), dtype = self._values(x, self.alpha, self.shift)
         return call_in_dtype(
             dynamic_erf, x, dtype, alpha, shift, params, feature_axis=self.feature_axis

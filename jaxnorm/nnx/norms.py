@@ -31,11 +31,11 @@ from jaxnorm.functional.renorm import Renorm, check_renorm, normalize_batch, wit
 
 
 def _with_offset(inherited: Callable) -> Any:
-    """The constructor of a norm of Flax, with an offset of the scale."""
+    """Extend the constructor of a norm of Flax by an offset of the scale."""
 
     @inherit_signature(inherited)
     def __init__(self, *arguments: Any, scale_offset: float = 0.0, **named: Any):  # noqa: N807
-        """Flax's arguments, and what is added to the scale."""
+        """Take Flax's arguments, and an offset of the scale."""
         inherited(self, *arguments, **_initialized(named, scale_offset))
         self.scale_offset = scale_offset
 
@@ -71,7 +71,7 @@ class BatchNorm(nnx.BatchNorm):
         renorm: Renorm | None = None,
         **named: Any,
     ):
-        """Flax's arguments, those of ghost batch norm and renormalization, and a scale's offset."""
+        """Take Flax's arguments, and those of ghost batch norm and renormalization."""
         super().__init__(*arguments, **_initialized(named, scale_offset))
         self.virtual_batch_size = virtual_batch_size
         self.scale_offset = scale_offset
@@ -287,10 +287,10 @@ def prepare_module_call(
         cast, values = promoted[0], promoted[1 + len(running) :]
         dtype = canonicalize_dtype(cast, *values, *given, dtype=module.dtype)
     if residual is None:
-        # Cast up now, but down only with the result: statistics are those of x as it was given.
+        # Widen x now, but narrow only the result: statistics are measured on x as it was given.
         casts = promote(x.dtype, cast.dtype) != x.dtype
     else:
-        # The residual sum has the dtype of x, though the parameters' may be better.
+        # The residual sum has the dtype of x, even if the parameters have a wider one.
         casts = not jnp.issubdtype(x.dtype, jnp.inexact)
     x = cast if casts else x
     learned = NormParams(*(_fold(value, layout) for value in values))
@@ -308,13 +308,13 @@ def prepare_module_call(
 
 
 def _initialized(named: dict[str, Any], scale_offset: float) -> dict[str, Any]:
-    """Arguments of a constructor, with an initial scale that changes nothing if none is given."""
+    """Add an initial scale that changes nothing to the arguments of a constructor."""
     scale_init = nnx.initializers.constant(initial_scale(scale_offset))
     return {"scale_init": scale_init, **named}
 
 
 def _fold(value: Any, layout: Layout) -> Any:
-    """An array of shape (num_features,), reshaped to the feature axes as the functions take it."""
+    """Reshape an array of shape (num_features,) to the feature axes."""
     if value is None or value.size != math.prod(layout.feature_shape):
         return value
     return value.reshape(layout.feature_shape)

@@ -1,4 +1,4 @@
-"""Running statistics measured anew."""
+"""Recalibration: running statistics measured on given batches."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -23,14 +23,14 @@ from jaxnorm.tools.recalibrate import (
 def recalibrate(
     model: nnx.Module, batches: Iterable[Any], *, reduction: str = "pooled", **call: Any
 ) -> None:
-    """Give the batch norms of a model the running statistics of these batches, in place.
+    """Replace the running statistics of batch norms by statistics of these batches, in place.
 
-    For parameters that the running statistics don't belong to: an average of weights, weights that
-    were rounded or converted, or another set of data. A copy of the model is called on each batch
-    in training mode. What a batch norm then sees is measured as the norm measures it, masks
-    included, and replaces its running mean and variance. Parameters, modes and all other state
-    stay, and so do the statistics of a norm that is frozen or is not called. If a batch fails, the
-    model is as it was.
+    Use this if the running statistics don't fit the parameters or the data: after averaging,
+    rounding or converting weights, or for another data set. A copy of the model is called on each
+    batch in training mode. The inputs of each batch norm are measured as the norm measures them,
+    masks included; the result replaces its running mean and variance. Parameters, modes and all
+    other state stay the same, as do the statistics of a norm that is frozen or is not called. If a
+    batch raises an error, the model does not change.
 
     Args:
       model: any nnx module, whose batch norms are Flax's or jaxnorm's.
@@ -44,8 +44,8 @@ def recalibrate(
 
     Raises:
       TypeError: the model is not an nnx module, or batches are an array.
-      ValueError: there are no batches, no batch norm is called in training mode, what it sees is
-        not finite, or `reduction` is neither.
+      ValueError: there are no batches, no batch norm is called in training mode, statistics are not
+        finite, or `reduction` is neither.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm.nnx as jn
@@ -80,7 +80,7 @@ def recalibrate(
 
 @memoize
 def _program(reduction: str, static: StaticArguments) -> Callable:
-    """A program that adds to the totals what the batch norms of a copy see of one batch."""
+    """Make a program that adds the moments of one batch to the totals."""
 
     @nnx.jit
     def measure(copy, totals, arrays, *arguments):

@@ -1,4 +1,4 @@
-"""Flax's norms in a finished model, made ours."""
+"""Replacement of Flax's norms by jaxnorm's in nnx models."""
 
 import warnings
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ _OURS = replacements(nnx, norms)
 
 
 def replace(model: Model) -> Model:
-    """Make the norms of Flax in a model those of `jaxnorm.nnx`, in place; return the model.
+    """Replace the norms of Flax in a model by those of `jaxnorm.nnx`, in place; return the model.
 
     Modules keep their variables, arguments, modes, and places in the model, so optimizers and
     checkpoints still fit. Nothing else is touched. A subclass of Flax's norm may compute something
@@ -49,8 +49,8 @@ def replace(model: Model) -> Model:
 
 
 def make_ours(module: Any) -> None:
-    """Make a norm of Flax ours: the same object, variables and arguments, of another class."""
-    # Whatever refers to the module still does. Classes of ours add only attributes with defaults.
+    """Change the class of a norm of Flax to ours; keep the object, its variables and arguments."""
+    # References to the module stay valid. Our classes add only attributes with defaults.
     object.__setattr__(module, "__class__", _OURS[type(module)])
     module.scale_offset = 0.0
     if isinstance(module, norms.BatchNorm):
@@ -58,7 +58,7 @@ def make_ours(module: Any) -> None:
 
 
 def modules_of(model: nnx.Module) -> dict[str, nnx.Module]:
-    """All modules by their paths, such as "blocks.0.norm"; that of the model is ""."""
+    """Return all modules by their paths, such as "blocks.0.norm"; that of the model is ""."""
     if not isinstance(model, nnx.Module):
         raise TypeError(
             f"model must be an nnx module, got {type(model).__name__}; of a linen model, use "

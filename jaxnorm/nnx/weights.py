@@ -40,7 +40,7 @@ class WeightNorm(nnx.WeightNorm):
 
     @inherit_signature(nnx.WeightNorm.__init__)
     def __init__(self, *arguments: Any, **named: Any):
-        """Flax's arguments."""
+        """Take Flax's arguments."""
         use_scale = named.pop("use_scale", True)
         super().__init__(*arguments, use_scale=False, **named)
         self.use_scale = use_scale
@@ -97,7 +97,7 @@ class SpectralNorm(nnx.SpectralNorm):
     def __call__(
         self, x: jax.Array, update_stats: bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Call the layer with normalized weights, and in training move u and sigma."""
+        """Call the layer with normalized weights, and in training update u and sigma."""
         update_stats = first_from(
             update_stats,
             not self.use_running_average,
@@ -150,13 +150,13 @@ class StandardizedLinear(nnx.Linear):
         gain_init: Initializer = nnx.initializers.ones,
         **named: Any,
     ):
-        """Flax's arguments, and those of the function."""
+        """Take Flax's arguments, and those of the function."""
         super().__init__(*arguments, **named)
         _add_gain(self, epsilon, fan_in, use_gain, gain_init, named["rngs"])
 
     @inherit_signature(nnx.Linear.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
-        """Flax's call with the standardized kernel."""
+        """Call Flax's layer with the standardized kernel."""
         return nnx.Linear.__call__(_standardized(self), *args, **kwargs)
 
 
@@ -184,14 +184,14 @@ class StandardizedConv(nnx.Conv):
         gain_init: Initializer = nnx.initializers.ones,
         **named: Any,
     ):
-        """Flax's arguments, and those of the function."""
+        """Take Flax's arguments, and those of the function."""
         super().__init__(*arguments, **named)
         check_no_mask(self.mask)
         _add_gain(self, epsilon, fan_in, use_gain, gain_init, named["rngs"])
 
     @inherit_signature(nnx.Conv.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
-        """Flax's call with the standardized kernel."""
+        """Call Flax's layer with the standardized kernel."""
         return nnx.Conv.__call__(_standardized(self), *args, **kwargs)
 
 
@@ -211,12 +211,12 @@ def _standardized(module: Any) -> Any:
 
 
 def parameters(module: nnx.Module) -> list[tuple[Path, Any]]:
-    """The parameters of a module by their paths."""
+    """Return the parameters of a module by their paths."""
     return list(nnx.to_flat_state(nnx.state(module, nnx.Param)))
 
 
 def with_weights(module: Any, weights: dict[Path, jax.Array]) -> Any:
-    """A module with other values for some parameters, which shares all other variables."""
+    """Copy a module with other values for some parameters; share all other variables."""
     graph, state = nnx.split(module)
     flat = [
         (path, variable.replace(weights[path]) if path in weights else variable)
