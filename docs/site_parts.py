@@ -17,8 +17,7 @@ OUTSIDE = {
     "changelog": "CHANGELOG.md",
 }
 TABLES = {"accelerators/table", "benchmarks/table"}
-RECIPES = {"how_it_works", "add_a_norm", "add_a_kernel", "fix_a_wrong_number"}
-NOT_SEARCHED = {"changelog"} | RECIPES | TABLES  # a search is for users
+NOT_SEARCHED = {"changelog"} | TABLES
 SUMMARY = (
     "Batch, layer, rms, group and instance norm for JAX, and norms related to them, as pure "
     "functions and as drop-in replacements for Flax's modules: accurate where other libraries lose "
