@@ -164,6 +164,6 @@ def test_what_was_compiled_before_has_the_kernel(kernel):
     """docs/porting.md says to export the function itself, or to choose the formulas."""
     norm = jax.jit(jn.rms_norm)
     norm(X)
-    with pytest.raises(NotImplementedError, match="jaxnorm_forward"):
+    with pytest.raises(NotImplementedError, match="norm_forward"):
         exported(norm, X)
     assert_same(jax.jit(functools.partial(jn.rms_norm, implementation="xla")))
