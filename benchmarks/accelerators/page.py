@@ -1,4 +1,4 @@
-"""The results of `python -m benchmarks.accelerators` as JSON, table and figure."""
+"""Results of `python -m benchmarks.accelerators`, as JSON, tables and a figure."""
 
 import importlib.util
 import json
@@ -11,30 +11,26 @@ from typing import Any
 from benchmarks.accelerators.chips import CHIPS
 
 OURS, KERNEL, PEER = "jaxnorm", "jaxnorm, kernel", "Flax"
-COLORS = {"before": "#999999", "now": "#D55E00"}  # of Okabe and Ito
+COLOR = "#D55E00"  # of Okabe and Ito
 LIMIT = 1.02  # of Flax's bytes
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The results of earlier runs, which new ones are added to."""
+    """Read the results of earlier runs; new ones are added to them."""
     return json.loads(path.read_text()) if path.exists() else {"rows": []}
 
 
 def key(row: dict[str, Any]) -> tuple[str, ...]:
-    """What a row is about."""
+    """Return what identifies a row."""
     return row["chip"], row["case"], row["program"], row["library"]
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
-    """Write results.json, table.md and, with matplotlib, the figure.
-
-    Where the folder has a before.json, of an earlier version, its ratios stand beside the new ones.
-    """
-    before = read(folder / "before.json")["rows"]
+    """Write results.json, table.md and, with matplotlib, the figure."""
     save(report, folder)
-    _replace(folder / "table.md", "\n".join(tables(report["rows"], before)) + "\n")
+    _replace(folder / "table.md", "\n".join(tables(report["rows"])) + "\n")
     if importlib.util.find_spec("matplotlib"):
-        draw(report["rows"], before, folder / "bytes.png")
+        draw(report["rows"], folder / "bytes.png")
 
 
 def save(report: dict[str, Any], folder: Path) -> None:
@@ -43,7 +39,7 @@ def save(report: dict[str, Any], folder: Path) -> None:
 
 
 def ratios(rows: Iterable[dict[str, Any]], program: str, what: str = "bytes") -> dict:
-    """For each chip and case: ours over Flax's."""
+    """Divide our numbers by Flax's, for each chip and case."""
     found = {key(row): row[what] for row in rows if row["program"] == program}
     return {
         (chip, case): value / found[chip, case, program, PEER]
@@ -52,10 +48,10 @@ def ratios(rows: Iterable[dict[str, Any]], program: str, what: str = "bytes") ->
     }
 
 
-def tables(rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[str]:
-    """All tables, in Markdown."""
+def tables(rows: list[dict[str, Any]]) -> list[str]:
+    """Return all tables, in Markdown."""
     lines = ["# Bytes over Flax's, in context and in whole training steps", ""]
-    lines += overview(rows, before)
+    lines += overview(rows)
     chips = list(dict.fromkeys(row["chip"] for row in rows))
     for chip in chips:
         own = [row for row in rows if row["chip"] == chip]
@@ -66,25 +62,20 @@ def tables(rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[str
     return lines
 
 
-def overview(rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[str]:
-    """Ours over Flax's: for each case and chip, before and now."""
+def overview(rows: list[dict[str, Any]]) -> list[str]:
+    """List our bytes over Flax's, for each case and chip."""
     chips = list(dict.fromkeys(row["chip"] for row in rows))
     lines = [f"| case | {' | '.join(chips)} |", "|---" + "|---:" * len(chips) + "|"]
     for program in ("context", "step"):
-        now, old = ratios(rows, program), ratios(before, program)
-        for case in dict.fromkeys(case for _, case in now):
-            cells = []
-            for chip in chips:
-                parts = [
-                    f"{found[chip, case]:.3f}" for found in (old, now) if (chip, case) in found
-                ]
-                cells.append(" → ".join(parts))
+        found = ratios(rows, program)
+        for case in dict.fromkeys(case for _, case in found):
+            cells = (f"{found[chip, case]:.3f}" if (chip, case) in found else "" for chip in chips)
             lines.append(f"| {case} | {' | '.join(cells)} |")
     return lines
 
 
 def norm_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Forward and backward over the least that must move; scratch, passes, and what is kept."""
+    """List bytes over the fewest possible, passes, kernels, scratch and residuals."""
     lines = [
         "| case | library | forward | backward | context, over x | passes in context | kernels | "
         "scratch: forward | backward | kept over x |",
@@ -112,7 +103,7 @@ def norm_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def step_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Whole training steps: bytes, kernels and scratch."""
+    """List bytes, kernels and scratch of whole training steps."""
     if not rows:
         return []
     lines = ["", "| training step | library | GiB moved | GiB in VMEM | kernels | MiB of scratch |"]
@@ -125,7 +116,7 @@ def step_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def device_table(rows: list[dict[str, Any]]) -> list[str]:
-    """The collectives of eight chips."""
+    """List the collectives of programs over eight chips."""
     if not rows:
         return []
     lines = ["", "| on eight chips | program | library | collectives | bytes of each |"]
@@ -139,7 +130,7 @@ def device_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def kernel_table(rows: list[dict[str, Any]]) -> list[str]:
-    """The kernel: bytes over the least, in context over Flax's, and scratch."""
+    """List a kernel's bytes over the fewest possible, over Flax's in context, and its scratch."""
     found = {key(row)[1:]: row for row in rows}
     cases = [case for case, program, library in found if (program, library) == ("forward", KERNEL)]
     if not cases:
@@ -164,8 +155,8 @@ def kernel_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def sentences(rows: list[dict[str, Any]]) -> list[str]:
-    """What the results say, for each chip."""
-    said = []
+    """Summarize the results of each chip."""
+    lines = []
     for chip in dict.fromkeys(row["chip"] for row in rows):
         for program, words in (("context", "in context"), ("step", "in whole training steps")):
             found = {case: r for (c, case), r in ratios(rows, program).items() if c == chip}
@@ -173,30 +164,29 @@ def sentences(rows: list[dict[str, Any]]) -> list[str]:
                 continue
             mean = math.exp(sum(map(math.log, found.values())) / len(found))
             worst = max(found, key=lambda case, found=found: found[case])
-            said.append(
+            lines.append(
                 f"{chip}: {words}, jaxnorm moves {mean:.2f} times the bytes of Flax (geometric "
                 f"mean of {len(found)} cases); most for {worst}: {found[worst]:.2f}."
             )
-    return said
+    return lines
 
 
-def draw(rows: list[dict[str, Any]], before: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw our bytes over Flax's, for each case and chip."""
     from matplotlib.figure import Figure
 
-    now, old = ({**ratios(r, "context"), **ratios(r, "step")} for r in (rows, before))
-    if not now:
+    found = {**ratios(rows, "context"), **ratios(rows, "step")}
+    if not found:
         return
-    chips = list(dict.fromkeys(chip for chip, _ in now))
-    cases = list(dict.fromkeys(case for _, case in now))
+    chips = list(dict.fromkeys(chip for chip, _ in found))
+    cases = list(dict.fromkeys(case for _, case in found))
     figure = Figure(figsize=(3.5 + 2.1 * len(chips), 1.8 + 0.24 * len(cases)), dpi=130)
     figure.set_layout_engine("constrained")
     panels = figure.subplots(1, len(chips), sharex=True, sharey=True, squeeze=False)[0]
     for chip, axes in zip(chips, panels, strict=True):
-        for found, label in ((old, "before"), (now, "now")):
-            points = [(r, cases.index(case)) for (c, case), r in found.items() if c == chip]
-            x, y = zip(*points, strict=True) if points else ((), ())
-            axes.plot(x, y, "o", color=COLORS[label], ms=5, label=label)
+        for (of_chip, case), ratio in found.items():
+            if of_chip == chip:
+                axes.plot(ratio, cases.index(case), "o", color=COLOR, ms=5)
         axes.axvline(1, color="#333333", lw=1)
         axes.set_title(chip, size=10)
         axes.grid(axis="y", alpha=0.3)
@@ -206,18 +196,16 @@ def draw(rows: list[dict[str, Any]], before: list[dict[str, Any]], path: Path) -
     panels[0].set_ylim(len(cases) - 0.5, -0.5)
     figure.supxlabel("bytes moved by jaxnorm / bytes moved by Flax", size=9)
     figure.suptitle(
-        "Norm, matmul and backward pass, and whole training steps: 1 is as many bytes as Flax",
+        "Norm, matmul and backward pass, and whole training steps: at 1, as many bytes as Flax",
         size=10,
     )
-    if old:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower right", ncols=2)
     new = path.with_suffix(".new")
     figure.savefig(new, format="png")
     os.replace(new, path)
 
 
 def _kernels(row: dict[str, Any]) -> str:
-    """How many kernels a GPU starts; a TPU starts its program once."""
+    """Count the kernels that a GPU starts; a TPU starts its program once."""
     counted = "kernels" in row and CHIPS[row["chip"]].platform == "cuda"
     return f"{row['kernels']:,g}" if counted else ""
 
