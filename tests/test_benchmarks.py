@@ -14,6 +14,7 @@ from benchmarks.programs import cases, truth
 from benchmarks.programs.cases import SHAPES, Case, Problem
 from benchmarks.programs.peers import PEERS, Peer
 from benchmarks.programs.timing import Call, take_turns
+from benchmarks.report import as_json
 
 TINY = {
     norm: Problem(norm, "tiny", networks["tiny"], "float32") for norm, networks in SHAPES.items()
@@ -141,7 +142,7 @@ def test_turns_are_taken_by_all_in_changing_order():
 def result(name: str = "layer/x/float32/forward", /, **medians: float):
     measured = {
         peer.replace("_", "."): {
-            "median": value, "lower": value, "upper": value, "rounds": 5, "error": 1.0,
+            "median": value, "lower": value, "upper": value, "error": 1.0,
             "compile_seconds": None, "scratch_bytes": None, "note": "",
         }
         for peer, value in medians.items()
@@ -187,6 +188,23 @@ def test_another_row_of_ours_is_no_peer():
 def test_table():
     rows = table.overview([result(jaxnorm=1e-3, torch=2e-6, copy=1e-9)]).splitlines()
     assert rows[-1] == "| layer/x/float32/forward | 4x8 | 1 ms (1) | **2 us** (1) | 1 ns (1) |"
+
+
+def test_details_are_a_line_for_each_case():
+    entry = result(jaxnorm=1e-3, torch=2e-6)
+    entry["peers"]["jaxnorm"] |= {"upper": 2e-3, "compile_seconds": 0.1, "note": "slow to start"}
+    assert table.details([entry]).splitlines()[2:] == [
+        "| layer/x/float32/forward | 1 ms to 2 ms (100 ms) | 2 us to 2 us |"
+    ]
+    assert table.notes([entry, entry]) == ["- jaxnorm: slow to start."]
+
+
+def test_a_report_is_one_row_per_line():
+    rows = [{"case": "a", "shape": [1, 2]}, {"case": "b", "shape": []}]
+    report = {"machine": {"cores": 2}, "results": rows, "not_run": []}
+    text = as_json(report)
+    assert json.loads(text) == report
+    assert len(text.splitlines()) == 8  # braces, three keys, two rows and the end of their list
 
 
 @pytest.fixture

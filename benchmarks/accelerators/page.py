@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accelerators.chips import CHIPS
+from benchmarks.report import as_json, replace
 
 OURS, KERNEL, PEER = "jaxnorm", "jaxnorm, kernel", "Flax"
 COLOR = "#D55E00"  # of Okabe and Ito
@@ -28,14 +29,14 @@ def key(row: dict[str, Any]) -> tuple[str, ...]:
 def write(report: dict[str, Any], folder: Path) -> None:
     """Write results.json, table.md and, with matplotlib, the figure."""
     save(report, folder)
-    _replace(folder / "table.md", "\n".join(tables(report["rows"])) + "\n")
+    replace(folder / "table.md", "\n".join(tables(report["rows"])) + "\n")
     if importlib.util.find_spec("matplotlib"):
         draw(report["rows"], folder / "bytes.png")
 
 
 def save(report: dict[str, Any], folder: Path) -> None:
     """Write results.json."""
-    _replace(folder / "results.json", json.dumps(report, indent=1))
+    replace(folder / "results.json", as_json(report))
 
 
 def ratios(rows: Iterable[dict[str, Any]], program: str, what: str = "bytes") -> dict:
@@ -208,9 +209,3 @@ def _kernels(row: dict[str, Any]) -> str:
     """Count the kernels that a GPU starts; a TPU starts its program once."""
     counted = "kernels" in row and CHIPS[row["chip"]].platform == "cuda"
     return f"{row['kernels']:,g}" if counted else ""
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_suffix(".new")
-    new.write_text(text)
-    os.replace(new, path)

@@ -35,8 +35,7 @@ def measure(executable: Any, x: Any, least: float, **row: Any) -> dict[str, Any]
       least: the bytes that must be moved.
       **row: what else belongs to the row.
     """
-    text = executable.as_text()
-    traffic, memory = Program(text).traffic(), executable.memory_analysis()
+    traffic, memory = Program(executable.as_text()).traffic(), executable.memory_analysis()
     return row | {
         "bytes": traffic.main,
         "least": least,
@@ -45,10 +44,6 @@ def measure(executable: Any, x: Any, least: float, **row: Any) -> dict[str, Any]
         "x": size_of(x),
         "passes": traffic.passes(x.size),
         "kernels": traffic.kernels,
-        "collectives": [
-            {"kind": each.kind, "bytes": each.bytes, "sent": each.bytes_sent}
-            for each in collectives_of(text)
-        ],
     }
 
 
@@ -60,10 +55,9 @@ def norm_rows(
 ) -> Iterator[dict[str, Any]]:
     """Forward, backward, and both in context; of each library."""
     x, params, weight = arguments(problem)
-    about = {"chip": chip.name, "problem": problem._asdict(), "case": problem.name}
     for library in libraries:
         norm = (LIBRARIES | {KERNEL: BY_KERNEL})[library](problem)
-        row = about | {"library": library}
+        row = {"chip": chip.name, "case": problem.name, "library": library}
         parts = programs_of(norm)
         kept = jax.eval_shape(parts.pullback, x, params)
         n = size_of(x)
@@ -152,8 +146,13 @@ def device_rows(
             row = {"chip": chip.name, "case": f"{problem.name}, {how}", "library": library}
             local = jax.ShapeDtypeStruct((x.shape[0] // DEVICES, *x.shape[1:]), x.dtype)
             n = size_of(local)
-            yield measure(forward, local, 2 * n, **row, program="forward of 8")
-            yield measure(both, local, 3 * n, **row, program="both of 8")
+            for name, program, arrays in (("forward", forward, 2), ("both", both, 3)):
+                found = [
+                    {"kind": each.kind, "bytes": each.bytes}
+                    for each in collectives_of(program.as_text())
+                ]
+                row |= {"program": f"{name} of 8", "collectives": found}
+                yield measure(program, local, arrays * n, **row)
 
 
 def batch_norm_over(problem: Problem, library: str, axis_name: str | None) -> Callable:

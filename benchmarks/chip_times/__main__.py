@@ -9,10 +9,10 @@ took four minutes on an H100.
 import argparse
 import importlib.metadata
 import importlib.util
-import json
 import math
 import random
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -28,8 +28,9 @@ from benchmarks.programs.cases import CHIP_PROBLEMS, Case, Problem
 from benchmarks.programs.jax_norms import jaxnorm_norm, linen_norm
 from benchmarks.programs.norms import arguments, programs_of
 from benchmarks.programs.peers import PEERS
-from benchmarks.programs.timing import Call, quartiles, take_turns
+from benchmarks.programs.timing import Call, take_turns
 from benchmarks.programs.training_steps import Step, steps, training_step
+from benchmarks.report import as_json
 
 JAX_NORMS: dict[str, Callable] = {
     "jaxnorm": jaxnorm_norm,
@@ -86,15 +87,15 @@ def draw(shapes: Any, seed: int) -> Any:
     return jax.tree.map(one, shapes)
 
 
-def timed(calls: Iterator[tuple[str, Callable]], seconds: float) -> dict[str, Any]:
-    """Median and quartiles of the seconds of each call."""
+def timed(calls: Iterator[tuple[str, Callable]], seconds: float) -> dict[str, float]:
+    """Return the median seconds of each call."""
     ready = {}
     for name, run in calls:
         wait = synchronize_torch if "torch" in name else jax.block_until_ready
         ready[name] = Call(run, wait, dict, queued=True)
         wait(run())
     measured = take_turns(ready, seconds, random.Random(0), rounds=5)
-    return {name: quartiles(each) for name, each in measured.items()}
+    return {name: statistics.median(each) for name, each in measured.items()}
 
 
 def synchronize_torch(_: Any) -> None:
@@ -106,8 +107,7 @@ def synchronize_torch(_: Any) -> None:
 
 def line(row: dict[str, Any]) -> str:
     """A case, for people: microseconds, and for a norm the share of a copy's rate."""
-    times = {name: each["median"] for name, each in row["times"].items()}
-    cells = []
+    times, cells = row["times"], []
     for name, seconds in times.items():
         program = name.partition(",")[0]
         share = ""
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for name in wanted:
             report["rows"].append({"case": name, "times": timed(work[name](), options.seconds)})
-            options.out.write_text(json.dumps(report, indent=1))  # a run may be cut short
+            options.out.write_text(as_json(report))  # a run may be cut short
             print(line(report["rows"][-1]), file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print("Interrupted: what was timed is written.", file=sys.stderr)

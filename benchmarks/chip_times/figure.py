@@ -16,7 +16,7 @@ LOOKS = {
 
 def gains(row: dict[str, Any]) -> dict[str, dict[str, float]]:
     """For each program and library of a norm's row, how many times as fast as Flax it is."""
-    times = {tuple(name.split(", ", 1)): each["median"] for name, each in row["times"].items()}
+    times = {tuple(name.split(", ", 1)): seconds for name, seconds in row["times"].items()}
     return {
         program: {
             library: times[program, PEER] / times[program, library]
@@ -36,7 +36,7 @@ def table(report: dict[str, Any]) -> str:
         "|---|---|" + "---:|" * len(libraries),
     ]
     for row in report["rows"]:
-        times = {name: f"{each['median'] * 1e6:,.0f}" for name, each in row["times"].items()}
+        times = {name: f"{seconds * 1e6:,.0f}" for name, seconds in row["times"].items()}
         for program in PROGRAMS:
             cells = [times.get(f"{program}, {library}", "") for library in libraries]
             if any(cells):

@@ -21,6 +21,7 @@ from benchmarks.cpu_times.summary import OURS, peer_medians, sentences, summariz
 from benchmarks.cpu_times.table import markdown, seconds
 from benchmarks.programs.cases import Case, all_cases, quick_cases
 from benchmarks.programs.peers import PEERS, Peer
+from benchmarks.report import as_json, replace
 
 
 class UserError(Exception):
@@ -205,8 +206,8 @@ def make_folder(folder: Path) -> None:
 def write(report: dict[str, Any], folder: Path) -> None:
     """Write results.json, table.md and the figures."""
     report["summary"] = summarize(report["results"])
-    _replace(folder / "results.json", json.dumps(report, indent=1))
-    _replace(folder / "table.md", markdown(report))
+    replace(folder / "results.json", as_json(report))
+    replace(folder / "table.md", markdown(report))
     written = ["results.json", "table.md"]
     if not report["results"]:
         say("No figures: nothing was measured.")
@@ -224,9 +225,3 @@ def write(report: dict[str, Any], folder: Path) -> None:
 def say(line: str) -> None:
     """Print progress to stderr."""
     print(line, file=sys.stderr, flush=True)
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_suffix(".new")
-    new.write_text(text)
-    os.replace(new, path)

@@ -1,4 +1,4 @@
-"""The results as Markdown tables."""
+"""Markdown tables of the results."""
 
 import math
 from typing import Any
@@ -16,20 +16,24 @@ The scratch memory that XLA plans for the forward and the backward pass in one p
 to arguments and results, in percent of x. It does not include memory that kernels allocate
 themselves."""
 DETAILS = """\
-Half of the measurements lie between the quartiles. Bytes per second are the least bytes of the case
-divided by the median. Scratch is what the program allocates in addition to arguments and results.
-Compile time is the time of XLA, or of the first call of torch.compile, whose program of *both* is
-often cached from *backward*."""
+The lower and the upper quartile of the times: half of the measurements lie between them. The number
+next to them is the compile time: that of XLA, or of the first call of torch.compile, whose program
+of *both* is often cached from *backward*."""
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The whole page."""
+    """Return the whole page."""
     results = report["results"]
     parts = ["# Benchmark results", machine(report["machine"]), "\n".join(_list(report["summary"]))]
     if results:
-        parts += ["## Times and errors", LEGEND, overview(results)]
+        parts += [
+            "## Times and errors",
+            LEGEND,
+            *filter(None, ["\n".join(notes(results))]),
+            overview(results),
+        ]
         parts += ["## Scratch memory", SCRATCH, scratch(results)]
-        parts += ["## Details", DETAILS, details(results)]
+        parts += ["## Quartiles and compile times", DETAILS, details(results)]
     if report["imports"]:
         parts += ["## Import time", imports(report["imports"])]
     if report["not_run"]:
@@ -38,7 +42,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def machine(described: dict[str, Any]) -> str:
-    """A paragraph about the machine."""
+    """Describe the machine in a paragraph."""
     versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
     pages = (
         "Freed pages are kept, so results do not need new pages."
@@ -52,7 +56,7 @@ def machine(described: dict[str, Any]) -> str:
 
 
 def overview(results: list[dict[str, Any]]) -> str:
-    """A row for each case, a column for each peer."""
+    """Return a row for each case and a column for each peer: time and error."""
     names = list(dict.fromkeys(name for result in results for name in result["peers"]))
     names.sort(key=lambda name: name == COPY)
     rows = []
@@ -67,7 +71,7 @@ def overview(results: list[dict[str, Any]]) -> str:
 
 
 def scratch(results: list[dict[str, Any]]) -> str:
-    """A row for each case with both passes, a column for each peer with known scratch."""
+    """Return a row for each case with both passes, a column for each peer of known scratch."""
     both = [result for result in results if result["mode"] == "both"]
     known = lambda m: m["scratch_bytes"] is not None
     names = dict.fromkeys(name for r in both for name, m in r["peers"].items() if known(m))
@@ -81,37 +85,29 @@ def scratch(results: list[dict[str, Any]]) -> str:
 
 
 def details(results: list[dict[str, Any]]) -> str:
-    """A row for each case and peer."""
+    """Return a row for each case and a column for each peer: quartiles and compile time."""
+    names = list(dict.fromkeys(name for result in results for name in result["peers"]))
     rows = []
     for result in results:
-        for name, m in result["peers"].items():
-            moved, copied = result["minimum_bytes"], result["peers"].get(COPY)
-            rows.append(
-                [
-                    result["case"],
-                    name,
-                    seconds(m["median"]),
-                    f"{seconds(m['lower'])} to {seconds(m['upper'])}",
-                    f"{moved / m['median'] / 1e9:.2f} GB/s" if moved else "",
-                    f"{100 * copied['median'] / m['median']:.0f} %" if copied else "",
-                    "" if m["error"] is None else f"{m['error']:.2g}",
-                    "" if m["scratch_bytes"] is None else f"{m['scratch_bytes']:,}",
-                    "" if m["compile_seconds"] is None else seconds(m["compile_seconds"]),
-                    m["note"],
-                ]
-            )
-    head = "case|peer|median|quartiles|bytes per second|of copy rate|error|scratch bytes|compile"
-    return _table([*head.split("|"), "note"], rows)
+        found = (result["peers"].get(name) for name in names)
+        rows.append([result["case"], *(_quartiles(m) if m else "" for m in found)])
+    return _table(["case", *names], rows)
+
+
+def notes(results: list[dict[str, Any]]) -> list[str]:
+    """Return a line for each way in which the calls of a peer differ from the others."""
+    found = {(name, m["note"]): None for result in results for name, m in result["peers"].items()}
+    return [f"- {name}: {note}." for name, note in found if note]
 
 
 def imports(measured: dict[str, float]) -> str:
-    """Import times, each in a new process and with everything that the module imports."""
+    """Return import times, each in a new process and with all that the module imports."""
     rows = [[f"`import {module}`", seconds(value)] for module, value in measured.items()]
     return _table(["", "median"], rows)
 
 
 def not_run(rows: list[dict[str, str]]) -> list[str]:
-    """A line for each reason, with its cases."""
+    """Return a line for each reason, with its cases."""
     cases: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         cases.setdefault((row["peer"], row["reason"]), []).append(row["case"])
@@ -122,7 +118,7 @@ def not_run(rows: list[dict[str, str]]) -> list[str]:
 
 
 def seconds(value: float) -> str:
-    """A time in a suitable unit."""
+    """Write a time in a suitable unit."""
     for unit, size in (("s", 1), ("ms", 1e-3), ("us", 1e-6)):
         if value >= size:
             return f"{value / size:.3g} {unit}"
@@ -133,6 +129,12 @@ def _time_and_error(measured: dict[str, Any], fastest: float | None) -> str:
     time = seconds(measured["median"])
     time = f"**{time}**" if measured["median"] == fastest else time
     return time if measured["error"] is None else f"{time} ({measured['error']:.2g})"
+
+
+def _quartiles(measured: dict[str, Any]) -> str:
+    text = f"{seconds(measured['lower'])} to {seconds(measured['upper'])}"
+    compiled = measured["compile_seconds"]
+    return text if compiled is None else f"{text} ({seconds(compiled)})"
 
 
 def _ours(result: dict[str, Any]) -> dict[str, float]:

@@ -86,6 +86,6 @@ def take_turns(
 
 
 def quartiles(seconds: list[float]) -> dict[str, float]:
-    """The median, the lower and upper quartile, and the number of measurements."""
+    """Return the median and the lower and upper quartile."""
     lower, median, upper = np.quantile(seconds, (0.25, 0.5, 0.75))
-    return {"median": median, "lower": lower, "upper": upper, "rounds": len(seconds)}
+    return {"median": median, "lower": lower, "upper": upper}
