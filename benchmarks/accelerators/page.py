@@ -79,7 +79,7 @@ def norm_table(rows: list[dict[str, Any]]) -> list[str]:
     """List bytes over the fewest possible, passes, kernels, scratch and residuals."""
     lines = [
         "| case | library | forward | backward | context, over x | passes in context | kernels | "
-        "scratch: forward | backward | kept over x |",
+        "scratch: forward | backward | residuals over x |",
         "|---|---|" + "---:|" * 8,
     ]
     found = {key(row)[1:]: row for row in rows}
