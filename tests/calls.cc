@@ -1,6 +1,6 @@
 // Runs the kernel as XLA calls it: through its handlers, with threads of a pool, several calls at a
-// time. XLA itself is not needed, so all that runs is compiled with a sanitizer, or for another
-// processor. Arrays end where their memory does.
+// time. XLA itself is not needed, so the whole program can be compiled with a sanitizer, or for
+// another processor.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -12,8 +12,8 @@
 using namespace frames;
 using jaxnorm::Block;
 
-// Allocations, one of which may have to fail. All are replaced, because those of a sanitizer do not
-// call each other.
+// Allocations, one of which may fail on purpose. All functions are replaced, because those of a
+// sanitizer do not call each other.
 static void* allocate(size_t size) {
   if (allocations_left > 0 && --allocations_left == 0) return nullptr;
   return std::malloc(size + !size);
@@ -33,23 +33,25 @@ extern "C" XLA_FFI_Error* jaxnorm_backward(XLA_FFI_CallFrame*);
 
 namespace {
 
-// What a call may have or not.
+// The optional parts of a call.
 struct Options {
   bool subtract_mean, scale, bias, gradients, residual;
 };
 
-// Nothing, or that a result is further from the truth than four units of its type. NaN is.
-std::string compared(const char* name, const Array& result, const truth::Result& wanted) {
-  const double unit = wanted.magnitude / (result.type == kF32 ? 1 << 24 : 1 << 9);
+// Returns a message if a result is NaN, or differs from the truth by more than four units of its type.
+std::string compare_with_truth(const char* name, const Array& result, const truth::Result& expected) {
+  const double unit = expected.magnitude / (result.type == kF32 ? 1 << 24 : 1 << 9);
   for (int64_t i = 0; i < result.size; ++i) {
-    const double error = std::fabs(result.at(i) - wanted.value[i]);
-    if (!(error <= 4 * unit)) return std::string(name) + " is off by " + std::to_string(error / unit) + " units, ";
+    const double error = std::fabs(result.at(i) - expected.value[i]);
+    if (!(error <= 4 * unit)) {
+      return std::string(name) + " is off by " + std::to_string(error / unit) + " units, ";
+    }
   }
   return "";
 }
 
-// Forward and backward of `batch` blocks, each with a scale of its own and all with one bias; what
-// went wrong, or nothing.
+// Runs forward and backward for `batch` blocks, each with its own scale and all with one bias. Returns
+// a message if something is wrong, or nothing.
 std::string run(XLA_FFI_DataType type, const Block& b, int64_t batch, const Options& has, bool compare) {
   const int64_t size = batch * b.n * b.example(), groups = batch * b.groups();
   const int64_t means = has.subtract_mean ? groups : 0;
@@ -58,21 +60,21 @@ std::string run(XLA_FFI_DataType type, const Block& b, int64_t batch, const Opti
   Array scale(kF32, scales), bias(kF32, biases), high(kF32, means), low(kF32, means);
   Array var(kF32, groups), rstd(kF32, groups);
   const int64_t sums = has.residual ? size : 0;
-  Array residual(type, sums), total(type, sums), d_residual_sum(type, sums);
+  Array residual(type, sums), residual_sum(type, sums), d_residual_sum(type, sums);
   Array dscale(kF32, has.gradients ? batch * b.features() : 0);
   Array dbias(kF32, has.gradients && has.bias ? batch * b.features() : 0);
   x.fill(1), dy.fill(2), scale.fill(3), bias.fill(4), residual.fill(5), d_residual_sum.fill(6);
   constexpr double kEpsilon = 1e-6;
   Call forward;
   forward.argument(x).argument(residual).argument(scale).argument(bias);
-  forward.result(y).result(total).result(high).result(low).result(var).result(rstd);
+  forward.result(y).result(residual_sum).result(high).result(low).result(var).result(rstd);
   forward.integer("batch", batch).number("epsilon", kEpsilon).block(b);
   forward.boolean("subtract_mean", has.subtract_mean);
   std::string error = forward.run(jaxnorm_forward);
   if (!error.empty()) return error;
-  const Array& kept = has.residual ? total : x;
+  const Array& backward_x = has.residual ? residual_sum : x;
   Call backward;
-  backward.argument(kept).argument(dy).argument(d_residual_sum).argument(scale);
+  backward.argument(backward_x).argument(dy).argument(d_residual_sum).argument(scale);
   backward.argument(high).argument(low).argument(rstd);
   backward.result(dx).result(dscale).result(dbias);
   backward.integer("batch", batch).block(b).boolean("subtract_mean", has.subtract_mean);
@@ -84,11 +86,13 @@ std::string run(XLA_FFI_DataType type, const Block& b, int64_t batch, const Opti
   if (!compare) return "";
   truth::Vector sum = x.numbers(size, 0);
   for (int64_t i = 0; i < sums; ++i) sum[i] += residual.at(i);
-  const truth::Results wanted = truth::compute(
+  const truth::Results expected = truth::compute(
       {b, batch, kEpsilon, has.subtract_mean, sum, scale.numbers(batch * b.features(), 1),
-       bias.numbers(b.features(), 0), kept.numbers(size, 0), dy.numbers(size, 0), d_residual_sum.numbers(size, 0)});
-  return compared("y", y, wanted.y) + compared("dx", dx, wanted.dx) +
-         compared("dscale", dscale, wanted.dscale) + compared("dbias", dbias, wanted.dbias);
+       bias.numbers(b.features(), 0), backward_x.numbers(size, 0), dy.numbers(size, 0),
+       d_residual_sum.numbers(size, 0)});
+  return compare_with_truth("y", y, expected.y) + compare_with_truth("dx", dx, expected.dx) +
+         compare_with_truth("dscale", dscale, expected.dscale) +
+         compare_with_truth("dbias", dbias, expected.dbias);
 }
 
 const Block kBlocks[] = {
@@ -97,7 +101,7 @@ const Block kBlocks[] = {
     {3, 1, 2, 5}, {7, 1, 5, 1}, {2, 1, 3, 9}, {3, 1, 1, 2049}, {1, 1, 1, 6147}, {300, 1, 1, 257},
     {129, 1, 3, 171}, {4100, 1, 1, 17}, {9, 1, 1, 2048 * 3 + 1}, {20, 1, 1, 8201},
     {2, 1, 1, 16384}, {2, 1, 1, 16391},
-    // columns: batch, group, instance; fewer rows than are folded; rows left over; chunks
+    // columns: batch, group, instance; fewer rows than are folded; remaining rows; chunks
     {1, 2, 1, 1}, {1, 7, 1, 1}, {2, 3, 1, 1}, {3, 7, 3, 1}, {2, 5, 1, 7}, {2, 9, 7, 1},
     {1, 64, 8, 1}, {2, 65, 2, 4}, {3, 6, 5, 2}, {1, 1000, 7, 1}, {70, 40, 3, 7}, {1, 66000, 1, 1},
     {1, 4099, 33, 1}, {2, 2049, 3, 11}, {1, 700, 200, 1}, {40, 7, 1000, 1}, {33, 9, 32, 36},
@@ -113,7 +117,7 @@ bool run_all(bool compare) {
                              (bits & 16) != 0};
         if ((!has.subtract_mean || has.residual) && b.s > 1) continue;
         if (has.residual && type != kF32 && b.k > jaxnorm::kLongestSum) continue;
-        // For large blocks, all of scale, bias and their gradients, and some of the rest.
+        // For large blocks: cases with scale, bias and their gradients, and a quarter of the others.
         const bool is_large = b.n * b.example() > 40000;
         if (is_large && bits % 8 != 7 && large++ % 4) continue;
         const std::string error = run(type, b, is_large ? 1 : 2, has, compare);
@@ -128,8 +132,8 @@ bool run_all(bool compare) {
   return good;
 }
 
-// Calls that a handler must refuse, because they do not fit the arrays.
-bool refuses(const char* what, const Block& b, int64_t batch, int64_t groups, int64_t scales) {
+// Returns whether the handlers reject a call whose block does not fit the arrays.
+bool rejects(const char* what, const Block& b, int64_t batch, int64_t groups, int64_t scales) {
   Array x(kF32, 24), y(kF32, 24), high(kF32, groups), low(kF32, groups), rstd(kF32, groups);
   Array var(kF32, groups), scale(kF32, scales), none(kF32, 0);
   Call forward, backward;
@@ -141,27 +145,27 @@ bool refuses(const char* what, const Block& b, int64_t batch, int64_t groups, in
   backward.result(y).result(none).result(none);
   backward.integer("batch", batch).block(b).boolean("subtract_mean", true);
   if (forward.run(jaxnorm_forward).empty() || backward.run(jaxnorm_backward).empty()) {
-    std::printf("taken: %s\n", what);
+    std::printf("not rejected: %s\n", what);
     return false;
   }
   return true;
 }
 
-bool refuses_all() {
+bool rejects_all() {
   const int64_t huge = int64_t{1} << 62;
-  return refuses("too many examples", {5, 1, 1, 6}, 1, 4, 6) &
-         refuses("negative sizes", {-4, 1, 1, -6}, 1, 4, 6) &
-         refuses("a product that overflows", {huge, 1, 1, huge}, 1, 4, 6) &
-         refuses("a product that overflows to the right size", {4, 1, 1, 6 + huge}, 1, 4, 0) &
-         refuses("an empty axis", {4, 1, 1, 0}, 1, 4, 6) &
-         refuses("few statistics", {4, 1, 1, 6}, 1, 3, 6) &
-         refuses("no statistics", {4, 1, 1, 6}, 1, 0, 6) &
-         refuses("a small scale", {4, 1, 1, 6}, 1, 4, 5) &
-         refuses("an empty batch", {4, 1, 1, 6}, 0, 4, 6) &
-         refuses("a batch that is too large", {4, 1, 1, 6}, 2, 4, 6);
+  return rejects("too many examples", {5, 1, 1, 6}, 1, 4, 6) &
+         rejects("negative sizes", {-4, 1, 1, -6}, 1, 4, 6) &
+         rejects("a product that overflows", {huge, 1, 1, huge}, 1, 4, 6) &
+         rejects("a product that overflows to the right size", {4, 1, 1, 6 + huge}, 1, 4, 0) &
+         rejects("an empty axis", {4, 1, 1, 0}, 1, 4, 6) &
+         rejects("few statistics", {4, 1, 1, 6}, 1, 3, 6) &
+         rejects("no statistics", {4, 1, 1, 6}, 1, 0, 6) &
+         rejects("a small scale", {4, 1, 1, 6}, 1, 4, 5) &
+         rejects("an empty batch", {4, 1, 1, 6}, 0, 4, 6) &
+         rejects("a batch that is too large", {4, 1, 1, 6}, 2, 4, 6);
 }
 
-// Each allocation of a call fails once: the call must end with an error of XLA.
+// Lets each allocation of a call fail once: the call must then return an error to XLA.
 bool survives(const Block& b, int64_t batch) {
   const int64_t size = batch * b.n * b.example(), groups = batch * b.groups();
   Array x(kF32, size), y(kF32, size), scale(kF32, b.features()), none(kF32, 0);
@@ -180,25 +184,27 @@ bool survives(const Block& b, int64_t batch) {
     int64_t failing = 0;
     do {
       const std::string error = call.run(handler, ++failing);
-      const bool right = call.ran_out ? call.code == XLA_FFI_Error_Code_RESOURCE_EXHAUSTED : error.empty();
+      const bool right =
+          call.ran_out ? call.code == XLA_FFI_Error_Code_RESOURCE_EXHAUSTED : error.empty();
       if (!right) std::printf("without allocation %ld: \"%s\"\n", (long)failing, error.c_str());
       good = good && right;
     } while (call.ran_out);
     return failing;
   };
   const int64_t failures = each_failure(forward, jaxnorm_forward) + each_failure(backward, jaxnorm_backward);
-  return good && failures > 2;  // one each is the call that succeeds
+  return good && failures > 2;  // the last call of each succeeds
 }
 
 bool survives_all() {
-  // Rows and columns, whose threads share a block, or have whole blocks.
+  // Rows and columns. Threads share a block, or each computes whole blocks.
   return survives({300, 1, 1, 1000}, 1) & survives({2048, 1, 1, 100}, 1) & survives({40, 1, 1, 2048}, 8) &
          survives({1, 4099, 33, 1}, 1) & survives({2, 600, 10, 11}, 8);
 }
 
 }  // namespace
 
-// Compares the results if there is an argument. 77 if the machine can't run what this was compiled for.
+// Compares the results with the truth if there is an argument. Returns 77 if the machine lacks the
+// instructions that this was compiled for.
 int main(int arguments, char**) {
 #if defined(__AVX2__)
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 77;
@@ -209,6 +215,6 @@ int main(int arguments, char**) {
   std::thread other([&] { first = run_all(arguments > 1); });
   second = run_all(false);
   other.join();
-  if (!first || !second || !refuses_all() || !survives_all()) return 1;
+  if (!first || !second || !rejects_all() || !survives_all()) return 1;
   std::puts("all calls ran");
 }

@@ -1,5 +1,5 @@
-// Calls of a handler as XLA makes them: call frames, and the few functions of XLA's interface that a
-// handler calls.
+// Calls of a handler as XLA makes them: call frames, and the functions of XLA's interface that
+// handlers use.
 #pragma once
 
 #include <atomic>
@@ -22,7 +22,7 @@ struct XLA_FFI_Error {
 
 namespace frames {
 
-// The pool of threads that XLA lends to a call.
+// The pool of threads that XLA passes to a call.
 class ThreadPool {
  public:
   explicit ThreadPool(int threads) {
@@ -32,7 +32,7 @@ class ThreadPool {
   ~ThreadPool() {
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      over_ = true;
+      finished_ = true;
     }
     changed_.notify_all();
     for (std::thread& thread : threads_) thread.join();
@@ -57,7 +57,7 @@ class ThreadPool {
   void work() {
     for (;;) {
       std::unique_lock<std::mutex> lock(mutex_);
-      changed_.wait(lock, [this] { return over_ || !tasks_.empty(); });
+      changed_.wait(lock, [this] { return finished_ || !tasks_.empty(); });
       if (tasks_.empty()) return;
       const Task task = tasks_.front();
       tasks_.pop_front();
@@ -69,13 +69,13 @@ class ThreadPool {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<Task> tasks_;
-  bool over_ = false;
+  bool finished_ = false;
   std::vector<std::thread> threads_;
 };
 
 inline ThreadPool* pool;
 
-// The allocation at which this reaches zero fails (calls.cc), in whatever thread it is.
+// Each allocation of any thread decreases this. The one that reaches zero fails (calls.cc).
 inline std::atomic<int64_t> allocations_left{0};
 
 inline XLA_FFI_Error* create_error(XLA_FFI_Error_Create_Args* args) {
@@ -109,14 +109,14 @@ inline XLA_FFI_Api make_api() {
 
 inline const XLA_FFI_Api kApi = make_api();
 
-// An array whose memory has exactly its size, so that a step beyond its end is an error.
+// An array whose memory has exactly its size, so that sanitizers find an access beyond its end.
 struct Array {
   Array(XLA_FFI_DataType type, int64_t size)
       : type(type), size(size), data(new char[size * (type == XLA_FFI_DataType_F32 ? 4 : 2)]()) {}
   ~Array() { delete[] data; }
   Array(const Array&) = delete;
 
-  // Numbers from -0.5 to 0.5.
+  // Fills the array with numbers from -0.5 to 0.5.
   Array& fill(uint32_t seed) {
     for (int64_t i = 0; i < size; ++i) {
       seed = seed * 1664525 + 1013904223;
@@ -147,16 +147,16 @@ struct Array {
     return value;
   }
 
-  // It is finite if the numbers are.
+  // The sum, which is finite only if all numbers are.
   double sum() const {
     double total = 0;
     for (int64_t i = 0; i < size; ++i) total += at(i);
     return total;
   }
 
-  // Its numbers, or as many of `otherwise` as are wanted if it is empty.
-  std::vector<double> numbers(int64_t wanted, double otherwise) const {
-    std::vector<double> result(wanted, otherwise);
+  // Its numbers. If it is empty: `count` times `absent`.
+  std::vector<double> numbers(int64_t count, double absent) const {
+    std::vector<double> result(count, absent);
     for (int64_t i = 0; i < size; ++i) result[i] = at(i);
     return result;
   }
@@ -166,7 +166,7 @@ struct Array {
   char* const data;
 };
 
-// One call. Attributes have to be added in the order of their names.
+// One call. Attributes must be added in the order of their names.
 class Call {
  public:
   Call& argument(const Array& a) { return add(args_, a); }
@@ -184,7 +184,7 @@ class Call {
     return integer("g", b.g).integer("k", b.k).integer("n", b.n).integer("s", b.s);
   }
 
-  // The message of the error, or nothing. Allocation number `failing` of the handler fails.
+  // Runs the call; returns the message of the error, or nothing. Allocation `failing` fails.
   std::string run(XLA_FFI_Handler* handler, int64_t failing = 0) {
     std::vector<XLA_FFI_ArgType> arg_types(args_.size(), XLA_FFI_ArgType_BUFFER);
     std::vector<XLA_FFI_RetType> ret_types(rets_.size(), XLA_FFI_RetType_BUFFER);

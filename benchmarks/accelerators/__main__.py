@@ -1,8 +1,8 @@
 """python -m benchmarks.accelerators: what compilers for TPUs and GPUs make of each norm.
 
-Compile programs ahead of time and count what they move; nothing is run. The numbers are explained in
-docs/accelerators_method.md. All chips take about an hour on two cores; `--chips v5p --only layer` a
-minute.
+Compile programs ahead of time and count what they move; nothing is run.
+docs/accelerators_method.md explains the numbers. All chips take about an hour on two cores;
+`--chips v5p --only layer` takes a minute.
 """
 
 import argparse

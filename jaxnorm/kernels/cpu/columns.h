@@ -1,8 +1,8 @@
 // Norms of columns: the elements of a group are not contiguous in memory.
 //
 // An example is a matrix of s rows and g * k columns. If the columns don't fill one vector, `fold`
-// rows are treated as one longer row, and its columns are merged at the end; the rows left over are
-// taken one by one.
+// rows are treated as one longer row, and its columns are merged at the end. The remaining rows are
+// treated one by one.
 #pragma once
 
 #include "moments.h"
@@ -10,9 +10,9 @@
 namespace jaxnorm {
 namespace JAXNORM_TARGET {
 
-constexpr int64_t kTileRows = 64;    // they stay in the first cache, and are added in float32:
-constexpr int64_t kRunRows = 8;      // first runs of this many, then their sums (moments.h)
-constexpr int64_t kChunkRows = 256;  // at least, so that the sums of a chunk are small beside it
+constexpr int64_t kTileRows = 64;    // A tile stays in the first-level cache. It is added in float32:
+constexpr int64_t kRunRows = 8;      // first runs of this length, then their sums (moments.h).
+constexpr int64_t kChunkRows = 256;  // The least, so that the sums of a chunk are small beside it.
 
 struct Matrix {
   Block block;
@@ -26,27 +26,26 @@ struct Matrix {
   }
 
   int64_t begin(int64_t chunk) const { return rows * chunk / chunks; }
-  // body(at, size) for each row of a chunk: where it begins, and its size. The last chunk has the
-  // rows left over too.
+  // Calls body(start, size) for each row of a chunk. The last chunk has the remaining rows too.
   template <class Body>
   void each_row(int64_t e, int64_t chunk, Body body) const {
-    const int64_t start = e * block.example(), features = block.features();
-    for (int64_t r = begin(chunk); r < begin(chunk + 1); ++r) body(start + r * width, width);
+    const int64_t example = e * block.example(), features = block.features();
+    for (int64_t r = begin(chunk); r < begin(chunk + 1); ++r) body(example + r * width, width);
     if (chunk + 1 < chunks) return;
-    for (int64_t r = rows * fold; r < block.s; ++r) body(start + r * features, features);
+    for (int64_t r = rows * fold; r < block.s; ++r) body(example + r * features, features);
   }
 
-  // For examples of one chunk. Each task has a slot of some bytes per column, so a task has enough
-  // rows for the slot to be small beside them.
+  // The number of tasks for examples of one chunk. Each task has a slot of memory, some bytes per
+  // column, so each task gets enough rows to make the slot small beside them.
   int64_t tasks() const {
-    const int64_t enough = max(4, block.n * block.s / (2 * kChunkRows));
-    return num_tasks(block.n * block.example(), min(block.n, enough));
+    const int64_t limit = max(4, block.n * block.s / (2 * kChunkRows));
+    return num_tasks(block.n * block.example(), min(block.n, limit));
   }
   int64_t slots(int64_t tasks) const { return chunks == 1 ? tasks : block.n; }
 
-  // Measures each example, finishes the statistics of its groups, and writes its result. A slot
-  // keeps what these steps share. A small example stays in the cache and in one thread, and the next
-  // one uses its slot; large examples are divided into chunks of rows.
+  // Measures each example, finishes the statistics of its groups, and writes its result. A slot holds
+  // the data that these steps share. A small example stays in the cache and in one thread, and the
+  // next example reuses its slot. Large examples are divided into chunks of rows.
   template <class Measure, class Finish, class Write>
   void each_example(Pool& pool, int64_t tasks, Measure measure, Finish finish, Write write) const {
     const int64_t n = block.n, parts = chunks;
@@ -64,7 +63,7 @@ struct Matrix {
         const int64_t part = i % parts;
         finish(i / parts, i / parts, block.g * part / parts, block.g * (part + 1) / parts);
       });
-      // In reverse order: what was read last may still be in the cache.
+      // In reverse order: the rows that were read last may still be in the cache.
       parallel_for(pool, n * parts, [&](int64_t i) {
         const int64_t last = n * parts - 1 - i;
         write(last / parts, last / parts, last % parts);
@@ -78,7 +77,7 @@ struct Count {
   static constexpr int value = N;
 };
 
-// body(j, count, lanes) for strips of columns: of M vectors, then of one.
+// Calls body(j, count, lanes) for strips of columns: strips of M vectors, then of one.
 template <int M, class Body>
 static inline BODY void strips(int64_t width, Body body) {
   int64_t j = 0;
@@ -87,13 +86,13 @@ static inline BODY void strips(int64_t width, Body body) {
   if (j < width) body(j, Count<1>(), Tail{width - j});
 }
 
-// Adds rows to the sums of each column: two doubles and the origin for each.
+// Adds rows to the sums of each column, which are two doubles and an origin (Sums in moments.h).
 template <class T>
 static void add_rows(float* origin, double* first, double* second, const T* x, int64_t width,
                      int64_t rows) {
   for (int64_t start = 0; start < rows; start += kTileRows) {
     const int64_t n = min(kTileRows, rows - start);
-    const double rows_of_tile = n, before = start;
+    const double tile_rows = n, previous_rows = start;
     strips<4>(width, [&](int64_t j, auto count, auto lanes) BODY {
       constexpr int N = decltype(count)::value;
       const T* from = x + start * width + j;
@@ -104,7 +103,8 @@ static void add_rows(float* origin, double* first, double* second, const T* x, i
       for (int v = 0; v < N; ++v) {
         const int64_t at = j + v * kLanes;
         pivot[v] = start == 0 ? pivot[v] / static_cast<float>(n)
-                              : DemoteTo(PromoteTo(LoadN(origin + at, lanes)) + LoadN(first + at, lanes) / before);
+                              : DemoteTo(PromoteTo(LoadN(origin + at, lanes)) +
+                                         LoadN(first + at, lanes) / previous_rows);
       }
       for (int64_t run = 0; run < n; run += kRunRows) {
         VF32 run1[N] = {}, run2[N] = {};
@@ -120,9 +120,10 @@ static void add_rows(float* origin, double* first, double* second, const T* x, i
       for (int v = 0; v < N; ++v) {
         const int64_t at = j + v * kLanes;
         if (start == 0) StoreN(origin + at, pivot[v], lanes);
-        const VF64 shift = PromoteTo(pivot[v]) - PromoteTo(LoadN(origin + at, lanes)), d = PromoteTo(d1[v]);
-        add_to(first + at, d + rows_of_tile * shift, lanes);
-        add_to(second + at, PromoteTo(d2[v]) + shift * (2 * d + rows_of_tile * shift), lanes);
+        const VF64 shift = PromoteTo(pivot[v]) - PromoteTo(LoadN(origin + at, lanes));
+        const VF64 d = PromoteTo(d1[v]);
+        add_to(first + at, d + tile_rows * shift, lanes);
+        add_to(second + at, PromoteTo(d2[v]) + shift * (2 * d + tile_rows * shift), lanes);
       }
     });
   }

@@ -1,4 +1,4 @@
-// The gradient of columns (columns.h).
+// The gradients for columns (columns.h).
 #pragma once
 
 #include "columns.h"
@@ -6,42 +6,42 @@
 namespace jaxnorm {
 namespace JAXNORM_TARGET {
 
-// Adds, for each column, dy to `sum_dy` and dy * (x - mean) to `sum_dy_xhat`, which is divided by the
-// standard deviation later. All is added in float64: both are gradients of bias and scale, and where
-// they cancel, as sums of 2^18 terms of both signs do, the rounding of a float32 would be some units
-// of what is left.
+// Adds, for each column, dy to `sum_dy` and dy * (x - mean) to `sum_dy_centred`, which is multiplied
+// by rstd later. The sums are in float64: both are gradients of bias and scale. Where their terms
+// cancel, as those of 2^18 terms of both signs do, rounding in float32 would be some units of the
+// result.
 template <class T>
-static void add_gradients(double* sum_dy, double* sum_dy_xhat, const float* mean, const T* x, const T* dy,
-                          int64_t width, int64_t rows) {
+static void add_gradients(double* sum_dy, double* sum_dy_centred, const float* mean, const T* x,
+                          const T* dy, int64_t width, int64_t rows) {
   for (int64_t start = 0; start < rows; start += kTileRows) {
     const int64_t end = min(rows, start + kTileRows);
     strips<2>(width, [&](int64_t j, auto count, auto lanes) BODY {
       constexpr int N = decltype(count)::value;
       VF32 m[N];
-      Half64 d[2][N] = {}, de[2][N] = {};
+      Half64 tile_dy[2][N] = {}, tile_dy_centred[2][N] = {};  // lower and upper halves
       for (int v = 0; v < N; ++v) m[v] = LoadN(mean + j + v * kLanes, lanes);
       for (int64_t row = start; row < end; ++row) {
         for (int v = 0; v < N; ++v) {
           const int64_t at = row * width + j + v * kLanes;
-          const VF32 dys = LoadN(dy + at, lanes), e = LoadN(x + at, lanes) - m[v];
-          const Half64 lower = PromoteLowerTo(dys), upper = PromoteUpperTo(dys);
-          d[0][v] += lower;
-          d[1][v] += upper;
-          de[0][v] += lower * PromoteLowerTo(e);
-          de[1][v] += upper * PromoteUpperTo(e);
+          const VF32 d = LoadN(dy + at, lanes), centred = LoadN(x + at, lanes) - m[v];
+          const Half64 lower = PromoteLowerTo(d), upper = PromoteUpperTo(d);
+          tile_dy[0][v] += lower;
+          tile_dy[1][v] += upper;
+          tile_dy_centred[0][v] += lower * PromoteLowerTo(centred);
+          tile_dy_centred[1][v] += upper * PromoteUpperTo(centred);
         }
       }
       for (int v = 0; v < N; ++v) {
         const int64_t column = j + v * kLanes;
-        add_to(sum_dy + column, Combine(d[1][v], d[0][v]), lanes);
-        add_to(sum_dy_xhat + column, Combine(de[1][v], de[0][v]), lanes);
+        add_to(sum_dy + column, Combine(tile_dy[1][v], tile_dy[0][v]), lanes);
+        add_to(sum_dy_centred + column, Combine(tile_dy_centred[1][v], tile_dy_centred[0][v]), lanes);
       }
     });
   }
 }
 
-// dx = dy * scale + x_hat * slope + offset, where x_hat = (x - mean) * rstd; `factors` holds, for
-// `width` columns each, mean, rstd, scale, slope, offset.
+// Writes dx = dy * scale + x_hat * slope + offset, where x_hat = (x - mean) * rstd. `factors` holds
+// mean, rstd, scale, slope and offset, each for `width` columns.
 template <class T>
 static void write_gradient(T* dx, const T* x, const T* dy, const float* factors, int64_t width,
                            int64_t size, bool streamed) {
@@ -62,7 +62,7 @@ static void columns_backward(const Backward& f, Pool& pool) {
   T* dx = static_cast<T*>(f.dx);
   const int64_t tasks = m.tasks(), slots = m.slots(tasks);
   const int64_t width = m.width, features = b.features();
-  // For each slot: mean, rstd, and the factors of dx; the sums of each chunk; those of features.
+  // For each slot: the factors of write_gradient, the sums of each chunk, and the sums of features.
   Scratch<float> floats(pool, slots * 5 * width);
   Scratch<double> chunk_sums(pool, slots * m.chunks * 2 * width), totals(pool, slots * 2 * features);
   if (!pool.memory) return;
@@ -93,35 +93,35 @@ static void columns_backward(const Backward& f, Pool& pool) {
       const double rstd = f.rstd[e * b.g + g];
       double group_dy = 0, group_dy_xhat = 0;
       for (int64_t i = g * b.k; i < (g + 1) * b.k; ++i) {
-        double d = 0, de = 0;
+        double feature_dy = 0, feature_dy_centred = 0;
         for (int64_t chunk = 0; chunk < m.chunks; ++chunk) {
           const double* from = sums(slot, chunk);
           for (int64_t j = i; j < width; j += features) {
-            d += from[j];
-            de += from[width + j];
+            feature_dy += from[j];
+            feature_dy_centred += from[width + j];
           }
         }
         for (int64_t row = m.rows * m.fold; row < b.s; ++row) {
           const int64_t at = e * b.example() + row * features + i;
-          d += load_scalar(dy + at);
-          de += load_scalar(dy + at) * (load_scalar(x + at) - mean);
+          feature_dy += load_scalar(dy + at);
+          feature_dy_centred += load_scalar(dy + at) * (load_scalar(x + at) - mean);
         }
-        const double dh = (de - mean_low * d) * rstd;
-        totals[slot * 2 * features + i] += dh;
-        totals[(slot * 2 + 1) * features + i] += d;
+        const double feature_dy_xhat = (feature_dy_centred - mean_low * feature_dy) * rstd;
+        totals[slot * 2 * features + i] += feature_dy_xhat;
+        totals[(slot * 2 + 1) * features + i] += feature_dy;
         const double factor = f.scale ? f.scale[i] : 1;
-        group_dy += factor * d;
-        group_dy_xhat += factor * dh;
+        group_dy += factor * feature_dy;
+        group_dy_xhat += factor * feature_dy_xhat;
       }
       const double n = static_cast<double>(b.s) * b.k;
-      const float slope_of_group = -rstd * group_dy_xhat / n;
-      const float offset_of_group = -rstd * group_dy / n - mean_low * rstd * slope_of_group;
+      const float group_slope = -rstd * group_dy_xhat / n;
+      const float group_offset = -rstd * group_dy / n - mean_low * rstd * group_slope;
       for (int64_t i = g * b.k; i < (g + 1) * b.k; ++i) {
-        const float of_d = rstd * (f.scale ? f.scale[i] : 1);
+        const float dy_factor = rstd * (f.scale ? f.scale[i] : 1);
         for (int64_t j = i; j < width; j += features) {
-          scale[j] = canonical_nan(of_d);
-          slope[j] = canonical_nan(slope_of_group);
-          offset[j] = canonical_nan(offset_of_group);
+          scale[j] = canonical_nan(dy_factor);
+          slope[j] = canonical_nan(group_slope);
+          offset[j] = canonical_nan(group_offset);
         }
       }
     }
@@ -129,7 +129,8 @@ static void columns_backward(const Backward& f, Pool& pool) {
   auto write_chunk = [&](int64_t slot, int64_t e, int64_t chunk) {
     const float* factors = floats + slot * 5 * width;
     m.each_row(e, chunk, [&](int64_t at, int64_t size) {
-      write_gradient(dx + at, x + at, dy + at, factors, width, size, should_stream(dx + at, f.elements));
+      const bool streamed = should_stream(dx + at, f.elements);
+      write_gradient(dx + at, x + at, dy + at, factors, width, size, streamed);
     });
   };
   m.each_example(pool, tasks, measure, finish_groups, write_chunk);

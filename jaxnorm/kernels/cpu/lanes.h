@@ -1,6 +1,6 @@
-// Vectors of which some lanes are not there, at the end of an array, and loops over arrays.
+// Partial vectors, at the end of an array, and loops over arrays.
 //
-// Functions that end in N take `lanes`: Whole, or which part of a vector is there.
+// Functions that end in N have an argument `lanes`: Whole, Tail or Short, the lanes that are valid.
 #pragma once
 
 #include "simd.h"
@@ -23,7 +23,7 @@ static inline VF32 IfThenElseZero(Whole, VF32 v) { return v; }
 
 #if defined(__AVX512F__)
 
-// The first lanes. What is not there is zero when it is loaded.
+// The first lanes are valid. Loads set the other lanes to zero.
 struct Tail {
   int64_t lanes;
 };
@@ -68,11 +68,12 @@ static inline VF32 IfThenElseZero(Tail tail, VF32 v) {
 
 #else
 
-// The last lanes, at the end of a longer array, where the other lanes belong to the vector before;
-// or the first lanes, of an array that is shorter than a vector.
+// The last lanes are valid, at the end of a longer array. The other lanes belong to the previous
+// vector.
 struct Tail {
   int64_t lanes;
 };
+// The first lanes are valid, in an array that is shorter than a vector.
 struct Short {
   int64_t lanes;
 };
@@ -99,7 +100,7 @@ static inline void StoreN(T* p, VF32 v, Short part) {
   for (int i = 0; i < part.lanes; ++i) p[i] = buffer[i];
 }
 
-// The other lanes have been added with the vector before.
+// The other lanes were added with the previous vector.
 static inline void add_to(double* p, VF64 d, Tail tail) {
   for (int i = kLanes - static_cast<int>(tail.lanes); i < kLanes; ++i) {
     p[i + tail.lanes - kLanes] += d[i];
@@ -111,7 +112,7 @@ static inline VI32 Iota() {
   for (int i = 0; i < kLanes; ++i) lanes[i] = i;
   return lanes;
 }
-// Zero in the lanes that are not there, or belong to the vector before.
+// Sets the lanes that are not valid to zero.
 static inline VF32 IfThenElseZero(Tail tail, VF32 v) {
   return Iota() >= kLanes - static_cast<int32_t>(tail.lanes) ? v : Zero();
 }
@@ -136,8 +137,8 @@ static inline void store_or_stream(T* p, VF32 v, Lanes lanes, [[maybe_unused]] b
   StoreN(p, v, lanes);
 }
 
-// body(u, i, lanes) for each vector of n elements from i on. Calls with different u < 4 may run at
-// the same time, so sums that differ by u do not wait for each other.
+// Calls body(u, i, lanes) for each vector of n elements, which begins at i. Calls with different
+// u < 4 may run at the same time: the sums of one u do not depend on those of another.
 template <class Body>
 static inline BODY void for_each_vector(int64_t n, Body body) {
   int64_t i = 0;

@@ -1,13 +1,13 @@
 // Mean and variance, with the mean subtracted twice (docs/numerics.md).
 //
-// Elements are taken in tiles that stay in the first cache. Each tile is summed as d = x - m and
-// d * d, which lose nothing to a large mean: m is the rounded mean of the tiles before. (The squares
-// of the distances between tiles are at most twice the squares that the variance consists of.) The
-// first tile is read twice, once for its own mean. The sums of tiles are merged in float64, as
-// distances from the mean of the first.
+// Elements are summed in tiles that stay in the first-level cache. The sums of a tile are those of
+// d = x - m and d * d, where m is the rounded mean of the previous tiles; a large mean costs them no
+// digits. (The squares of the distances between tiles are at most twice the squares of the
+// variance.) The first tile is read twice, once for its own mean. The sums of tiles are merged in
+// float64, as distances from the mean of the first tile.
 //
 // Only short runs of a tile are added in float32. After a large element, each further addition rounds
-// by up to half a unit of the sum so far, and where the elements are alike, always in the same
+// by up to half a unit of the sum so far. Where the elements are alike, it always rounds in the same
 // direction: n additions cost up to n / 4 units of rstd.
 #pragma once
 
@@ -43,7 +43,7 @@ static inline Moment finish(const Sums& sums, double epsilon, bool subtract_mean
   Moment result = {};
   double var = sums.second / sums.count;
   if (subtract_mean) {
-    double offset = sums.first / sums.count;  // of the mean from the origin
+    double offset = sums.first / sums.count;  // mean - origin
     result.mean_high = static_cast<float>(sums.origin + offset);
     result.mean_low = static_cast<float>((sums.origin - result.mean_high) + offset);
     var -= offset * offset;
@@ -51,11 +51,13 @@ static inline Moment finish(const Sums& sums, double epsilon, bool subtract_mean
   }
   result.var = static_cast<float>(var);
   double padded = static_cast<double>(result.var) + epsilon;
-  result.rstd = padded > 0 ? static_cast<float>(1 / __builtin_sqrt(padded)) : padded <= 0 ? 0 : __builtin_nanf("");
+  result.rstd = padded > 0    ? static_cast<float>(1 / __builtin_sqrt(padded))
+                : padded <= 0 ? 0
+                              : __builtin_nanf("");
   return result;
 }
 
-// Each element in float64, for data whose squares overflow float32. `at(i)` is element i of n.
+// The sums in float64, for data whose squares overflow float32. `at(i)` is element i of n.
 template <class At>
 static __attribute__((noinline)) Sums wide_sums(int64_t n, bool subtract_mean, At at) {
   double total = 0, first = 0, second = 0;

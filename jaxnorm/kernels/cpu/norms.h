@@ -1,8 +1,8 @@
-// The interface of a target. What is declared here is compiled once.
+// The interface of targets. These declarations have the same meaning in all of them.
 //
-// A target is the same source compiled for other hardware. It must not use inline functions of the
-// standard library: the linker keeps one copy of them, and if it is that of a higher target, machines
-// without that hardware fail.
+// A target is the same source, compiled for one kind of hardware. It must not use inline functions of
+// the standard library: the linker keeps one copy of each. If the copy comes from a target for newer
+// hardware, older machines fail.
 #pragma once
 
 #include <cstdint>
@@ -18,23 +18,23 @@ struct Block {
   int64_t groups() const { return n * g; }
 };
 
-// Arrays of shape (n, g). mean_high + mean_low is the mean to twice the precision; they are neither
-// read nor written unless the mean is subtracted.
+// Arrays of shape (n, g). mean_high + mean_low is the mean to twice the precision. Both are read and
+// written only if the mean is subtracted.
 struct Statistics {
   float *mean_high, *mean_low, *var, *rstd;
 };
 
-// The longest row of bfloat16 that takes a residual: a thread keeps the sum of one row in float32.
+// The longest row of bfloat16 that may have a residual: a thread keeps the sum of a row in float32.
 constexpr int64_t kLongestSum = 1 << 14;
 
 struct Forward {
   Block block;
-  int64_t elements;  // of all arrays like this one, if the call has several
+  int64_t elements;  // in all blocks of the call
   double epsilon;
   bool subtract_mean;
   const void *x, *residual;   // null: no residual; with one, s = 1
   const float *scale, *bias;  // null: one, zero
-  void *y, *residual_sum;            // the residual_sum if there is a residual
+  void *y, *residual_sum;     // residual_sum: null without a residual
   Statistics stats;
 };
 
@@ -46,17 +46,17 @@ struct Backward {
   const float* scale;
   const float *mean_high, *mean_low, *rstd;
   void* dx;
-  float *dscale, *dbias;  // null: not wanted
+  float *dscale, *dbias;  // null: not computed
 };
 
-// Runs tasks 0, 1, ... in any order, on any threads; returns when all have ended. A task must not
-// throw: XLA's threads catch nothing. So memory is allocated before any task runs.
+// Runs tasks 0, 1, ... in any order, on any threads, and returns when all have ended. A task must not
+// throw, because XLA's threads do not catch exceptions. So memory is allocated before any task runs.
 class Pool {
  public:
   virtual void run(int64_t tasks, void (*task)(const void*, int64_t), const void* context) = 0;
 
-  char* memory = nullptr;  // of one call; null in a call that only counts the bytes it takes
-  int64_t taken = 0;
+  char* memory = nullptr;  // of one call; null in a call that only counts the bytes that it needs
+  int64_t bytes_used = 0;
 
  protected:
   ~Pool() = default;

@@ -1,4 +1,4 @@
-// Statistics of rows: s = 1, and the k elements of a group stand side by side in memory.
+// Norms of rows: s = 1, and the k elements of a group are contiguous in memory.
 #pragma once
 
 #include "moments.h"
@@ -7,10 +7,10 @@ namespace jaxnorm {
 namespace JAXNORM_TARGET {
 
 constexpr int64_t kRowTile = 2048;
-constexpr int64_t kRun = 32 * kLanes;  // these are added in float32 (moments.h)
+constexpr int64_t kRun = 32 * kLanes;  // the elements that are added in float32 (moments.h)
 
-// body(begin, size) for runs of n elements. The last run may have up to one vector more: of a run
-// shorter than a vector, each element would be copied.
+// Calls body(begin, size) for the runs of n elements. The last run may be longer by up to one vector,
+// because the elements of a run shorter than a vector would be copied one by one.
 template <class Body>
 static inline BODY void for_each_run(int64_t n, Body body) {
   for (int64_t begin = 0, size; begin < n; begin += size) {
@@ -22,7 +22,9 @@ static inline BODY void for_each_run(int64_t n, Body body) {
 template <class T>
 static inline float row_mean(const T* x, int64_t k) {
   VF32 total[4] = {};
-  for_each_vector(k, [&](int u, int64_t i, auto lanes) BODY { total[u] += IfThenElseZero(lanes, LoadN(x + i, lanes)); });
+  for_each_vector(k, [&](int u, int64_t i, auto lanes) BODY {
+    total[u] += IfThenElseZero(lanes, LoadN(x + i, lanes));
+  });
   return static_cast<float>(ReduceSum((total[0] + total[1]) + (total[2] + total[3])) / k);
 }
 
@@ -43,8 +45,8 @@ static inline void add_row(Sums& sums, const T* x, int64_t k, float pivot) {
   sums.add(k, pivot, kSubtractMean ? ReduceSum(first) : 0, ReduceSum(second));
 }
 
-// The moments of R rows. In each tile the rows do not depend on each other, so that the processor
-// works on them at the same time.
+// Computes the moments of R rows. In each tile the rows do not depend on each other, so that the
+// processor can overlap their instructions.
 template <int R, bool kSubtractMean, class T>
 static inline void row_moments(Moment* moments, const T* x, int64_t k, double epsilon) {
   Sums sums[R] = {};
@@ -64,9 +66,9 @@ static inline void row_moments(Moment* moments, const T* x, int64_t k, double ep
   for (int r = 0; r < R; ++r) moments[r] = finish(sums[r], epsilon, kSubtractMean);
 }
 
-// From `x`: the rows of that array, or their sums with the residual in float32.
+// Normalizes the rows of `x`: those of the array, or the residual sums in float32.
 template <int R, bool kSubtractMean, bool kScale, bool kBias, class T, class X>
-static inline void normalize_rows_of(const X* x, const Forward& f, int64_t row) {
+static inline void normalize_loaded(const X* x, const Forward& f, int64_t row) {
   const int64_t k = f.block.k, feature = f.block.g == 1 ? 0 : row % f.block.g * k;
   T* y = static_cast<T*>(f.y) + row * k;
   const float* scale = kScale ? f.scale + feature : nullptr;
@@ -84,7 +86,7 @@ static inline void normalize_rows_of(const X* x, const Forward& f, int64_t row) 
     const VF32 low = Set(-moments[r].mean_low * moments[r].rstd);
     const bool streamed = should_stream(y, f.elements);
     for_each_vector(k, [&](int, int64_t i, auto lanes) BODY {
-      __builtin_prefetch(x + R * k + i);  // the next rows, while these are computed
+      __builtin_prefetch(x + R * k + i);  // the next rows
       VF32 result = LoadN(x + i, lanes);
       result = kSubtractMean ? (result - mean) * rstd + low : result * rstd;
       if (kScale) result *= LoadN(scale + i, lanes);
@@ -94,19 +96,20 @@ static inline void normalize_rows_of(const X* x, const Forward& f, int64_t row) 
   }
 }
 
-// x + residual, in float32 to `sums` and rounded to the residual_sum. These may be the same array.
+// Writes x + residual to `sums` in float32, and rounded to the residual sum. Both may be one array.
 template <class T>
 static inline void add_residual(const Forward& f, int64_t start, int64_t size, float* sums) {
-  const T *x = static_cast<const T*>(f.x) + start, *residual = static_cast<const T*>(f.residual) + start;
+  const T* x = static_cast<const T*>(f.x) + start;
+  const T* residual = static_cast<const T*>(f.residual) + start;
   T* residual_sum = static_cast<T*>(f.residual_sum) + start;
-  const bool apart = static_cast<void*>(sums) != residual_sum;
-  const bool streamed = apart && should_stream(residual_sum, f.elements);
+  const bool separate = static_cast<void*>(sums) != residual_sum;
+  const bool streamed = separate && should_stream(residual_sum, f.elements);
   for_each_vector(size, [&](int, int64_t i, auto lanes) BODY {
     __builtin_prefetch(x + size + i);  // the next rows
     __builtin_prefetch(residual + size + i);
     VF32 sum = LoadN(x + i, lanes) + LoadN(residual + i, lanes);
     StoreN(sums + i, sum, lanes);
-    if (apart) store_or_stream(residual_sum + i, sum, lanes, streamed);
+    if (separate) store_or_stream(residual_sum + i, sum, lanes, streamed);
   });
 }
 
@@ -115,24 +118,24 @@ static inline void normalize_rows(const Forward& f, int64_t row, float* memory) 
   const int64_t k = f.block.k, start = row * k;
   if (!f.residual) {
     const T* x = static_cast<const T*>(f.x) + start;
-    return normalize_rows_of<R, kSubtractMean, kScale, kBias, T>(x, f, row);
+    return normalize_loaded<R, kSubtractMean, kScale, kBias, T>(x, f, row);
   }
-  // A longer row is one of float32, whose sum is the residual_sum.
+  // A longer row is float32, so the residual sum itself is used.
   float* sums = R * k <= kLongestSum ? memory : static_cast<float*>(f.residual_sum) + start;
   add_residual<T>(f, start, R * k, sums);
-  normalize_rows_of<R, kSubtractMean, kScale, kBias, T>(sums, f, row);
+  normalize_loaded<R, kSubtractMean, kScale, kBias, T>(sums, f, row);
 }
 
 template <bool kSubtractMean, bool kScale, bool kBias, class T>
 static void rows_forward(const Forward& f, Pool& pool) {
-  if (!pool.memory) return;  // it takes none
+  if (!pool.memory) return;  // no memory is needed
   const int64_t rows = f.block.groups(), tasks = num_tasks(rows * f.block.k, rows);
-  const bool together = f.block.g == 1 && f.block.k <= kRowTile / 4;
+  const bool four_at_once = f.block.g == 1 && f.block.k <= kRowTile / 4;
   parallel_for(pool, tasks, [&](int64_t task) {
     const int64_t end = rows * (task + 1) / tasks;
     float memory[kLongestSum];  // used if there is a residual
     for (int64_t row = rows * task / tasks; row < end;) {
-      if (together && row + 4 <= end) {
+      if (four_at_once && row + 4 <= end) {
         normalize_rows<4, kSubtractMean, kScale, kBias, T>(f, row, memory);
         row += 4;
       } else {

@@ -1,4 +1,4 @@
-// The gradient of rows (rows.h).
+// The gradients for rows (rows.h).
 #pragma once
 
 #include "rows.h"
@@ -6,36 +6,37 @@
 namespace jaxnorm {
 namespace JAXNORM_TARGET {
 
-constexpr int64_t kFewRows = 16;    // their columns are added in float32
-constexpr int64_t kTaskRows = 256;  // at least, so that the sums of a task are small beside them
-constexpr int64_t kFewTasks = 4;    // fewer tasks than these do not use all threads
+constexpr int64_t kFlushRows = 16;  // The columns of these rows are added in float32.
+constexpr int64_t kTaskRows = 256;  // The least, so that the sums of a task are small beside them.
+constexpr int64_t kMinTasks = 4;    // Fewer tasks do not use all threads.
 
-// The sums for scale and bias: in floats for a few rows, then in doubles.
-struct Columns {
-  float *few_scale, *few_bias;
+// The sums of columns, for scale and bias: partial sums of kFlushRows rows in float32, which are added
+// to the sums in float64.
+struct ColumnSums {
+  float *partial_scale, *partial_bias;
   double *scale, *bias;
 
   void flush(int64_t features) const {
     for_each_vector(features, [&](int, int64_t i, auto lanes) BODY {
-      flush(scale + i, few_scale + i, lanes);
-      flush(bias + i, few_bias + i, lanes);
+      flush(scale + i, partial_scale + i, lanes);
+      flush(bias + i, partial_bias + i, lanes);
     });
   }
 
-  static BODY void flush(double* all, float* few, Whole) {
-    StoreU(all, LoadU(all) + PromoteTo(LoadU(few)));
-    StoreU(few, Zero());
+  static BODY void flush(double* sum, float* partial, Whole) {
+    StoreU(sum, LoadU(sum) + PromoteTo(LoadU(partial)));
+    StoreU(partial, Zero());
   }
   template <class Lanes>
-  static BODY void flush(double* all, float* few, Lanes lanes) {
+  static BODY void flush(double* sum, float* partial, Lanes lanes) {
     for (int64_t i = 0; i < lanes.lanes; ++i) {
-      all[i] += few[i];
-      few[i] = 0;
+      sum[i] += partial[i];
+      partial[i] = 0;
     }
   }
 };
 
-// R rows that share one scale, from its first feature on.
+// R rows that share one scale, which begins at `feature`.
 template <int R, bool kSubtractMean, bool kScale, class T>
 struct Rows {
   const T *x, *dy, *d_residual_sum;
@@ -69,10 +70,11 @@ struct Rows {
     return kScale ? d * LoadN(scale + i, lanes) : d;
   }
 
-  // Adds dy * scale and dy * scale * x_hat to the sums of each row, and dy and dy * x_hat to those of
-  // columns.
+  // Adds dy * scale and dy * scale * x_hat to the sums of each row, and dy and dy * x_hat to the sums
+  // of columns.
   template <bool kColumns>
-  BODY void add(int64_t begin, int64_t end, double* sum_dy, double* sum_dy_xhat, const Columns* columns) const {
+  BODY void add(int64_t begin, int64_t end, double* sum_dy, double* sum_dy_xhat,
+                const ColumnSums* columns) const {
     Half64 part_dy[R] = {}, part_dy_xhat[R] = {};
     for_each_run(end - begin, [&](int64_t start, int64_t size) BODY {
       VF32 run_dy[R] = {}, run_dy_xhat[R] = {};
@@ -102,26 +104,28 @@ struct Rows {
   }
 
   template <class Lanes>
-  static BODY void add_columns(const Columns& columns, int64_t i, VF32 dscale, VF32 dbias, Lanes lanes) {
-    float *to_scale = columns.few_scale + i, *to_bias = columns.few_bias + i;
-    StoreN(to_scale, LoadN(to_scale, lanes) + dscale, lanes);
-    StoreN(to_bias, LoadN(to_bias, lanes) + dbias, lanes);
+  static BODY void add_columns(const ColumnSums& columns, int64_t i, VF32 dscale, VF32 dbias,
+                               Lanes lanes) {
+    float *scale = columns.partial_scale + i, *bias = columns.partial_bias + i;
+    StoreN(scale, LoadN(scale, lanes) + dscale, lanes);
+    StoreN(bias, LoadN(bias, lanes) + dbias, lanes);
   }
 
-  // dx, from the sums; and the sums of columns from `begin` on, if `add` has not taken them.
+  // Writes dx from the sums of rows, and adds to the sums of columns from `begin` on if `add` did not.
   template <bool kColumns>
   BODY void write_dx(int64_t begin, int64_t end, const double* sum_dy, const double* sum_dy_xhat,
-                const Columns* columns) const {
+                     const ColumnSums* columns) const {
     for (int r = 0; r < R; ++r) {
-      const VF32 a = Set(-sum_dy[r] / k), b = Set(-sum_dy_xhat[r] / k);
+      const VF32 offset_dy = Set(-sum_dy[r] / k), slope = Set(-sum_dy_xhat[r] / k);
       const bool streamed = should_stream(dx + r * k + begin, elements);
       for_each_vector(end - begin, [&](int, int64_t offset, auto lanes) BODY {
         const int64_t i = begin + offset;
-        __builtin_prefetch(x + (r + R) * k + i);  // the next rows, while these are computed
+        __builtin_prefetch(x + (r + R) * k + i);  // the next rows
         __builtin_prefetch(dy + (r + R) * k + i);
-        VF32 d = LoadN(dy + r * k + i, lanes), x_hat = load_x_hat(r, i, lanes), g = scaled(d, i, lanes);
-        if (kSubtractMean) g += a;
-        g = (g + b * x_hat) * rstd[r];
+        VF32 d = LoadN(dy + r * k + i, lanes), x_hat = load_x_hat(r, i, lanes);
+        VF32 g = scaled(d, i, lanes);
+        if (kSubtractMean) g += offset_dy;
+        g = (g + slope * x_hat) * rstd[r];
         if (d_residual_sum) g += LoadN(d_residual_sum + r * k + i, lanes);
         store_or_stream(dx + r * k + i, canonical_nan<T>(g), lanes, streamed);
         if (kColumns) {
@@ -133,38 +137,39 @@ struct Rows {
   }
 };
 
-// Each task has some rows. Everything is read once, but each task needs its own sums of columns.
+// Divides the rows among tasks. Each array is read once, but each task needs its own sums of columns.
 template <bool kSubtractMean, bool kScale, bool kColumns, class T>
 static void backward_by_row(const Backward& f, Pool& pool) {
   const Block block = f.block;
   const int64_t rows = block.groups(), features = block.features(), k = block.k;
   const int64_t tasks = num_tasks(rows * k, kColumns ? max(1, block.n / kTaskRows) : rows);
-  const int64_t each = kColumns ? features : 0;
-  Scratch<float> few(pool, 2 * tasks * each);
-  Scratch<double> all(pool, 2 * tasks * each);
+  const int64_t width = kColumns ? features : 0;
+  Scratch<float> partials(pool, 2 * tasks * width);
+  Scratch<double> sums(pool, 2 * tasks * width);
   if (!pool.memory) return;
   parallel_for(pool, tasks, [&](int64_t task) {
-    const int64_t at = 2 * task * each, end = rows * (task + 1) / tasks;
-    const Columns columns = {few + at, few + (at + each), all + at, all + (at + each)};
+    const int64_t start = 2 * task * width, end = rows * (task + 1) / tasks;
+    const ColumnSums columns = {partials + start, partials + (start + width), sums + start,
+                                sums + (start + width)};
     int64_t unflushed = 0;
     for (int64_t row = rows * task / tasks; row < end;) {
       double sum_dy[2] = {}, sum_dy_xhat[2] = {};
       const int count = block.g == 1 && row + 2 <= end ? 2 : 1;
       if (count == 2) {
-        const Rows<2, kSubtractMean, kScale, T> some(f, row, 0);
-        some.template add<kColumns>(0, k, sum_dy, sum_dy_xhat, &columns);
-        some.template write_dx<false>(0, k, sum_dy, sum_dy_xhat, nullptr);
+        const Rows<2, kSubtractMean, kScale, T> pair(f, row, 0);
+        pair.template add<kColumns>(0, k, sum_dy, sum_dy_xhat, &columns);
+        pair.template write_dx<false>(0, k, sum_dy, sum_dy_xhat, nullptr);
       } else {
         const int64_t feature = row % block.g * k;
-        const Columns here = {columns.few_scale + feature, columns.few_bias + feature,
-                              columns.scale, columns.bias};
-        const Rows<1, kSubtractMean, kScale, T> one(f, row, feature);
-        one.template add<kColumns>(0, k, sum_dy, sum_dy_xhat, &here);
-        one.template write_dx<false>(0, k, sum_dy, sum_dy_xhat, nullptr);
+        const ColumnSums group_columns = {columns.partial_scale + feature, columns.partial_bias + feature,
+                                          columns.scale, columns.bias};
+        const Rows<1, kSubtractMean, kScale, T> single(f, row, feature);
+        single.template add<kColumns>(0, k, sum_dy, sum_dy_xhat, &group_columns);
+        single.template write_dx<false>(0, k, sum_dy, sum_dy_xhat, nullptr);
       }
       row += count;
       unflushed += count;
-      if (kColumns && unflushed >= kFewRows * block.g) {
+      if (kColumns && unflushed >= kFlushRows * block.g) {
         columns.flush(features);
         unflushed = 0;
       }
@@ -177,16 +182,16 @@ static void backward_by_row(const Backward& f, Pool& pool) {
     for (int64_t i = features * part / parts; i < features * (part + 1) / parts; ++i) {
       double scale = 0, bias = 0;
       for (int64_t task = 0; task < tasks; ++task) {
-        scale += all[2 * task * each + i];
-        bias += all[(2 * task + 1) * each + i];
+        scale += sums[2 * task * width + i];
+        bias += sums[(2 * task + 1) * width + i];
       }
       store_feature_gradients(f, i, scale, bias);
     }
   });
 }
 
-// Each task has some features of all rows, for few rows. No task needs its own sums of columns, but
-// everything is read twice.
+// Divides the features among tasks, for a small number of rows. No task needs its own sums of
+// columns, but each array is read twice.
 template <bool kSubtractMean, bool kScale, class T>
 static void backward_by_feature(const Backward& f, Pool& pool) {
   constexpr int64_t kPart = 16384, kStrip = 512;
@@ -196,8 +201,8 @@ static void backward_by_feature(const Backward& f, Pool& pool) {
   if (!pool.memory) return;
   parallel_for(pool, rows * parts, [&](int64_t i) {
     const int64_t row = i / parts, begin = i % parts * kPart;
-    const Rows<1, kSubtractMean, kScale, T> one(f, row, 0);
-    one.template add<false>(begin, min(k, begin + kPart), sum_dy + i, sum_dy_xhat + i, nullptr);
+    const Rows<1, kSubtractMean, kScale, T> single(f, row, 0);
+    single.template add<false>(begin, min(k, begin + kPart), sum_dy + i, sum_dy_xhat + i, nullptr);
   });
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t part = 1; part < parts; ++part) {
@@ -208,17 +213,20 @@ static void backward_by_feature(const Backward& f, Pool& pool) {
   const int64_t tasks = num_tasks(rows * k, strips);
   parallel_for(pool, tasks, [&](int64_t task) {
     for (int64_t strip = strips * task / tasks; strip < strips * (task + 1) / tasks; ++strip) {
-      float few[2][kStrip] = {};
-      double all[2][kStrip] = {};
-      const Columns columns = {few[0], few[1], all[0], all[1]};
+      float partials[2][kStrip] = {};
+      double sums[2][kStrip] = {};
+      const ColumnSums columns = {partials[0], partials[1], sums[0], sums[1]};
       const int64_t begin = strip * kStrip, end = min(k, begin + kStrip);
       for (int64_t row = 0; row < rows; ++row) {
-        const Rows<1, kSubtractMean, kScale, T> one(f, row, 0);
-        one.template write_dx<true>(begin, end, sum_dy + row * parts, sum_dy_xhat + row * parts, &columns);
-        if (row % kFewRows == kFewRows - 1) columns.flush(kStrip);
+        const Rows<1, kSubtractMean, kScale, T> single(f, row, 0);
+        single.template write_dx<true>(begin, end, sum_dy + row * parts, sum_dy_xhat + row * parts,
+                                       &columns);
+        if (row % kFlushRows == kFlushRows - 1) columns.flush(kStrip);
       }
       columns.flush(kStrip);
-      for (int64_t i = begin; i < end; ++i) store_feature_gradients(f, i, all[0][i - begin], all[1][i - begin]);
+      for (int64_t i = begin; i < end; ++i) {
+        store_feature_gradients(f, i, sums[0][i - begin], sums[1][i - begin]);
+      }
     }
   });
 }
@@ -227,8 +235,8 @@ template <bool kSubtractMean, bool kScale, bool kColumns, class T>
 static void rows_backward(const Backward& f, Pool& pool) {
   const int64_t elements = f.block.n * f.block.example();
   if constexpr (kColumns) {
-    const bool few = f.block.n / kTaskRows < min(kFewTasks, num_tasks(elements, elements));
-    if (few && f.block.g == 1 && elements >= 1 << 16) {
+    const bool few_rows = f.block.n / kTaskRows < min(kMinTasks, num_tasks(elements, elements));
+    if (few_rows && f.block.g == 1 && elements >= 1 << 16) {
       return backward_by_feature<kSubtractMean, kScale, T>(f, pool);
     }
   }

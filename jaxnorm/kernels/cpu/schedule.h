@@ -1,4 +1,4 @@
-// How the work of one call is divided into tasks, and the memory that the tasks need.
+// How the work of one call is divided into tasks, and the memory of the tasks.
 #pragma once
 
 #include "lanes.h"
@@ -7,18 +7,18 @@
 namespace jaxnorm {
 namespace JAXNORM_TARGET {
 
-// The standard library's are inline, which a target must not use (norms.h).
+// A target must not use those of the standard library, which are inline (norms.h).
 static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// How many tasks. It depends on the shape alone, so that sums are added in the same order on every
-// machine. `most` limits what the tasks allocate for themselves.
-static inline int64_t num_tasks(int64_t elements, int64_t most) {
+// The number of tasks. It depends on the shape alone, so that sums are added in the same order on
+// every machine. `limit` bounds the memory of the tasks.
+static inline int64_t num_tasks(int64_t elements, int64_t limit) {
   constexpr int64_t kElements = 1 << 16;
-  return max(1, min(min(elements / kElements, 64), most));
+  return max(1, min(min(elements / kElements, 64), limit));
 }
 
-// task(i) for each i, in parallel.
+// Calls task(i) for each i, in parallel.
 template <class Task>
 static void parallel_for(Pool& pool, int64_t tasks, const Task& task) {
   pool.run(
@@ -30,18 +30,18 @@ static void parallel_for(Pool& pool, int64_t tasks, const Task& task) {
       &task);
 }
 
-// Memory for one call, filled with zeros: the next part of the pool's. If that has none, the part is
-// only counted, and the call has to return.
+// Memory for one call, filled with zeros: the next part of the pool's memory. If the pool has none,
+// only the bytes are counted, and the call must return.
 template <class T>
 class Scratch {
  public:
   Scratch(Pool& pool, int64_t size) {
     constexpr int64_t kCacheLine = 64;
     if (pool.memory) {
-      data_ = reinterpret_cast<T*>(pool.memory + pool.taken);
+      data_ = reinterpret_cast<T*>(pool.memory + pool.bytes_used);
       for (int64_t i = 0; i < size; ++i) data_[i] = 0;
     }
-    pool.taken += (size * sizeof(T) + kCacheLine - 1) / kCacheLine * kCacheLine;
+    pool.bytes_used += (size * sizeof(T) + kCacheLine - 1) / kCacheLine * kCacheLine;
   }
   T* operator+(int64_t offset) const { return data_ + offset; }
   T& operator[](int64_t i) const { return data_[i]; }
@@ -50,7 +50,7 @@ class Scratch {
   T* data_ = nullptr;
 };
 
-// The gradients of scale and bias of one feature, if they are wanted.
+// Stores the gradients of scale and bias of one feature, if they are computed.
 static inline void store_feature_gradients(const Backward& f, int64_t feature, double dscale,
                                            double dbias) {
   if (f.dscale) f.dscale[feature] = static_cast<float>(dscale);

@@ -1,7 +1,7 @@
-// Vectors of as many floats as a register of the target holds.
+// Vectors: one register of the target, full of floats.
 //
 // Operations have the names of Highway (github.com/google/highway), without its tags, and with the
-// destination first; those in lower case have no counterpart there. lanes.h has parts of vectors.
+// destination first. Names in lower case have no counterpart there. lanes.h has partial vectors.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ struct bfloat16 {
 static inline BODY VF32 Zero() { return VF32{}; }
 static inline VF32 Set(float a) { return VF32{} + a; }
 
-// Conversions. GCC makes more instructions than these of the plain conversions.
+// Conversions. For the plain conversions GCC generates more instructions.
 #if defined(__AVX512F__)
 static inline VU32 PromoteTo(VU16 a) { return (VU32)_mm512_cvtepu16_epi32((__m256i)a); }
 static inline VU16 DemoteTo(VU32 a) { return (VU16)_mm512_cvtepi32_epi16((__m512i)a); }
@@ -79,7 +79,7 @@ static inline VF64 LoadU(const double* p) {
 static inline void StoreU(float* p, VF32 v) { std::memcpy(p, &v, sizeof v); }
 static inline void StoreU(double* p, VF64 d) { std::memcpy(p, &d, sizeof d); }
 
-// Ties to even. For numbers and canonical NaNs: a NaN of all ones would be rounded up to a zero.
+// Rounds ties to even. NaNs must be canonical: a NaN of all ones would be rounded to zero.
 static inline VU16 round_to_bfloat16(VF32 v) {
   VU32 bits = (VU32)v;
   return DemoteTo((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
@@ -90,8 +90,8 @@ static inline void StoreU(bfloat16* p, VF32 v) {
   std::memcpy(p, &halves, sizeof halves);
 }
 
-// A NaN made canonical, if T needs that. The NaNs of bfloat16 are; that of a scale or bias, which
-// goes through arithmetic as it is, may not be.
+// Makes NaNs canonical if T is bfloat16. The NaNs of x are canonical already. A NaN of scale or bias
+// may not be, and arithmetic keeps its bits.
 static inline float canonical_nan(float a) { return a == a ? a : __builtin_nanf(""); }
 template <class T>
 static inline VF32 canonical_nan(VF32 v) {
@@ -99,7 +99,7 @@ static inline VF32 canonical_nan(VF32 v) {
   return v == v ? v : Zero() + __builtin_nanf("");
 }
 
-// The two halves of v in float64. GCC keeps a VF64 in memory, and these in registers.
+// The two halves of v in float64. GCC keeps a VF64 in memory, but these halves in registers.
 static inline Half64 PromoteLowerTo(VF32 v) {
 #if defined(__AVX512F__)
   return (Half64)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v));
@@ -142,9 +142,9 @@ static inline double ReduceSum(Half64 d) {
 }
 static inline double ReduceSum(VF32 v) { return ReduceSum(promote_halves(v)); }
 
-// Streaming: results of this size and more are written past the caches. Otherwise they would evict
-// what is there, and the lines that they fill would be read first. Both cost more than reading the
-// results again.
+// Streaming: results of this size or more are written past the caches. Otherwise they would evict
+// the data there, and each cache line would be read before it is written. Both cost more than to
+// read the results again.
 constexpr int64_t kStreamBytes = 4 << 20;
 
 #if defined(__AVX512F__)
@@ -155,7 +155,7 @@ static inline void Stream(float* p, VF32 v) { _mm256_stream_ps(p, v); }
 static inline void Stream(float* p, VF32 v) { _mm_stream_ps(p, v); }
 #endif
 
-// Other threads see what was streamed only after this.
+// Only after this can other threads read streamed results.
 static inline void FlushStream() {
 #if defined(__SSE2__)
   _mm_sfence();
@@ -170,7 +170,7 @@ static inline void FlushStream() {
 static inline bool should_stream(const float*, int64_t) { return false; }
 #endif
 
-// It was not faster where it was measured.
+// Streaming was not faster where it was measured.
 static inline bool should_stream(const bfloat16*, int64_t) { return false; }
 
 }  // namespace JAXNORM_TARGET

@@ -1,8 +1,8 @@
-// The threads of one call: the one that calls, and helpers from XLA's own pool.
+// The threads of one call: the calling thread, and helpers from XLA's own pool.
 //
 // Waking a thread takes as long as normalizing a hundred thousand elements. So helpers are requested
-// once per call, and spin until the next phase. No thread waits for a helper that has not started:
-// the calling thread takes tasks too, until all are taken.
+// once per call, and spin until the next phase. The calling thread runs tasks too, until none is
+// left, so no thread waits for a helper that has not started.
 #pragma once
 
 #include <algorithm>
@@ -21,11 +21,11 @@ class Team final : public Pool {
   explicit Team(xla::ffi::ThreadPool& threads) : threads_(threads) {}
 
   ~Team() {
-    if (shared_) shared_->over = true;
+    if (shared_) shared_->finished = true;
   }
 
   void run(int64_t tasks, void (*task)(const void*, int64_t), const void* context) override {
-    if (tasks < kFewestTasks || (shared_ && shared_->phases == kMostPhases) || !call_helpers(tasks)) {
+    if (tasks < kMinTasks || (shared_ && shared_->phases == kMaxPhases) || !start_helpers(tasks)) {
       for (int64_t i = 0; i < tasks; ++i) task(context, i);
       return;
     }
@@ -34,23 +34,23 @@ class Team final : public Pool {
     phase.task = task;
     phase.context = context;
     shared_->phases.fetch_add(1, std::memory_order_release);
-    phase.take();
-    for (int waited = 0; phase.done.load(std::memory_order_acquire) < tasks; ++waited) pause(waited);
+    phase.run_tasks();
+    for (int spins = 0; phase.done.load(std::memory_order_acquire) < tasks; ++spins) pause(spins);
   }
 
  private:
-  static constexpr int64_t kFewestTasks = 2;
-  static constexpr int kMostPhases = 8;
-  static constexpr int kPatience = 2000;  // pauses: some tens of microseconds
+  static constexpr int64_t kMinTasks = 2;
+  static constexpr int kMaxPhases = 8;
+  static constexpr int kMaxSpins = 2000;  // pauses: some tens of microseconds
 
-  // Threads take its tasks one by one. A thread that is late finds none, and reads nothing else.
+  // Threads run its tasks one by one. A late thread gets no task, and never reads `context`.
   struct Phase {
     int64_t tasks = 0;
     void (*task)(const void*, int64_t) = nullptr;
     const void* context = nullptr;
     std::atomic<int64_t> next{0}, done{0};
 
-    void take() {
+    void run_tasks() {
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
         task(context, i);
         done.fetch_add(1, std::memory_order_release);
@@ -58,25 +58,25 @@ class Team final : public Pool {
     }
   };
 
-  // Outlives the call, because helpers may start after it.
+  // This outlives the call, because helpers may start after it.
   struct Shared {
-    Phase phase[kMostPhases];
+    Phase phase[kMaxPhases];
     std::atomic<int> phases{0};
-    std::atomic<bool> over{false};
+    std::atomic<bool> finished{false};
 
     void help() {
       int number = 0;
-      for (int waited = 0; waited < kPatience && !over; ++waited) {
-        for (; number < phases.load(std::memory_order_acquire); ++number, waited = 0) {
-          phase[number].take();
+      for (int spins = 0; spins < kMaxSpins && !finished; ++spins) {
+        for (; number < phases.load(std::memory_order_acquire); ++number, spins = 0) {
+          phase[number].run_tasks();
         }
-        pause(waited);
+        pause(spins);
       }
     }
   };
 
-  static void pause(int waited) {
-    if (waited % 64 == 63) {
+  static void pause(int spins) {
+    if (spins % 64 == 63) {
       std::this_thread::yield();
     } else {
 #if defined(__x86_64__)
@@ -85,8 +85,8 @@ class Team final : public Pool {
     }
   }
 
-  // Whether there are helpers.
-  bool call_helpers(int64_t tasks) {
+  // Starts helpers in the first phase that needs them; returns whether there are any.
+  bool start_helpers(int64_t tasks) {
     if (!shared_) {
       const int64_t helpers = std::min<int64_t>(threads_.num_threads(), tasks) - 1;
       if (helpers < 1) return false;
