@@ -1,8 +1,8 @@
-"""python -m benchmarks.adaptive: scale and bias for each example or position, given and by hand.
+"""python -m benchmarks.adaptive: scale and bias per example or position, by the norm or by hand.
 
-A scale and bias that the norm takes are compared with the same written behind it,
-norm(x) * (1 + scale) + bias, with our norm and with Flax's: times and scratch memory on the device
-at hand, and bytes for chips that are compiled for (--chips). The results are in docs/benchmarks.md.
+Compare a norm that takes scale and bias with norm(x) * (1 + scale) + bias, by jaxnorm's norm and by
+Flax's: times and scratch memory on the device at hand, and bytes of programs compiled for other
+chips (--chips). The results are in docs/benchmarks.md.
 """
 
 import argparse
@@ -45,7 +45,7 @@ PROBLEMS = [
 
 
 def ways(norm: str, features: int) -> dict[str, Norm]:
-    """The ways to compute it."""
+    """Return the ways to compute a norm."""
     state = jn.init_batch_norm_state(features)
     functions: dict[str, Callable] = {
         "layer": jn.layer_norm,
@@ -67,12 +67,12 @@ def ways(norm: str, features: int) -> dict[str, Norm]:
         return theirs.apply({"batch_stats": stats}, x, mutable=["batch_stats"])[0].astype(x.dtype)
 
     by_hand = lambda f: lambda x, scale, bias: f(x) * (1 + scale) + bias
-    given = lambda x, scale, bias: ours(x, jn.NormParams(scale, bias), scale_offset=1.0)
-    return {"given": given, "by hand": by_hand(ours), "Flax, by hand": by_hand(flax)}
+    in_params = lambda x, scale, bias: ours(x, jn.NormParams(scale, bias), scale_offset=1.0)
+    return {"`params`": in_params, "by hand": by_hand(ours), "Flax, by hand": by_hand(flax)}
 
 
 def programs(f: Norm) -> dict[str, Callable]:
-    """The forward pass, and both passes."""
+    """Return the forward pass, and both passes."""
 
     def both(x, scale, bias, dy):
         y, pullback = jax.vjp(f, x, scale, bias)
@@ -82,7 +82,7 @@ def programs(f: Norm) -> dict[str, Callable]:
 
 
 def rows_here(problem: Problem, dtype: str, seconds: float) -> Iterator[str]:
-    """Times, in microseconds, and scratch memory, in sizes of x."""
+    """Measure times, in microseconds, and scratch memory, in sizes of x."""
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = (problem.shape, problem.leaf, problem.leaf, problem.shape)
     args = [jax.random.normal(key, s, dtype) for key, s in zip(keys, shapes, strict=True)]
@@ -102,7 +102,7 @@ def rows_here(problem: Problem, dtype: str, seconds: float) -> Iterator[str]:
 
 
 def rows_of_chip(name: str, problem: Problem, dtype: str) -> Iterator[str]:
-    """Bytes, in sizes of x."""
+    """Count bytes, in sizes of x."""
     like = lambda shape: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     args = tuple(map(like, (problem.shape, problem.leaf, problem.leaf, problem.shape)))
     for part in ("forward", "both passes"):
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.adaptive",
-        description="Adaptive norms: a scale and bias that the norm takes, and by hand.",
+        description="Compare adaptive norms that take scale and bias with the product by hand.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             why = CHIPS[name].missing if name in CHIPS else f"there is no such chip, got {name!r}"
             print(f"--chips must be some of {', '.join(CHIPS)}: {why}.", file=sys.stderr)
             return 2
-    print("| | | given | by hand | Flax, by hand |\n|---|---|---|---|---|")
+    print("| | | `params` | by hand | Flax, by hand |\n|---|---|---|---|---|")
     for problem in (each for each in PROBLEMS if options.only in each.name):
         for dtype in ("float32", "bfloat16"):
             parts = [rows_of_chip(name, problem, dtype) for name in chips]

@@ -1,1 +1,1 @@
-"""What compilers for TPUs and GPUs make of the norms: bytes, kernels and collectives."""
+"""Bytes, kernels and collectives of norms, compiled for TPUs and GPUs."""

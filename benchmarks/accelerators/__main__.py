@@ -1,4 +1,4 @@
-"""python -m benchmarks.accelerators: what compilers for TPUs and GPUs make of each norm.
+"""python -m benchmarks.accelerators: count what norms move, compiled for TPUs and GPUs.
 
 Compile programs ahead of time and count what they move; nothing is run.
 docs/accelerators_method.md explains the numbers. All chips take about an hour on two cores;
@@ -30,7 +30,7 @@ from benchmarks.programs.cases import CHIP_PROBLEMS, Problem
 from benchmarks.programs.training_steps import steps
 from jaxnorm.kernels import KERNELS
 
-# For kernels of rows, which have to be asked for.
+# For kernels of rows.
 ROWS = {
     "vit-base": (256, 197, 768),
     "gpt2": (65536, 768),
@@ -47,7 +47,7 @@ PARTS = ("norms", "steps", "devices", "kernels")
 
 
 def work(chip: Chip, parts: Sequence[str], only: str) -> Iterator[tuple[str, Callable]]:
-    """The names of what is compiled for a chip, and functions that yield its rows."""
+    """Yield the name of each program for a chip, and a function that yields its rows."""
     if "norms" in parts:
         for problem in CHIP_PROBLEMS:
             yield problem.name, lambda problem=problem: norm_rows(chip, problem)
@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     options = parse(argv)
     names, parts = options.chips.split(","), options.parts.split(",")
-    for given, known, flag in ((names, CHIPS, "--chips"), (parts, PARTS, "--parts")):
-        for name in given:
+    for chosen, known, flag in ((names, CHIPS, "--chips"), (parts, PARTS, "--parts")):
+        for name in chosen:
             if name not in known:
                 return fail(f"{flag} must be some of {', '.join(known)}, got {name!r}.")
     try:
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compile_all(
     chip: Chip, parts: Sequence[str], only: str, report: dict[str, Any], folder: Path
 ) -> None:
-    """Compile for a chip; rows of what was compiled before are replaced.
+    """Compile for a chip, and replace earlier rows of the same programs.
 
     Each case is saved at once: compilers may crash.
     """

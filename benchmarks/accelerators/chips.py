@@ -15,8 +15,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-# libtpu reads these when it is loaded. It shall look for no TPU, and as none is used, more than
-# one process may load it.
+# libtpu reads these when it is loaded. They keep it from looking for a TPU, and let
+# several processes load it, as none uses a TPU.
 TPU_SETTINGS = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -27,7 +27,7 @@ OPTIONS = {
     "tpu": {},
     "cuda": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0},
 }
-# What XLA has to know of a GPU, from the files in its folder
+# What XLA needs to know about a GPU, from the files in its folder
 # xla/backends/gpu/target_config/specs (openxla/xla); these are equal for all of them.
 GPU = """\
 gpu_device_info {{
@@ -90,7 +90,7 @@ class Chip(NamedTuple):
         return f"{module} is in the extra {extra!r}: pip install -e '.[{extra}]'"
 
     def devices(self, count: int = 1) -> list[Any]:
-        """So many of its devices."""
+        """Return `count` of its devices."""
         found = list(_topology(self, count).devices)
         return found[:count]
 
@@ -120,7 +120,7 @@ def _topology(chip: Chip, count: int) -> Any:
 
 
 def compiled(chip: Chip, f: Callable, args: Any, donate: tuple[int, ...] = ()) -> Any:
-    """The program of f, for one chip; the arguments have shapes and dtypes."""
+    """Compile f for one chip; the arguments have shapes and dtypes."""
     sharding = SingleDeviceSharding(chip.devices()[0])
     args = jax.tree.map(lambda a: _placed(a, sharding), args)
     return _compile(chip, f, args, donate)
@@ -135,15 +135,15 @@ def compiled_over(
     axis_name: str | None = None,
     donate: tuple[int, ...] = (),
 ) -> Any:
-    """The program of f for several chips.
+    """Compile f for several chips.
 
     Args:
-      chip: of which kind they are.
+      chip: their kind.
       f: the function.
       args: its arguments, with shapes and dtypes.
       sharded: for each argument, whether its first axis is divided over the chips.
       count: how many there are.
-      axis_name: of `shard_map`; None is plain `jit`. Under it no result is sharded but the first.
+      axis_name: of `shard_map`, where only the first result is sharded; None is plain `jit`.
       donate: which arguments may be overwritten.
     """
     axis = axis_name or "data"

@@ -1,4 +1,4 @@
-"""The collectives of a program, read from the text that XLA compiled it to."""
+"""Read the collectives of a compiled program from its text."""
 
 import math
 import re
@@ -27,7 +27,7 @@ class Collective(NamedTuple):
 
     @property
     def bytes_sent(self) -> float:
-        """The least number of bytes that each device sends, with a ring algorithm."""
+        """The fewest bytes that each device sends, with a ring algorithm."""
         others = self.devices - 1
         rounds = {"all-gather": others, "all-reduce": 2 * others / self.devices}
         rounds["collective-permute"] = 1
@@ -35,12 +35,12 @@ class Collective(NamedTuple):
 
 
 def collectives(f: Any, *args: Any) -> list[Collective]:
-    """The collectives in the compiled program of `jax.jit(f)` for these arguments."""
+    """Return the collectives in the compiled program of `jax.jit(f)` for these arguments."""
     return collectives_of(jax.jit(f).lower(*args).compile().as_text() or "")
 
 
 def collectives_of(text: str) -> list[Collective]:
-    """The collectives in the text of a compiled program."""
+    """Return the collectives in the text of a compiled program."""
     found = re.findall(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\((.*)", text)
     return [_collective(shapes, kind, rest, bool(start)) for shapes, kind, start, rest in found]
 
@@ -62,7 +62,7 @@ def _collective(result: str, kind: str, rest: str, start: bool) -> Collective:
 
 
 def _group_size(rest: str) -> int:
-    """The number of devices in a group, for each way that XLA writes replica groups."""
+    """Return the number of devices in a group, for each way that XLA writes replica groups."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return len(listed[1].split(","))
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):

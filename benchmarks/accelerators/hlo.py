@@ -1,26 +1,24 @@
-"""Bytes that a compiled program moves, read from its optimized text.
+"""Count the bytes that a compiled program moves, from its optimized text.
 
 XLA divides a program into kernels: fusions, convolutions, copies and so on. What is inside a kernel
-stays in registers; each kernel reads its operands from memory and writes its results there. So the
-text tells how many bytes the program moves at least:
+stays in registers; each kernel reads its operands from memory and writes its results there. The
+count is a lower bound:
 
 - a kernel's operands and results count once each, in full tiles where the layout has tiles;
-- an operand of which only slices are used counts as much as the slices;
+- an operand counts as much as its slices if nothing else of it is used;
 - an array that is updated in place counts as much as the update;
 - a loop counts as often as it runs;
-- of the branches of a conditional the one that moves least counts. jaxnorm has one conditional,
-  whose other branch is for data that the sample of a mean misjudges (core/moments.py);
-- on a TPU an array in memory space 1 is in VMEM, on the chip, and counts apart.
+- of the branches of a conditional, the one that moves least counts;
+- on a TPU, an array in memory space 1 is in VMEM, on the chip, and is counted separately.
 """
 
 import functools
-import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-BITS = {"pred": 8, "f8": 8, "bf16": 16, "f16": 16, "c64": 64, "c128": 128, "token": 0}
-ON_CHIP = "S(1)"
+from benchmarks.accelerators.hlo_text import Array, Instruction, instruction_of, part_of
+
 # These name arrays, or hold what other computations or kernels move.
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier",
@@ -34,48 +32,15 @@ STARTS = {"copy-start", "slice-start"}
 ELEMENTWISE = {"bitcast", "convert", "copy", "reshape", "transpose", "negate"}
 
 
-class Array(NamedTuple):
-    """An array in memory.
-
-    Attributes:
-      elements: how many it has.
-      bytes: its size, with the padding of tiles.
-      on_chip: whether it is in VMEM.
-    """
-
-    elements: int
-    bytes: int
-    on_chip: bool
-
-
-class Instruction(NamedTuple):
-    """One line of a program."""
-
-    name: str
-    opcode: str
-    results: tuple[Array, ...]
-    operands: tuple[str, ...]
-    attributes: str
-    is_root: bool
-
-    def called(self, *roles: str) -> list[str]:
-        """The computations that the attributes of these names call."""
-        found = []
-        for role in roles:
-            for listed in re.findall(rf"\b{role}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes):
-                found += re.findall(r"[\w.\-]+", listed.replace("%", ""))
-        return found
-
-
 class Traffic(NamedTuple):
-    """What a program moves.
+    """The memory traffic of a program.
 
     Attributes:
       main: bytes to and from main memory.
       chip: bytes to and from VMEM.
       reads: for each array that a kernel reads from main memory, its elements and how often.
       writes: the same for those that are written.
-      kernels: how many there are; a GPU needs a few microseconds to start each.
+      kernels: how many there are; a GPU takes a few microseconds to start each.
     """
 
     main: float = 0.0
@@ -85,7 +50,7 @@ class Traffic(NamedTuple):
     kernels: float = 0.0
 
     def plus(self, other: "Traffic") -> "Traffic":
-        """Both, one after the other."""
+        """Add the traffic of another program."""
         return Traffic(
             self.main + other.main,
             self.chip + other.chip,
@@ -95,7 +60,7 @@ class Traffic(NamedTuple):
         )
 
     def times(self, count: float) -> "Traffic":
-        """That of a loop."""
+        """Return the traffic of a loop that runs `count` times."""
         many = lambda moves: tuple((size, count * times) for size, times in moves)
         return Traffic(
             count * self.main,
@@ -106,7 +71,7 @@ class Traffic(NamedTuple):
         )
 
     def passes(self, elements: int) -> float:
-        """How many arrays of at least so many elements are read."""
+        """Count the reads of arrays of at least `elements` elements."""
         return sum(times for size, times in self.reads if size >= elements)
 
 
@@ -122,13 +87,13 @@ class Program:
                 current = self.computations[head[2]] = {}
                 self.entry = head[2] if head[1] else self.entry
             elif " = " in line and line.startswith("  "):
-                instruction = _instruction(line)
+                instruction = instruction_of(line)
                 current[instruction.name] = instruction
         if not self.entry:
             raise ValueError("the text must be that of an optimized program, got no ENTRY in it.")
 
     def traffic(self) -> Traffic:
-        """What the whole program moves."""
+        """Return the traffic of the whole program."""
         return self._of_computation(self.entry)
 
     @functools.cache  # noqa: B019 (programs are few, and live as long as their counts)
@@ -171,7 +136,7 @@ class Program:
         for name in names.values():
             for array in _arrays_of(scope, name):
                 if kernel.opcode in SLICES and name == kernel.operands[0]:
-                    array = _part(array, kernel.results)
+                    array = part_of(array, kernel.results)
                 elif kernel.opcode == "fusion":
                     array = self._used(kernel, kernel.operands.index(name), array)
                 elif kernel.opcode == "dynamic-update-slice" and name == kernel.operands[0]:
@@ -179,7 +144,7 @@ class Program:
                 yield array
 
     def _used(self, fusion: Instruction, operand: int, array: Array) -> Array:
-        """The part of an operand of a fusion that is used."""
+        """Return the part of a fusion's operand that is used."""
         (called,) = fusion.called("calls")
         inside = self.computations[called]
         (name,) = (
@@ -188,10 +153,10 @@ class Program:
             if each.opcode == "parameter" and each.attributes.startswith(f"{operand})")
         )
         parts = self._slices(inside, name)
-        return array if parts is None else _part(array, parts)
+        return array if parts is None else part_of(array, parts)
 
     def _slices(self, scope: dict[str, Instruction], name: str) -> tuple[Array, ...] | None:
-        """The slices that are taken of an array, or None if the whole of it is used."""
+        """Return the slices of an array that are used, or None if all of it is used."""
         found: tuple[Array, ...] = ()
         for user in scope.values():
             if name not in user.operands:
@@ -238,7 +203,7 @@ class Program:
                 and result.elements == result.bytes
             ):
                 continue  # the workspace of a library, in bytes
-            yield result if root is None else _part(result, root)
+            yield result if root is None else part_of(result, root)
 
     def _trips(self, loop: Instruction) -> int:
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
@@ -255,7 +220,7 @@ class Program:
 
 
 def _buffer(scope: dict[str, Instruction], name: str) -> str:
-    """The instruction that made an array, whatever has renamed it since."""
+    """Name the instruction that computes an array, through tuples and bitcasts."""
     each, places = scope.get(name), []
     while each is not None:
         if each.opcode == "get-tuple-element":
@@ -271,58 +236,12 @@ def _buffer(scope: dict[str, Instruction], name: str) -> str:
 
 
 def _updated(scope: dict[str, Instruction], name: str) -> tuple[Array, ...] | None:
-    """The updates, where a result is an array that is updated in place."""
+    """Return the updates of a result that is an array updated in place, or None."""
     each = scope[name]
     while each.opcode == "bitcast":
         each = scope[each.operands[0]]
     return scope[each.operands[1]].results if each.opcode == "dynamic-update-slice" else None
 
 
-def _part(array: Array, parts: tuple[Array, ...]) -> Array:
-    elements = min(array.elements, sum(part.elements for part in parts))
-    part = round(array.bytes * elements / max(array.elements, 1))
-    return array._replace(elements=elements, bytes=part)
-
-
 def _arrays_of(scope: dict[str, Instruction], name: str) -> tuple[Array, ...]:
     return scope[name].results if name in scope else ()
-
-
-def _instruction(line: str) -> Instruction:
-    head, _, rest = line.strip().partition(" = ")
-    type_end = _end(rest, " ")
-    kind, rest = rest[:type_end], rest[type_end + 1 :]
-    opcode, _, rest = rest.partition("(")
-    end = _end(rest, ")")
-    operands = re.findall(r"%([\w.\-]+)", rest[:end])
-    # Of parameters and constants, the number or value stands where operands do.
-    attributes = rest if opcode in ("parameter", "constant") else rest[end + 1 :]
-    name = head.removeprefix("ROOT ").lstrip("%")
-    arrays = tuple(map(_array, re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", kind)))
-    return Instruction(name, opcode, arrays, tuple(operands), attributes, head.startswith("ROOT"))
-
-
-def _end(text: str, stop: str) -> int:
-    """Where the first `stop` is outside of all brackets."""
-    depth = 0
-    for place, character in enumerate(text):
-        if depth == 0 and character == stop:
-            return place
-        depth += (character in "([{") - (character in ")]}")
-    return len(text)
-
-
-def _array(found: tuple[str, str, str]) -> Array:
-    dtype, sizes, layout = found
-    shape = [int(size) for size in sizes.split(",") if size]
-    padded = list(shape)
-    if order := re.match(r"\{([\d,]*):T\(([\d,]+)\)", layout):
-        minor_first = [int(axis) for axis in order[1].split(",") if axis]
-        tile = [int(size) for size in order[2].split(",")]
-        for axis, size in zip(minor_first, reversed(tile), strict=False):
-            padded[axis] = -(-shape[axis] // size) * size
-    bits = next((n for key, n in BITS.items() if dtype.startswith(key)), None)
-    if bits is None:
-        bits = int(re.sub(r"\D", "", dtype))
-    size = math.prod(padded) * max(bits, 8) // 8 if bits else 0
-    return Array(math.prod(shape), size, ON_CHIP in layout)

@@ -1,4 +1,4 @@
-"""The calls of a kernel of rows that adds a residual, as a norm would make them."""
+"""Call a kernel of rows with a residual, as a norm does."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from jaxnorm.kernels.request import Request
 
 
 def unsupported_reason(kernel: Kernel, problem: Problem) -> str | None:
-    """Why the kernel does not support the problem with a residual, or None."""
+    """Return why the kernel does not support the problem with a residual, or None."""
     dtype, centred = jnp.dtype(problem.dtype), problem.norm == "layer"
     request = Request(_block(problem), dtype, dtype, centred, has_residual=True)
     return kernel.unavailable_reason() or kernel.unsupported_reason(request)
@@ -22,11 +22,11 @@ def _block(problem: Problem) -> tuple[int, int, int, int]:
 
 
 def with_residual(kernel: Kernel, problem: Problem) -> tuple[Callable, Callable]:
-    """The two calls of a kernel of rows, as they are made where a residual is added."""
+    """Return the forward and backward calls of a kernel of rows with a residual."""
     block = _block(problem)
 
     def forward(x, residual, params):
-        """y; and what is kept: the sum, the mean and rstd, with an axis of one for the features."""
+        """Return y and the residuals: sum, mean and rstd, with one feature."""
         y, residual_sum, *mean, _, rstd = kernel.forward(
             x,
             residual,

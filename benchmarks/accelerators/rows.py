@@ -1,4 +1,4 @@
-"""The rows of the results of benchmarks.accelerators: what is compiled, and counted."""
+"""Compile programs and count their bytes: the rows of results.json."""
 
 import functools
 import os
@@ -27,13 +27,13 @@ DEVICES = 8
 
 
 def measure(executable: Any, x: Any, least: float, **row: Any) -> dict[str, Any]:
-    """A row of the results: what a compiled program moves and plans.
+    """Return a row of the results: what a compiled program moves and allocates.
 
     Args:
       executable: from `compiled`.
-      x: the array that passes are counted of.
-      least: the bytes that must be moved.
-      **row: what else belongs to the row.
+      x: the array whose reads are counted as passes.
+      least: the fewest bytes that the program can move.
+      **row: other fields of the row.
     """
     traffic, memory = Program(executable.as_text()).traffic(), executable.memory_analysis()
     return row | {
@@ -53,7 +53,7 @@ def norm_rows(
     libraries: Sequence[str] = tuple(LIBRARIES),
     programs: Sequence[str] = PROGRAMS,
 ) -> Iterator[dict[str, Any]]:
-    """Forward, backward, and both in context; of each library."""
+    """Measure forward, backward, and both in context, for each library."""
     x, params, weight = arguments(problem)
     for library in libraries:
         norm = (LIBRARIES | {KERNEL: BY_KERNEL})[library](problem)
@@ -75,7 +75,7 @@ def norm_rows(
 def kernel_rows(
     chip: Chip, problem: Problem, programs: Sequence[str] = PROGRAMS
 ) -> Iterator[dict[str, Any]]:
-    """The chip's kernel, with and without a residual; and what Flax moves in context."""
+    """Measure the chip's kernel, with and without a residual, and Flax in context."""
     yield from norm_rows(chip, problem, [KERNEL], programs)
     if "context" in programs:
         yield from norm_rows(chip, problem, ["Flax"], ["context"])
@@ -94,7 +94,7 @@ def kernel_rows(
 def step_rows(
     chip: Chip, step: Step, libraries: Sequence[str] = tuple(LIBRARIES)
 ) -> Iterator[dict[str, Any]]:
-    """A whole training step, of each library."""
+    """Measure a whole training step of each library."""
     for library in libraries:
         update, args = training_step(step, library)
         if step.axis_name:
@@ -110,7 +110,7 @@ def step_rows(
 
 
 def kernel_step_rows(chip: Chip, step: Step) -> Iterator[dict[str, Any]]:
-    """The same of jaxnorm, all of whose norms are computed by the chip's kernel."""
+    """Measure a training step of jaxnorm whose norms all use the chip's kernel."""
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = "kernel"
     try:
@@ -124,7 +124,7 @@ def kernel_step_rows(chip: Chip, step: Step) -> Iterator[dict[str, Any]]:
 def device_rows(
     chip: Chip, libraries: Sequence[str] = tuple(LIBRARIES)
 ) -> Iterator[dict[str, Any]]:
-    """Batch norm over eight chips, in plain `jit` and in `shard_map`."""
+    """Measure batch norm over eight chips, in plain `jit` and in `shard_map`."""
     problem = FOR_DEVICES
     x, params, _ = arguments(problem)
     for library in libraries:
@@ -156,7 +156,7 @@ def device_rows(
 
 
 def batch_norm_over(problem: Problem, library: str, axis_name: str | None) -> Callable:
-    """Batch norm of a library, with an axis name: y and the new state."""
+    """Return a library's batch norm with an axis name: y and the new state."""
     import flax.linen as nn
 
     import jaxnorm.linen

@@ -1,4 +1,4 @@
-"""python -m benchmarks.chip_times: how long norms and training steps take on the chip at hand.
+"""python -m benchmarks.chip_times: time norms and training steps on the chip at hand.
 
 The programs are those of `benchmarks.accelerators`, which counts their bytes without the chip.
 "jaxnorm" is what users get; on GPUs that is a kernel for layer and rms norm. Each round runs all
@@ -41,7 +41,7 @@ LEAST = {"forward": 2, "backward": 3}  # arrays of the size of x
 
 
 def norm_calls(problem: Problem, torch: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """A name such as "forward, flax.linen" and a call, for each; and a copy of x."""
+    """Yield a name such as "forward, flax.linen" and its call; and a copy of x."""
     x, params, weight = (draw(shapes, seed) for seed, shapes in enumerate(arguments(problem)))
     dy = draw(x, 3)
     copy = jax.jit(jnp.negative)
@@ -61,7 +61,7 @@ def norm_calls(problem: Problem, torch: bool) -> Iterator[tuple[str, Callable[[]
 
 
 def step_calls(step: Step) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """A name, "step, library", and a call that makes one step, for each."""
+    """Yield a name, "step, library", and a call that makes one step."""
     for library in ("jaxnorm", "Flax"):
         update, shapes = training_step(step, library)
         state, *batch = (draw(shape, seed) for seed, shape in enumerate(shapes))
@@ -76,7 +76,7 @@ def step_calls(step: Step) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def draw(shapes: Any, seed: int) -> Any:
-    """Random arrays of these shapes; integers are small."""
+    """Draw random arrays of these shapes; integers are small."""
     rng = np.random.default_rng(seed)  # on the host: JAX would compile a program for each shape
 
     def one(like):
@@ -106,7 +106,7 @@ def synchronize_torch(_: Any) -> None:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A case, for people: microseconds, and for a norm the share of a copy's rate."""
+    """Write a case as text: microseconds, and for a norm the share of a copy's rate."""
     times, cells = row["times"], []
     for name, seconds in times.items():
         program = name.partition(",")[0]
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.chip_times",
-        description="Times of norms and training steps on the chip at hand, in microseconds.",
+        description="Time norms and training steps on the chip at hand, in microseconds.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -173,7 +173,7 @@ def torch_is_here() -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that matter, those that are installed."""
+    """Return the versions of the installed packages that affect the times."""
     names = ("jax", "jaxlib", "flax", "torch")
     return {
         name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)

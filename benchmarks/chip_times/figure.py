@@ -15,7 +15,7 @@ LOOKS = {
 
 
 def gains(row: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """For each program and library of a norm's row, how many times as fast as Flax it is."""
+    """Divide Flax's time by each library's, for each program of a norm."""
     times = {tuple(name.split(", ", 1)): seconds for name, seconds in row["times"].items()}
     return {
         program: {
@@ -29,7 +29,7 @@ def gains(row: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Microseconds of each program: jaxnorm as users get it, by XLA alone, and the others."""
+    """Tabulate microseconds: jaxnorm's default, jaxnorm by XLA alone, and the others."""
     libraries = ["jaxnorm", "jaxnorm (xla)", PEER, "torch", "torch.compile"]
     lines = [
         f"| case | program | {' | '.join(libraries)} |",
@@ -45,7 +45,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """How many times as fast as Flax each library is, for each case and program."""
+    """Draw how many times as fast as Flax each library is, for each case and program."""
     from matplotlib.figure import Figure
 
     rows = [row for row in report["rows"] if gains(row)]

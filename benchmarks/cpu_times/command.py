@@ -79,7 +79,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def choose_cases(options: argparse.Namespace) -> list[Case]:
-    """The cases that --quick and --only select."""
+    """Return the cases that --quick and --only select."""
     cases = quick_cases() if options.quick else all_cases()
     try:
         chosen = [case for case in cases if re.search(options.only, case.name)]
@@ -97,7 +97,7 @@ def choose_cases(options: argparse.Namespace) -> list[Case]:
 
 
 def choose_peers(options: argparse.Namespace) -> list[Peer]:
-    """The peers that --peers selects; by default all, with --quick without the slow ones."""
+    """Return the peers that --peers selects: by default all, with --quick the fast ones."""
     if options.peers is None:
         return [peer for peer in PEERS if not (options.quick and peer.slow_to_compile)]
     names, known = options.peers.split(","), {peer.name: peer for peer in PEERS}
@@ -134,7 +134,7 @@ def run(options: argparse.Namespace, cases: list[Case], peers: list[Peer]) -> di
     if options.quick:
         why_not["import times"] = "left out by --quick."
     for name, reason in why_not.items():
-        say(f"{name}: {reason}")
+        progress(f"{name}: {reason}")
         report["not_run"].append({"case": "*", "peer": name, "reason": reason})
     peers = [peer for peer in peers if peer.installed]
     start = time.perf_counter()
@@ -149,7 +149,9 @@ def run(options: argparse.Namespace, cases: list[Case], peers: list[Peer]) -> di
         except KeyboardInterrupt:
             report["interrupted"] = True
             done = len(report["results"])
-            say(f"Interrupted: {done} of {len(cases)} cases were measured and will be written.")
+            progress(
+                f"Interrupted: {done} of {len(cases)} cases were measured and will be written."
+            )
     report["settings"]["took_seconds"] = time.perf_counter() - start
     return report
 
@@ -165,12 +167,12 @@ def measure_all(
         report["results"].append(result)
         report["not_run"] += not_run
         for row in not_run:
-            say(f"{case.name}: without {row['peer']}: {row['reason']}")
+            progress(f"{case.name}: without {row['peer']}: {row['reason']}")
         times = sorted((value, name) for name, value in peer_medians(result).items())
         if OURS in result["peers"]:
             times.insert(0, (result["peers"][OURS]["median"], OURS))
         words = ", ".join(f"{name} {seconds(value)}" for value, name in times[:3])
-        say(f"[{number}/{len(cases)}] {case.name}: {words}")
+        progress(f"[{number}/{len(cases)}] {case.name}: {words}")
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -210,18 +212,18 @@ def write(report: dict[str, Any], folder: Path) -> None:
     replace(folder / "table.md", markdown(report))
     written = ["results.json", "table.md"]
     if not report["results"]:
-        say("No figures: nothing was measured.")
+        progress("No figures: nothing was measured.")
     elif importlib.util.find_spec("matplotlib") is None:
-        say("No figures: matplotlib is not installed; pip install matplotlib, then --replot.")
+        progress("No figures: matplotlib is not installed; pip install matplotlib, then --replot.")
     else:
         from benchmarks.cpu_times import figures
 
         for name in ("gains", "ratios", "roofline"):
             if getattr(figures, f"draw_{name}")(report, folder / f"{name}.png"):
                 written.append(f"{name}.png")
-    say(f"Written to {folder}: {', '.join(written)}")
+    progress(f"Written to {folder}: {', '.join(written)}")
 
 
-def say(line: str) -> None:
+def progress(line: str) -> None:
     """Print progress to stderr."""
     print(line, file=sys.stderr, flush=True)

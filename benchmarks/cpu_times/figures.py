@@ -1,4 +1,4 @@
-"""The results as figures; needs matplotlib."""
+"""Figures of the results; they need matplotlib."""
 
 import statistics
 from pathlib import Path
@@ -19,7 +19,7 @@ TITLES = {
 
 
 def draw_ratios(report: dict[str, Any], path: Path) -> bool:
-    """Time of jaxnorm / time of Flax and of the fastest peer: below 1, jaxnorm is faster.
+    """Draw time of jaxnorm / time of Flax and of the fastest peer: below 1, jaxnorm is faster.
 
     Returns whether there was anything to draw.
     """
@@ -57,7 +57,7 @@ def draw_ratios(report: dict[str, Any], path: Path) -> bool:
 
 
 def draw_gains(report: dict[str, Any], path: Path) -> bool:
-    """How many times as fast jaxnorm is: for each norm the geometric mean over its cases.
+    """Draw how many times as fast jaxnorm is: for each norm the geometric mean over its cases.
 
     Returns whether there was anything to draw.
     """
@@ -91,7 +91,7 @@ def draw_gains(report: dict[str, Any], path: Path) -> bool:
 
 
 def draw_roofline(report: dict[str, Any], path: Path) -> bool:
-    """Bytes per second, counting only those that must be moved, compared with a plain copy.
+    """Draw bytes per second of those that must be moved, compared with a plain copy.
 
     Returns whether there was anything to draw.
     """
@@ -135,7 +135,7 @@ def draw_roofline(report: dict[str, Any], path: Path) -> bool:
 
 
 def _panels(figure: Any, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """A panel for each mode that was measured."""
+    """Make a panel for each measured mode."""
     modes = [mode for mode in MODES if any(result["mode"] == mode for result in results)]
     row = figure.subplots(1, len(modes), sharex=True, sharey=True, squeeze=False)[0]
     for mode, axes in zip(modes, row, strict=True):
@@ -152,7 +152,7 @@ def _save(figure: Any, title: str, path: Path) -> bool:
 
 
 def _rates(results: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    """Bytes and bytes per second of each result."""
+    """Return bytes and bytes per second of each result."""
     sized = [(r["minimum_bytes"], r["peers"][name]) for r in results if name in r["peers"]]
     return [(size, size / measured["median"]) for size, measured in sized]
 

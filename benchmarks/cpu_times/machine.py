@@ -66,7 +66,7 @@ def describe() -> dict[str, Any]:
 
 
 def import_seconds(module: str, times: int = 3) -> float:
-    """The median time of several imports, each in a new process."""
+    """Return the median time of several imports, each in a new process."""
     code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
     environment = {**os.environ, "KERAS_BACKEND": "jax"}
     run = lambda: subprocess.run(

@@ -16,7 +16,7 @@ from benchmarks.programs.truth import largest_error
 def measure(
     case: Case, peers: Sequence[Peer], seconds: float, rounds: int, rng: random.Random
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """The case's entry in results.json, and an entry for each peer that could not run it."""
+    """Return the case's entry in results.json, and one for each peer that could not run it."""
     calls, errors, not_run = {}, {}, []
     for peer in peers:
         try:

@@ -13,7 +13,7 @@ Results = list[dict[str, Any]]
 
 
 def peer_medians(result: dict[str, Any]) -> dict[str, float]:
-    """The median seconds of every peer except jaxnorm."""
+    """Return the median seconds of every peer except jaxnorm."""
     return {
         name: measured["median"]
         for name, measured in result["peers"].items()
@@ -22,7 +22,7 @@ def peer_medians(result: dict[str, Any]) -> dict[str, float]:
 
 
 def ratio(result: dict[str, Any], peer: str | None = None) -> float | None:
-    """Time of jaxnorm / time of a peer, by default the fastest; None if one is missing."""
+    """Return time of jaxnorm / time of a peer, by default the fastest; None if one is missing."""
     peers = peer_medians(result)
     if OURS not in result["peers"] or not peers or (peer and peer not in peers):
         return None
@@ -30,13 +30,13 @@ def ratio(result: dict[str, Any], peer: str | None = None) -> float | None:
 
 
 def speedup(results: Results, peer: str | None = None) -> float | None:
-    """The geometric mean over all cases of time of a peer / time of jaxnorm."""
+    """Return the geometric mean over all cases of time of a peer / time of jaxnorm."""
     logs = [math.log(r) for result in results if (r := ratio(result, peer)) is not None]
     return math.exp(-statistics.fmean(logs)) if logs else None
 
 
 def behind(results: Results) -> list[dict[str, Any]]:
-    """The cases in which a peer is faster by more than the tolerance, and the fastest peer."""
+    """Return the cases in which a peer is faster by more than the tolerance, and that peer."""
     found = []
     for result in results:
         slower = ratio(result)
@@ -51,7 +51,7 @@ def behind(results: Results) -> list[dict[str, Any]]:
 
 
 def summarize(results: Results) -> dict[str, Any]:
-    """The summary in results.json."""
+    """Summarize the results, for results.json."""
     return {
         "compared": sum(ratio(result) is not None for result in results),
         "speedup_over_fastest_peer": speedup(results),
@@ -61,7 +61,7 @@ def summarize(results: Results) -> dict[str, Any]:
 
 
 def sentences(summary: dict[str, Any], most: int | None = None) -> list[str]:
-    """The summary as sentences, with at most `most` of the cases in which jaxnorm is slower."""
+    """Write the summary as sentences, with at most `most` cases in which jaxnorm is slower."""
     lines = []
     for key, whom in (("over_fastest_peer", "the fastest peer"), ("over_flax", "flax.linen")):
         value = summary[f"speedup_{key}"]

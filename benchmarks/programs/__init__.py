@@ -1,1 +1,1 @@
-"""The norms of all libraries, the cases that are measured, and whole training steps."""
+"""Norms of all libraries, the measured cases, and whole training steps."""

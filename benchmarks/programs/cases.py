@@ -1,4 +1,4 @@
-"""What is measured: the five norms, with shapes from real networks."""
+"""The measured cases: five norms, with shapes from real networks."""
 
 import math
 from typing import NamedTuple
@@ -118,7 +118,7 @@ class Case(NamedTuple):
 
     @property
     def minimum_bytes(self) -> int | None:
-        """The least bytes to read and write; None for "context", where the matmuls take longer.
+        """The fewest bytes to read and write; None for "context", where the matmuls take longer.
 
         Forward: x is read, y is written. Backward: x and dy are read, dx is written. If the
         elements that share statistics do not stay in the cache, the inputs have to be read twice,
@@ -152,7 +152,7 @@ CHIP_PROBLEMS = [
 
 
 def all_cases() -> list[Case]:
-    """All cases. The cases of one problem are adjacent, so they share its data."""
+    """Return all cases. The cases of one problem are adjacent, so they share its data."""
     return [
         Case(Problem(norm, network, shape, dtype), mode)
         for norm, shapes in SHAPES.items()
@@ -164,7 +164,7 @@ def all_cases() -> list[Case]:
 
 
 def quick_cases() -> list[Case]:
-    """One shape in float32 for each norm: forward, and forward plus backward."""
+    """Return one shape in float32 for each norm: forward, and forward plus backward."""
     return [
         case
         for case in all_cases()

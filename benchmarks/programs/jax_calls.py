@@ -30,7 +30,7 @@ class JaxNorm(NamedTuple):
 
 
 def jax_call(make: Callable[[Problem], JaxNorm], case: Case) -> Call:
-    """The case in one `jax.jit` that returns a dictionary of results and the new state."""
+    """Compile the case to a program that returns a dictionary of results and the new state."""
     norm = make(case.problem)
     arrays = {name: jnp.asarray(a) for name, a in inputs(case.problem).items()}
     x, dy = arrays.pop("x"), arrays.pop("dy")
@@ -49,7 +49,7 @@ def jax_call(make: Callable[[Problem], JaxNorm], case: Case) -> Call:
 
 
 def copy_call(case: Case) -> Call | None:
-    """A plain copy that reads and writes, in total, the minimum bytes of the case."""
+    """Return a plain copy that reads and writes, in total, the minimum bytes of the case."""
     if case.minimum_bytes is None:
         return None
     source = jnp.ones(case.minimum_bytes // 8, jnp.float32)
@@ -57,7 +57,7 @@ def copy_call(case: Case) -> Call | None:
 
 
 def compiled(function: Callable[..., Any], *arguments: Any, note: str = "") -> Call:
-    """A call of a compiled function that returns (results by name, state)."""
+    """Compile a function that returns (results by name, state); return its call."""
     start = time.perf_counter()
     program = jax.jit(function).lower(*arguments).compile()
     seconds = time.perf_counter() - start
@@ -82,7 +82,7 @@ def _forward(norm: JaxNorm) -> Callable[..., Any]:
 
 
 def _pullback(norm: JaxNorm, x: jax.Array, params: Params) -> Any:
-    """The backward pass as a function, with the residuals of the forward pass in it."""
+    """Return the backward pass as a function that holds the residuals of the forward pass."""
 
     @jax.jit
     def forward(x, params):

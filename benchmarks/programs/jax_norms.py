@@ -20,7 +20,7 @@ class UnableError(Exception):
 
 
 def one_example(problem: Problem) -> jax.Array:
-    """One example, for libraries that need it to create their variables."""
+    """Return one example, for libraries that need it to create their variables."""
     return jnp.ones((1,) * (len(problem.shape) - 1) + problem.shape[-1:], problem.dtype)
 
 
@@ -87,7 +87,10 @@ def nnx_norm(problem: Problem) -> JaxNorm:
 
 
 def haiku_norm(problem: Problem) -> JaxNorm:
-    """Haiku. It computes in the wider dtype of x and scale, so y is rounded to the dtype of x."""
+    """Return Haiku's norm.
+
+    It computes in the wider dtype of x and scale, so y is rounded to the dtype of x.
+    """
     import haiku as hk  # pyright: ignore[reportMissingImports] (optional)
 
     both = {"create_scale": True, "create_offset": True, "eps": EPSILON}
@@ -115,7 +118,10 @@ def haiku_norm(problem: Problem) -> JaxNorm:
 
 
 def equinox_norm(problem: Problem) -> JaxNorm:
-    """Equinox. Its modules take one example, with features first unless rows are normalized."""
+    """Return Equinox's norm.
+
+    Its modules take one example, with features first unless rows are normalized.
+    """
     import equinox as eqx  # pyright: ignore[reportMissingImports] (optional)
 
     state: Any = ()
@@ -151,7 +157,7 @@ def equinox_norm(problem: Problem) -> JaxNorm:
 
 
 def keras_norm(problem: Problem) -> JaxNorm:
-    """Keras on JAX."""
+    """Return Keras's norm, on JAX."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
     import keras  # pyright: ignore[reportMissingImports] (optional)
 

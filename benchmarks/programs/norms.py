@@ -1,4 +1,4 @@
-"""The programs of a norm that are compiled for chips, and timed on them."""
+"""Programs of a norm, to compile for chips and to time on them."""
 
 import math
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from benchmarks.programs.jax_calls import JaxNorm
 
 
 def size_of(tree: Any) -> int:
-    """Bytes of all arrays of a tree."""
+    """Add the bytes of all arrays of a tree."""
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 def arguments(problem: Problem) -> tuple[Any, Any, Any]:
-    """x, the parameters, and a weight that y is multiplied with."""
+    """Return x, the parameters, and a weight to multiply y by."""
     like = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
     names = ("scale",) if problem.norm == "rms" else ("scale", "bias")
     params = {name: like(problem.features) for name in names}
@@ -27,11 +27,11 @@ def arguments(problem: Problem) -> tuple[Any, Any, Any]:
 
 
 class Programs(NamedTuple):
-    """Of one norm.
+    """The programs of one norm.
 
     Attributes:
-      forward: of x and the parameters: y, the new state, and what is kept but for the arguments.
-      pullback: of the same: the backward pass as a function, with what is kept in it.
+      forward: of x and the parameters: y, the new state, and the residuals except the arguments.
+      pullback: of the same: the backward pass as a function that holds the residuals.
       backward: of the pullback and a cotangent: the gradients.
       context: of x, the parameters and a weight: the norm, its product with the weight, and the
         whole backward pass.
@@ -44,7 +44,7 @@ class Programs(NamedTuple):
 
 
 def programs_of(norm: JaxNorm) -> Programs:
-    """The programs of a library's norm, to be compiled."""
+    """Return the programs of a library's norm, to compile."""
     call = lambda x, params: norm.apply(x, params, norm.state)
 
     def forward(x, params):
@@ -57,7 +57,7 @@ def programs_of(norm: JaxNorm) -> Programs:
         return jax.vjp(call, x, params, has_aux=True)[1]
 
     def context(x, params, weight):
-        """The gradients of half the squared norm of the product: its cotangent is itself."""
+        """Return the gradients of half the squared norm of the product: its cotangent is itself."""
         product = lambda *args: call(*args[:2])[0] @ args[2]
         y, backward = jax.vjp(product, x, params, weight)
         return backward(y)

@@ -1,4 +1,4 @@
-"""The libraries that are compared."""
+"""The compared libraries."""
 
 import importlib.util
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from benchmarks.programs.torch_calls import torch_call
 
 
 class Peer(NamedTuple):
-    """A library as it is measured.
+    """A library to measure.
 
     Attributes:
       name: its name in the table and for --peers.

@@ -43,7 +43,7 @@ class Call:
     note: str = ""
 
     def seconds(self, times: int) -> float:
-        """Seconds of one call, averaged over `times` calls."""
+        """Return the seconds of one call, averaged over `times` calls."""
         start = time.perf_counter()
         if self.queued:
             for _ in range(times - 1):
@@ -55,7 +55,7 @@ class Call:
         return (time.perf_counter() - start) / times
 
     def calibrated(self) -> int:
-        """How many calls to time in one batch. This also warms the call up."""
+        """Return how many calls to time in one batch; warm the call up."""
         times, spent = 1, self.seconds(1) + self.seconds(1)
         while True:
             one = self.seconds(times)
@@ -69,7 +69,7 @@ class Call:
 def take_turns(
     calls: dict[str, Call], seconds: float, rng: random.Random, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of one call of each: one per round, for at least `rounds` rounds and `seconds`."""
+    """Time one call of each per round, for at least `rounds` rounds and `seconds`."""
     times = {name: call.calibrated() for name, call in calls.items()}
     measured = {name: [] for name in calls}
     order, end = list(calls), time.perf_counter() + seconds

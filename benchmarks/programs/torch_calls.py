@@ -21,7 +21,7 @@ Function = Callable[[Tensor, dict[str, Tensor]], Tensor]
 
 
 def torch_call(case: Case, *, compiled: bool = False) -> Call:
-    """The case in PyTorch, on the device that JAX uses."""
+    """Return the call of PyTorch, on the device that JAX uses."""
     import torch  # pyright: ignore[reportMissingImports] (optional)
 
     device = _device()

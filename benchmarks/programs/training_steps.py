@@ -1,4 +1,4 @@
-"""Whole training steps, with the norms of jaxnorm or those of Flax.
+"""Whole training steps, with norms of jaxnorm or of Flax.
 
 Parameters are float32, activations bfloat16, and the optimizer is SGD with momentum, as in mixed
 precision training. Nothing is allocated: `training_step` returns a function and the shapes of its
@@ -173,12 +173,12 @@ class Step:
 
     @property
     def rows(self) -> bool:
-        """Whether all its norms are of rows, which are what the GPU's kernel takes."""
+        """Whether all its norms normalize rows, which the GPU kernel supports."""
         return self.name.startswith("transformer")
 
 
 def steps(small: bool = False) -> list[Step]:
-    """The training steps; small ones are for tests."""
+    """Return the training steps; small ones are for tests."""
     images = jax.ShapeDtypeStruct((4, 32, 32, 3) if small else (64, 224, 224, 3), jnp.bfloat16)
     tokens = jax.ShapeDtypeStruct((2, 64) if small else (8, 1024), jnp.int32)
     resnet = functools.partial(ResNet, **{"blocks": (1, 1), "width": 16} if small else {})
@@ -202,7 +202,7 @@ def steps(small: bool = False) -> list[Step]:
 
 
 def training_step(step: Step, library: str) -> tuple[Callable, tuple]:
-    """A function of (state, inputs, labels), and the shapes of its arguments."""
+    """Return a function of (state, inputs, labels), and the shapes of its arguments."""
     model = step.model(library=library)
     optimizer = optax.sgd(RATE, MOMENTUM)
 

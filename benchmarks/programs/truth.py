@@ -32,7 +32,7 @@ def inputs(problem: Problem) -> Arrays:
 
 @functools.lru_cache(maxsize=1)
 def context_inputs(problem: Problem) -> Arrays:
-    """The additional inputs of "context": z = norm(a @ w_in + b_in + x) @ w_out, and dz."""
+    """Return the additional inputs of "context": z = norm(a @ w_in + b_in + x) @ w_out, and dz."""
     rng = np.random.default_rng(1)
     shapes = {
         "a": (*problem.shape[:-1], WIDTH),
@@ -49,7 +49,7 @@ def context_inputs(problem: Problem) -> Arrays:
 
 @functools.lru_cache(maxsize=3)
 def truth(case: Case) -> Arrays:
-    """The exact results, by name.
+    """Return the exact results, by name.
 
     The gradient of b_in is not included: before batch and instance norm it is zero, and a relative
     error of zero is not meaningful.
@@ -88,7 +88,7 @@ def standardize(problem: Problem, x: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def gradients(problem: Problem, x: np.ndarray, scale: np.ndarray, dy: np.ndarray) -> Arrays:
-    """The derivatives of sum(y * dy)."""
+    """Return the derivatives of sum(y * dy)."""
     features_last = tuple(range(x.ndim - 1))
     h, rstd = standardize(problem, x)
     results = {"dscale": (dy * h).sum(features_last), "dbias": dy.sum(features_last)}
@@ -103,7 +103,7 @@ def gradients(problem: Problem, x: np.ndarray, scale: np.ndarray, dy: np.ndarray
 
 
 def grouped(problem: Problem, x: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
-    """A view of x, and the axes of it that share statistics."""
+    """Return a view of x, and its axes that share statistics."""
     if problem.norm in ("layer", "rms"):
         return x, (-1,)
     if problem.norm == "batch":
@@ -113,7 +113,10 @@ def grouped(problem: Problem, x: np.ndarray) -> tuple[np.ndarray, tuple[int, ...
 
 
 def largest_error(case: Case, results: Arrays) -> float:
-    """The largest error of all results, in units in the last place of their largest element."""
+    """Return the largest error of all results, in units in the last place.
+
+    The unit is that of the largest element of a result.
+    """
     right, eps = truth(case), float(jnp.finfo(case.problem.dtype).eps)
     errors = [
         np.abs(results[name].astype(np.float64) - right[name]).max()
