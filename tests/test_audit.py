@@ -127,7 +127,7 @@ def test_other_data(settled, rng):
     rows = str(found).splitlines()
     assert rows[0].split() == ["batch", "norm", "problem", "effect", "figures"]
     assert rows[2].startswith(f"outer       {DIFFER}  ")
-    assert f"\n{DIFFER}: Evaluation is" in str(found)
+    assert f"\n{DIFFER}: Evaluation differs" in str(found)
     assert rows[-1] == "1 finding in 2 batch norms, at significance 0.001."
     assert max(map(len, rows)) <= 100
 

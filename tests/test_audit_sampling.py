@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxnorm.core.moments import Moments
-from jaxnorm.tools.audit_sampling import LEAST, explained, quantile
+from jaxnorm.tools.audit_sampling import MIN_EXAMPLES, sampling_bounds, student_quantile
 from jaxnorm.tools.batch_moments import BatchMoments, merge_batch_moments, no_batch_moments, observe
 
 FEATURES, EXAMPLES, MOMENTUM = 16, 32, 0.9
@@ -86,8 +86,8 @@ def rejected(draw, models, level, rng, trained=EXAMPLES, told=None, batches=25) 
         weights = MOMENTUM ** np.arange(batches)
         mean, var = (np.average(a, 0, weights) for a in (means, variances))
         observed = truth(draw((EXAMPLES, 1, FEATURES), rng))
-        t = quantile(np.asarray(observed.examples), level, 2 * FEATURES)
-        distance, lowest, highest = explained(observed, mean, var, MOMENTUM, 0, t, told)
+        t = student_quantile(np.asarray(observed.examples), level, 2 * FEATURES)
+        distance, lowest, highest = sampling_bounds(observed, mean, var, MOMENTUM, 0, t, told)
         v = observed.elements.var
         far = np.abs(observed.elements.mean - mean) > distance
         number += (far | (v < lowest) | (v > highest)).any()
@@ -121,8 +121,8 @@ def test_examples_of_different_lengths(rng):
     where = np.arange(40)[None, :, None] < lengths[:, None, None]
     all_seen, observed = truth(x, where), truth(x[:100], where[:100])
     mean, var, _ = (np.asarray(part) for part in all_seen.elements)
-    t = quantile(np.asarray(observed.examples), 0.01, 2)
-    distance, lowest, highest = explained(observed, mean, var, 0.99, 0, t)
+    t = student_quantile(np.asarray(observed.examples), 0.01, 2)
+    distance, lowest, highest = sampling_bounds(observed, mean, var, 0.99, 0, t)
     assert abs(observed.elements.mean - mean) < distance < 0.6
     assert lowest < observed.elements.var < highest
     unweighted = np.mean(x[:100], 1, where=where[:100]).mean()
@@ -133,7 +133,7 @@ def test_rounding_of_running_statistics_is_explained(rng):
     """A running average stops moving where its steps are rounded away."""
     x = 1000 + rng.standard_normal((64, 100, 1))
     observed = truth(x)
-    t = quantile(np.asarray(observed.examples), 0.001, 2)
+    t = student_quantile(np.asarray(observed.examples), 0.001, 2)
     mean, momentum, half = np.float32(900), np.float32(0.99), jnp.bfloat16
     for _ in range(2000):
         mean = np.asarray(momentum * mean + (1 - momentum) * np.float32(1000), half).astype(
@@ -141,29 +141,31 @@ def test_rounding_of_running_statistics_is_explained(rng):
         )
     assert mean == 900  # steps of 1, where half a unit is 2
     options = {"mean": np.array([900.0]), "var": np.array([1.0]), "momentum": 0.99, "t": t}
-    distance, *_ = explained(observed, rounding=0, **options)
+    distance, *_ = sampling_bounds(observed, rounding=0, **options)
     assert distance < 100
-    distance, *_ = explained(observed, rounding=float(jnp.finfo(half).eps), **options)
+    distance, *_ = sampling_bounds(observed, rounding=float(jnp.finfo(half).eps), **options)
     assert distance > 100
 
 
 def test_running_statistics_of_a_small_momentum_are_less_exact(rng):
     """They are an average of three batches, effectively, at 0.5: (1 + m) / (1 - m)."""
     observed, one = truth(rng.standard_normal((64, 1, 1))), np.ones(1)
-    t = quantile(np.asarray(observed.examples), 0.001, 2)
-    exact, average = (explained(observed, one, one, momentum, 0, t)[0] for momentum in (1.0, 0.5))
+    t = student_quantile(np.asarray(observed.examples), 0.001, 2)
+    exact, average = (
+        sampling_bounds(observed, one, one, momentum, 0, t)[0] for momentum in (1.0, 0.5)
+    )
     np.testing.assert_allclose(average, exact * np.sqrt(1 + 1 / 3))
 
 
 @pytest.mark.parametrize("level", [0.9, 0.05, 1e-9, 1e-250])
 def test_the_quantile_is_that_of_scipy(level):
     special = pytest.importorskip("scipy.special", reason="scipy is not installed")
-    examples = np.array([LEAST, 9, 33, 1000, 1e6])
+    examples = np.array([MIN_EXAMPLES, 9, 33, 1000, 1e6])
     right = -special.stdtrit(examples - 1, level / 10)
-    np.testing.assert_allclose(quantile(examples, level, 5), right, rtol=1e-9)
+    np.testing.assert_allclose(student_quantile(examples, level, 5), right, rtol=1e-9)
 
 
 def test_few_examples_are_not_tested():
-    t = quantile(np.array([0, LEAST - 1, LEAST, 1e6]), 0.05, 1)
+    t = student_quantile(np.array([0, MIN_EXAMPLES - 1, MIN_EXAMPLES, 1e6]), 0.05, 1)
     assert np.isnan(t[:2]).all()
     np.testing.assert_allclose(t[2:], [2.364624, 1.959966], rtol=1e-6)  # of published tables

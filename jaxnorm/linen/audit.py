@@ -8,9 +8,10 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from jaxnorm.linen.instrumented import by_structure, check_model, instrumented_call
-from jaxnorm.tools.audit import AuditedNorm, check_options
 from jaxnorm.tools.audit import audit as audit_norms
+from jaxnorm.tools.audit import check_options
 from jaxnorm.tools.findings import Findings
+from jaxnorm.tools.problems import NormStatistics
 from jaxnorm.tools.programs import (
     StaticArguments,
     StaticByKey,
@@ -88,7 +89,7 @@ def audit(
         mean, var = (stats[(*path, name)] for name in ("mean", "var"))
         name = "/".join(path)
         audited.append(
-            AuditedNorm(name, mean, var, observed.get(path), norm.epsilon, norm.momentum)
+            NormStatistics(name, mean, var, observed.get(path), norm.epsilon, norm.momentum)
         )
     return audit_norms(audited, significance, batch_size)
 

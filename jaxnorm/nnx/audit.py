@@ -6,9 +6,10 @@ from typing import Any
 from flax import nnx
 
 from jaxnorm.nnx.instrumented import call_order, instrumented, norms_of
-from jaxnorm.tools.audit import AuditedNorm, check_options
 from jaxnorm.tools.audit import audit as audit_norms
+from jaxnorm.tools.audit import check_options
 from jaxnorm.tools.findings import Findings
+from jaxnorm.tools.problems import NormStatistics
 from jaxnorm.tools.programs import (
     StaticArguments,
     StaticResult,
@@ -102,7 +103,7 @@ def audit(
     for path in called:
         norm = norms[path]
         mean, var = norm.mean.get_value(), norm.var.get_value()
-        audited.append(AuditedNorm(path, mean, var, observed[path], norm.epsilon, norm.momentum))
+        audited.append(NormStatistics(path, mean, var, observed[path], norm.epsilon, norm.momentum))
     return audit_norms(audited, significance, batch_size)
 
 

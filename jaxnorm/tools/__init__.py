@@ -1,1 +1,1 @@
-"""Audit and recalibration of batch norms: what linen and nnx share."""
+"""Audit and recalibration of batch norms: the code that linen and nnx share."""

@@ -1,4 +1,4 @@
-"""What an audit of batch norms returns."""
+"""The result of an audit of batch norms."""
 
 import textwrap
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxnorm.tools.audit_sampling import LEAST
+from jaxnorm.tools.audit_sampling import MIN_EXAMPLES
 from jaxnorm.tools.programs import display_path
 
 WIDTH = 100  # columns of the table
@@ -19,20 +19,21 @@ UNITS = (
 
 
 class Finding(NamedTuple):
-    """Something that is wrong with a batch norm.
+    """A problem of a batch norm.
 
     Attributes:
-      path: of the norm in the model; "" is the model itself.
+      path: the path of the norm in the model; "" is the model itself.
       problem: what is wrong, in the same words for all norms.
       advice: what to do, in one sentence.
-      figures: numbers by name. "features" are those that have the problem, and "of" is how many
-        there are. "mean_difference" is the largest |batch mean - running mean| / running standard
-        deviation, and variance ratios are batch / running, with epsilon added to all variances.
-      effect: an estimate of how much it matters: how far the norm's output is from what it would be
-        without the problem, in standard deviations of that output. It is the root mean square over
-        features and elements, before scale and bias; infinity where the output is not finite, NaN
-        where it is unknown. Where batch and running statistics differ, it is the distance between
-        the outputs of evaluation and training beyond what sampling explains.
+      figures: numbers by name. "features" is the number of features that have the problem, "of" the
+        number of all features. "mean_difference" is the largest |batch mean - running mean| /
+        running standard deviation. Variance ratios are batch / running. Epsilon is added to all
+        variances.
+      effect: an estimate of how much the problem matters: the distance of the norm's output from
+        the output without the problem, in standard deviations of that output. It is the root mean
+        square over features and elements, before scale and bias; infinity if the output is not
+        finite, NaN if it is unknown. If batch and running statistics differ, it is the distance
+        between the outputs of evaluation and training that sampling does not explain.
     """
 
     path: str
@@ -42,24 +43,24 @@ class Finding(NamedTuple):
     effect: float
 
 
-class Measured(NamedTuple):
-    """What was measured of a batch norm. Arrays have the shape of its running statistics.
+class NormMeasurements(NamedTuple):
+    """The measurements of a batch norm. Arrays have the shape of its running statistics.
 
     Attributes:
       running_mean: its running mean, in float64 (or complex).
       running_var: its running variance.
-      batch_mean: the mean of its inputs; NaN where nothing counted.
-      batch_var: their biased variance; NaN where nothing counted.
-      count: how many elements counted.
-      examples: how many examples it saw in training mode.
-      distance: how far apart sampling may put the two means; NaN where that was not tested.
-      lowest: how small sampling may make the batch variance; NaN where that was not tested.
-      highest: how large sampling may make it; NaN where that was not tested.
-      shift: how far the output of evaluation is from that of training, beyond what sampling
-        explains: the root mean square over all elements, before scale and bias, in standard
-        deviations; NaN where it is unknown.
-      epsilon: that of the norm.
-      momentum: that of the norm.
+      batch_mean: the mean of its inputs; NaN if no element counted.
+      batch_var: their biased variance; NaN if no element counted.
+      count: the number of elements that counted.
+      examples: the number of examples in training mode.
+      distance: the largest distance of the two means that sampling explains; NaN if not tested.
+      lowest: the lowest batch variance that sampling explains; NaN if not tested.
+      highest: the highest batch variance that sampling explains; NaN if not tested.
+      shift: the distance between the outputs of evaluation and training that sampling does not
+        explain: the root mean square over all elements, before scale and bias, in standard
+        deviations; NaN if it is unknown.
+      epsilon: the epsilon of the norm.
+      momentum: the momentum of the norm.
     """
 
     running_mean: np.ndarray
@@ -77,7 +78,7 @@ class Measured(NamedTuple):
 
     @property
     def mean_difference(self) -> np.ndarray:
-        """(Batch mean - running mean) / running standard deviation, with epsilon in it."""
+        """(Batch mean - running mean) / running standard deviation, which includes epsilon."""
         with np.errstate(invalid="ignore", divide="ignore"):
             scale = np.sqrt(self.running_var + self.epsilon)
             return (self.batch_mean - self.running_mean) / scale
@@ -90,12 +91,12 @@ class Measured(NamedTuple):
 
     @property
     def means_apart(self) -> np.ndarray:
-        """Of which features the means are further apart than sampling explains."""
+        """The features whose means differ by more than sampling explains."""
         return np.abs(self.batch_mean - self.running_mean) > self.distance
 
     @property
     def variances_apart(self) -> np.ndarray:
-        """Of which features the variances are further apart than sampling explains."""
+        """The features whose variances differ by more than sampling explains."""
         return (self.batch_var < self.lowest) | (self.batch_var > self.highest)
 
 
@@ -103,14 +104,14 @@ class Findings(list[Finding]):
     """Findings, in the order in which norms are called; `print` shows them as a table.
 
     Attributes:
-      norms: what was measured of every batch norm, by its path, also of sound ones.
+      norms: the measurements of all batch norms by path, sound ones too.
       significance: the chance that a sound model has a finding by sampling alone.
     """
 
     def __init__(
-        self, findings: Iterable[Finding], norms: dict[str, Measured], significance: float
+        self, findings: Iterable[Finding], norms: dict[str, NormMeasurements], significance: float
     ):
-        """What was found and measured."""
+        """Store the findings and the measurements."""
         super().__init__(findings)
         self.norms = norms
         self.significance = significance
@@ -120,13 +121,18 @@ class Findings(list[Finding]):
 
 
 def _table(findings: Findings) -> list[str]:
-    """A row for each finding: the norm, the problem and its figures."""
+    """Return a row for each finding: the norm, the problem and its figures."""
     if not findings:
         return []
     rows = [("batch norm", "problem", "effect", "figures")]
     rows += [
-        (display_path(one.path), one.problem, _effect(one.effect), _figures(one.figures))
-        for one in findings
+        (
+            display_path(finding.path),
+            finding.problem,
+            _effect(finding.effect),
+            _figures(finding.figures),
+        )
+        for finding in findings
     ]
     first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
     third = len("effect")
@@ -141,14 +147,14 @@ def _table(findings: Findings) -> list[str]:
 
 
 def _effect(effect: float) -> str:
-    """A number, or nothing if it is unknown."""
+    """Return the effect as text, which is empty if the effect is unknown."""
     if np.isnan(effect):
         return ""
     return "<0.01" if effect < 0.01 else f"{effect:.2f}" if effect < 100 else f"{effect:.0e}"
 
 
 def _figures(figures: dict[str, float]) -> str:
-    """Numbers with their names."""
+    """Return numbers with their names as text."""
     number = lambda value: f"{value:.0f}" if value == round(value, 0) < 1e6 else f"{value:.3g}"
     texts = {name.replace("_", " "): number(value) for name, value in figures.items()}
     parts = []
@@ -161,7 +167,7 @@ def _figures(figures: dict[str, float]) -> str:
 
 
 def _advice(findings: Findings) -> list[str]:
-    """What to do, once for each problem; and what the figures are."""
+    """Return the advice on each problem once, and the meaning of the figures."""
     if not findings:
         return []
     advice = {finding.problem: finding.advice for finding in findings}
@@ -174,19 +180,19 @@ def _advice(findings: Findings) -> list[str]:
 
 
 def _summary(findings: Findings) -> list[str]:
-    """What was audited, and what was not tested."""
+    """Return a sentence on the norms that were audited and those that were not tested."""
     norms = findings.norms
-    number = lambda count, thing: f"{count} {thing}{'s' * (count != 1)}"
-    found = number(len(findings), "finding") if findings else "No findings"
+    number = lambda n, thing: f"{n} {thing}{'s' * (n != 1)}"
+    count = number(len(findings), "finding") if findings else "No findings"
     norms_text = number(len(norms), "batch norm")
-    parts = [f"{found} in {norms_text}, at significance {findings.significance:g}"]
-    few = [one.examples for one in norms.values() if 0 < one.examples < LEAST]
-    if few:
+    parts = [f"{count} in {norms_text}, at significance {findings.significance:g}"]
+    untested = sum(0 < norm.examples < MIN_EXAMPLES for norm in norms.values())
+    if untested:
         parts.append(
-            f"{number(len(few), 'norm')} with fewer than {LEAST} examples, too few to tell whether "
-            "batch and running statistics agree"
+            f"{number(untested, 'norm')} with fewer than {MIN_EXAMPLES} examples, too few to test "
+            "whether batch and running statistics agree"
         )
-    idle = sum(not one.examples for one in norms.values())
-    if idle:
-        parts.append(f"{number(idle, 'norm')} frozen or not called in training mode")
+    not_called = sum(not norm.examples for norm in norms.values())
+    if not_called:
+        parts.append(f"{number(not_called, 'norm')} frozen or not called in training mode")
     return textwrap.wrap("; ".join(parts) + ".", WIDTH)

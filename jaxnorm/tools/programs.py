@@ -43,8 +43,8 @@ class StaticArguments(NamedTuple):
 
     def combine(self, arrays: list[jax.Array]) -> dict[str, Any]:
         """Return the keyword arguments with these arrays."""
-        each = iter(arrays)
-        return self.tree.unflatten(next(each) if leaf is _ARRAY else leaf for leaf in self.leaves)
+        rest = iter(arrays)
+        return self.tree.unflatten(next(rest) if leaf is _ARRAY else leaf for leaf in self.leaves)
 
 
 def partition(arguments: dict[str, Any]) -> tuple[StaticArguments, list[jax.Array]]:
