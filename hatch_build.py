@@ -1,9 +1,9 @@
-"""Compiles the CPU kernel while jaxnorm is installed, if there is a C++ compiler.
+"""Compile the CPU kernel while jaxnorm is installed, if there is a C++ compiler.
 
-If there is none, or if it fails, jaxnorm is installed without the kernel. The reason is stored next
-to the kernel's source, and `jaxnorm.implementations()` reports it, as that of the wheel: pip keeps
-wheels, and may install this one where there is a compiler. JAXNORM_BUILD_KERNEL=1 makes this an
-error, =0 installs without the kernel.
+If there is no compiler, or if it fails, jaxnorm is installed without the kernel. The reason is
+stored next to the kernel's source, and `jaxnorm.implementations()` reports it as the reason of the
+wheel: pip keeps wheels, and may install this one on a machine that has a compiler.
+JAXNORM_BUILD_KERNEL=1 makes this an error, =0 installs without the kernel.
 """
 
 import importlib.util
@@ -22,8 +22,8 @@ class Kernel(BuildHookInterface):
     """The Hatch hook for `pip install`, editable or not."""
 
     def dependencies(self) -> list[str]:
-        """What the compiler needs: XLA's headers, which come with jaxlib."""
-        # A library that is built with older headers runs in a newer XLA, but not vice versa.
+        """Return the package with XLA's headers, jaxlib, if there is a compiler."""
+        # A library that is built with older headers runs with a newer XLA, but not vice versa.
         oldest = "jaxlib==0.10.*" if sys.version_info < (3, 15) else "jaxlib"
         return [oldest] if _cpu().find_compiler() else []
 
@@ -32,21 +32,21 @@ class Kernel(BuildHookInterface):
         self.temporary = tempfile.TemporaryDirectory()  # removed after the wheel is written
         folder = FOLDER if version == "editable" else Path(self.temporary.name)
         library, reason = folder / "_norms.so", folder / "_not_built.txt"
-        wish = os.environ.get("JAXNORM_BUILD_KERNEL")
+        setting = os.environ.get("JAXNORM_BUILD_KERNEL")
         try:
-            if wish == "0":
+            if setting == "0":
                 raise RuntimeError("JAXNORM_BUILD_KERNEL=0 left it out")
             if not _is_newer(library):  # pip calls this twice, first for the metadata
                 _cpu().build(library)
             reason.unlink(missing_ok=True)
         except (RuntimeError, OSError, ImportError) as error:
-            if wish == "1":
+            if setting == "1":
                 raise
             library.unlink(missing_ok=True)
             reason.write_text(str(error))
             self.app.display_warning(f"jaxnorm is installed without its CPU kernel: {error}")
         else:
-            # Of this machine, or of MACOSX_DEPLOYMENT_TARGET, which the compiler heeds too.
+            # The tag of this machine, or of MACOSX_DEPLOYMENT_TARGET, which the compiler uses too.
             _, platform = self.build_config.builder.get_best_matching_tag().rsplit("-", 1)
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-{platform}"
@@ -56,14 +56,14 @@ class Kernel(BuildHookInterface):
 
 
 def _is_newer(library: Path) -> bool:
-    """Whether the library is newer than its sources."""
+    """Return whether the library is newer than its sources."""
     sources = [path for path in FOLDER.iterdir() if path.suffix in (".cc", ".h", ".py")]
-    changed = max(path.stat().st_mtime for path in sources)
-    return library.exists() and library.stat().st_mtime > changed
+    last_change = max(path.stat().st_mtime for path in sources)
+    return library.exists() and library.stat().st_mtime > last_change
 
 
 def _cpu() -> Any:
-    """The module jaxnorm.kernels.cpu.build, loaded without importing the package."""
+    """Load the module jaxnorm.kernels.cpu.build without importing the package."""
     spec = importlib.util.spec_from_file_location("build_of_kernel", FOLDER / "build.py")
     assert spec
     assert spec.loader

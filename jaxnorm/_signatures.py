@@ -1,4 +1,4 @@
-"""Signatures of methods that replace those of Flax and Equinox; transformations read them."""
+"""Signatures of the methods that replace Flax's and Equinox's, for their transformations."""
 
 import inspect
 from collections.abc import Callable
@@ -8,32 +8,32 @@ F = TypeVar("F", bound=Callable)
 
 
 def inherit_signature(inherited: Callable) -> Callable[[F], F]:
-    """Give a function the signature of `inherited`, and its own keywords after that.
+    """Give a function the signature of `inherited`, followed by the function's own keywords.
 
-    An own keyword that `inherited` has too takes its place, with its own default.
+    A keyword that both have keeps its position, with the default of the function.
     """
 
     def decorate(f: Any) -> Any:
-        passed = dict(inspect.signature(inherited).parameters)
+        parameters = dict(inspect.signature(inherited).parameters)
         for name, parameter in inspect.signature(f).parameters.items():
             if parameter.kind is parameter.KEYWORD_ONLY:
-                passed[name] = parameter
-        f.__signature__ = inspect.Signature([*passed.values()])
+                parameters[name] = parameter
+        f.__signature__ = inspect.Signature([*parameters.values()])
         return f
 
     return decorate
 
 
 def flax_positions(f: F) -> F:
-    """Show the keyword-only arguments of a function as `**given`.
+    """Show the keyword-only arguments of a function as `**kwargs` in its signature.
 
     `nnx.vmap(norm)` and `nnx.remat(norm)` pass each argument of the signature by position, even if
-    it has a default and is not given. A keyword-only argument fails there, and with more positions
-    than Flax's method has, `in_axes` would not fit. To pass such an argument, transform a function
+    it has a default and is not given. They fail for a keyword-only argument, and more positions
+    than in Flax's method would not fit `in_axes`. To pass such an argument, transform a function
     that calls the norm.
     """
-    passed = inspect.signature(f).parameters.values()
-    positions = [parameter for parameter in passed if parameter.kind is not parameter.KEYWORD_ONLY]
-    given = inspect.Parameter("given", inspect.Parameter.VAR_KEYWORD)
-    f.__signature__ = inspect.Signature([*positions, given])  # pyright: ignore[reportFunctionMemberAccess]
+    parameters = inspect.signature(f).parameters.values()
+    positional = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    kwargs = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+    f.__signature__ = inspect.Signature([*positional, kwargs])  # pyright: ignore[reportFunctionMemberAccess]
     return f

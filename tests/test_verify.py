@@ -8,9 +8,11 @@ import types
 import pytest
 from changes import with_kernels
 
-from jaxnorm import kernels, verify
+from jaxnorm import kernels
 from jaxnorm.kernels import cpu
-from jaxnorm.verify import Case
+from jaxnorm.verify import __main__ as verify
+from jaxnorm.verify import times
+from jaxnorm.verify.cases import Case
 
 
 @pytest.fixture
@@ -20,8 +22,8 @@ def few(monkeypatch):
     monkeypatch.setattr(verify, "right_cases", lambda: iter(cases))
     timed = [Case("add_layer", 16, 64, "float32")]
     monkeypatch.setattr(verify, "fast_cases", lambda megabytes: iter(timed))
-    monkeypatch.setattr(verify, "ROUNDS", 1)
-    monkeypatch.setattr(verify, "CALLS", 1)
+    monkeypatch.setattr(times, "ROUNDS", 1)
+    monkeypatch.setattr(times, "CALLS", 1)
 
 
 @pytest.mark.usefixtures("kernel", "few")
@@ -31,7 +33,7 @@ def test_the_kernel_of_this_machine_is_right(capsys):
     assert f"kernel: {cpu.target()}" in said
     assert "layer_norm 8 x 64 float32, 10000 ± 1" in said
     assert "add_rms_norm 4 x 32768 bfloat16" in said
-    assert "declined: it supports a residual in bfloat16 for rows of up to 16384" in said
+    assert "not supported: it supports a residual in bfloat16 for rows of up to 16384" in said
     assert "The kernel's errors are within the limit in 1 cases." in said
     assert "of 2 programs." in said
     start, timed = said.index("Up to two minutes and 1 GB"), said.index(" 1 of 1  add_layer")
@@ -69,7 +71,7 @@ def test_where_all_is_declined_nothing_is_verified(capsys, change):
     change(kernels, "KERNELS", {"cpu": shy})
     assert verify.main([]) == 2
     said = capsys.readouterr().out
-    assert "declined: it is shy" in said
+    assert "not supported: it is shy" in said
     assert "nothing was verified" in said
 
 
@@ -135,7 +137,7 @@ def test_the_largest_cases_take_less_than_a_gigabyte():
     """In a process of its own, which tells the most memory that it had."""
     code = """if True:
         import re, resource
-        from jaxnorm import verify
+        from jaxnorm.verify import __main__ as verify
         for case in verify.right_cases():
             if case.rows == 4096:
                 assert verify.report(case)[1]
