@@ -108,7 +108,7 @@ def explicit_sharding(x: jax.Array) -> Any:
 
 
 def manual_axis_type(x: jax.Array) -> Any:
-    """Return the axes of `shard_map` along which x may differ, for the types of kernels' results."""
+    """Return the axes of `shard_map` along which x may differ, for the type of kernel results."""
     return jax.typeof(x).manual_axis_type
 
 

@@ -12,8 +12,8 @@
 using namespace frames;
 using jaxnorm::Block;
 
-// Allocations, one of which may fail on purpose. All functions are replaced, because those of a
-// sanitizer do not call each other.
+// Allocations, one of which may fail on purpose. All functions are replaced, because a
+// sanitizer's versions do not call each other.
 static void* allocate(size_t size) {
   if (allocations_left > 0 && --allocations_left == 0) return nullptr;
   return std::malloc(size + !size);

@@ -69,7 +69,7 @@ def is_constant(norm: NormMeasurements) -> np.ndarray:
 
 
 def never_updated(norm: NormMeasurements) -> bool:
-    """Return whether the running statistics are those of initialization."""
+    """Return whether the running statistics still have their initial values."""
     return bool((norm.running_mean == 0).all() and (norm.running_var == 1).all())
 
 

@@ -11,7 +11,7 @@ _ARRAY = object()
 
 
 def memoize(make: Callable) -> Callable:
-    """Cache what a function of static arguments returns, such as a compiled program.
+    """Cache the results of a function of static arguments, such as compiled programs.
 
     If an argument can't be hashed, call the function each time.
     """
@@ -71,5 +71,5 @@ def model_arguments(batch: Any) -> tuple:
 
 
 def display_path(path: str) -> str:
-    """Return a path for messages: that of the model itself is empty."""
+    """Return a path for messages: the model itself has an empty path."""
     return path or "the model"

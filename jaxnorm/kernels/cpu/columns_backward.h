@@ -7,9 +7,8 @@ namespace jaxnorm {
 namespace JAXNORM_TARGET {
 
 // Adds, for each column, dy to `sum_dy` and dy * (x - mean) to `sum_dy_centred`, which is multiplied
-// by rstd later. The sums are in float64: both are gradients of bias and scale. Where their terms
-// cancel, as those of 2^18 terms of both signs do, rounding in float32 would be some units of the
-// result.
+// by rstd later. The sums are in float64: both are gradients of bias and scale. Where the terms
+// cancel, such as 2^18 terms of both signs, rounding in float32 would be some units of the result.
 template <class T>
 static void add_gradients(double* sum_dy, double* sum_dy_centred, const float* mean, const T* x,
                           const T* dy, int64_t width, int64_t rows) {

@@ -138,7 +138,7 @@ static inline void store_or_stream(T* p, VF32 v, Lanes lanes, [[maybe_unused]] b
 }
 
 // Calls body(u, i, lanes) for each vector of n elements, which begins at i. Calls with different
-// u < 4 may run at the same time: the sums of one u do not depend on those of another.
+// u < 4 may run at the same time: the sums of one u do not depend on another u.
 template <class Body>
 static inline BODY void for_each_vector(int64_t n, Body body) {
   int64_t i = 0;

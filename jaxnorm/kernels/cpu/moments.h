@@ -1,8 +1,7 @@
 // Mean and variance, with the mean subtracted twice (docs/numerics.md).
 //
-// Elements are summed in tiles that stay in the first-level cache. The sums of a tile are those of
-// d = x - m and d * d, where m is the rounded mean of the previous tiles; a large mean costs them no
-// digits. (The squares of the distances between tiles are at most twice the squares of the
+// Elements are summed in tiles that stay in the first-level cache. A tile has the sums of d = x - m and
+// of d * d, where m is the rounded mean of the previous tiles, so that a large mean costs no digits. (The squares of the distances between tiles are at most twice the squares of the
 // variance.) The first tile is read twice, once for its own mean. The sums of tiles are merged in
 // float64, as distances from the mean of the first tile.
 //

@@ -66,7 +66,7 @@ static inline void row_moments(Moment* moments, const T* x, int64_t k, double ep
   for (int r = 0; r < R; ++r) moments[r] = finish(sums[r], epsilon, kSubtractMean);
 }
 
-// Normalizes the rows of `x`: those of the array, or the residual sums in float32.
+// Normalizes the rows of `x`: the input itself, or the residual sums in float32.
 template <int R, bool kSubtractMean, bool kScale, bool kBias, class T, class X>
 static inline void normalize_loaded(const X* x, const Forward& f, int64_t row) {
   const int64_t k = f.block.k, feature = f.block.g == 1 ? 0 : row % f.block.g * k;

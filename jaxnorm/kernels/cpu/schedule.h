@@ -7,7 +7,7 @@
 namespace jaxnorm {
 namespace JAXNORM_TARGET {
 
-// A target must not use those of the standard library, which are inline (norms.h).
+// A target must not use std::min and std::max, which are inline (norms.h).
 static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 

@@ -176,7 +176,7 @@ def vjp(
 def _call(
     t: Rows, body, operands: dict[str, Any], results: dict[str, Any], grid: dict[str, int]
 ) -> dict[str, jax.Array]:
-    """Run `body(operands, results, shared)` in a grid; leave out what is None.
+    """Run `body(operands, results, shared)` in a grid, without arrays that are None.
 
     `body` gets arrays of rows as arrays of segments; parameters are rows.
     """
