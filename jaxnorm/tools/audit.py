@@ -129,7 +129,7 @@ def _measure(stats: NormStatistics) -> NormMeasurements:
 def _shift(norm: NormMeasurements, mean_error: np.ndarray, var_error: np.ndarray) -> float:
     """Return the distance of the outputs in evaluation and training that sampling does not explain.
 
-    If x_hat is the standardized input in training, evaluation has ratio * x_hat + difference instead.
+    If x_hat is the standardized input in training, evaluation has ratio * x_hat + difference.
     On average, sampling adds the squares of the standard errors to the squares of both. Standard
     errors are unknown for a single example.
     """

@@ -1,9 +1,10 @@
 // Mean and variance, with the mean subtracted twice (docs/numerics.md).
 //
-// Elements are summed in tiles that stay in the first-level cache. A tile has the sums of d = x - m and
-// of d * d, where m is the rounded mean of the previous tiles, so that a large mean costs no digits. (The squares of the distances between tiles are at most twice the squares of the
-// variance.) The first tile is read twice, once for its own mean. The sums of tiles are merged in
-// float64, as distances from the mean of the first tile.
+// Elements are summed in tiles that stay in the first-level cache. A tile has the sums of d = x - m
+// and of d * d, where m is the rounded mean of the previous tiles, so that a large mean costs no
+// digits. (The squares of the distances between tiles are at most twice the squares of the variance.)
+// The first tile is read twice, once for its own mean. The sums of tiles are merged in float64, as
+// distances from the mean of the first tile.
 //
 // Only short runs of a tile are added in float32. After a large element, each further addition rounds
 // by up to half a unit of the sum so far. Where the elements are alike, it always rounds in the same
