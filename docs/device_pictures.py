@@ -31,7 +31,7 @@ def draw_exchange(axes: Any) -> None:
     centers = [20.3 + 11.6 * device for device in range(4)]
 
     def boxes(y, *texts, words="", colors=DEVICES, height=2.5, width=11):
-        """A label on the left, and for each device a row of boxes with texts."""
+        """Draw a label on the left, and for each device a row of boxes with texts."""
         axes.text(0, y, words, va="center", linespacing=1.3)
         size = width / len(texts)
         for center, color in zip(centers, colors, strict=True):

@@ -30,7 +30,7 @@ CALCULATED = (16, 64, 256, 1024, 4096)
 
 
 def compiled(library: str, features: int, devices: int) -> list[Collective]:
-    """The collectives of one training step of batch norm: forward, and the gradient of x."""
+    """Return the collectives of one training step of batch norm: forward, and the gradient of x."""
     module = NORMS[library](use_running_average=False, axis_name="data")
     variables = module.init(jax.random.key(0), jnp.zeros((1, features)))
     mesh = jax.make_mesh(
@@ -48,7 +48,7 @@ def compiled(library: str, features: int, devices: int) -> list[Collective]:
 
 
 def calculated(library: str, features: int, devices: int) -> list[Collective]:
-    """The same collectives, calculated for any number of devices."""
+    """Return the same collectives, calculated for any number of devices."""
     size = devices * 4 * 3 * features
     gather = devices <= core.GATHERED_DEVICES and size <= core.GATHERED_BYTES
     way = "Flax" if library == "Flax" else "table" if gather else "sums"
@@ -57,7 +57,7 @@ def calculated(library: str, features: int, devices: int) -> list[Collective]:
 
 
 def forward(way: str, features: int, devices: int) -> list[Collective]:
-    """The collectives of the forward pass: by a table or by sums, or those of Flax."""
+    """Return the collectives of the forward pass: by a table or by sums, or those of Flax."""
     kinds = {
         "table": [("all-gather", 3)],  # mean (high and low part) and variance
         # The sum of the means; then the sums of their low parts and of the squares.
@@ -91,7 +91,7 @@ def table(exchanges: Any = calculated) -> str:
 
 
 def committed(page: str) -> str:
-    """The table in the page."""
+    """Return the table in the page."""
     _, _, rest = page.partition("<!-- table -->\n")
     return rest.partition("\n<!-- end of table -->")[0]
 

@@ -101,7 +101,7 @@ def problem(norm: str, kind: Callable) -> tuple[np.ndarray, ...]:
 
 
 def truth(norm: str, x, scale, bias, dy) -> dict[str, np.ndarray]:
-    """The output and the gradients, computed in float64."""
+    """Return the output and the gradients, computed in float64."""
     x, scale, bias, dy = (np.asarray(a, np.float64) for a in (x, scale, bias, dy))
     axis = 1 if norm == "layer" else 0
     centred = x - x.mean(axis, keepdims=True)
@@ -114,7 +114,7 @@ def truth(norm: str, x, scale, bias, dy) -> dict[str, np.ndarray]:
 
 
 def with_jax(apply: Callable) -> Callable:
-    """The output and the gradients of a JAX function of (norm, x, scale, bias)."""
+    """Return the output and the gradients of a JAX function of (norm, x, scale, bias)."""
 
     def run(norm, x, scale, bias, dy):
         @jax.jit
@@ -170,14 +170,14 @@ PEERS = {
 
 
 def measure(peer: Callable, norm: str, kind: Callable) -> dict[str, float]:
-    """The largest error of each result, in float32 units of its largest element."""
+    """Return the largest error of each result, in float32 units of its largest element."""
     arguments = problem(norm, kind)
     right, got = truth(norm, *arguments), peer(norm, *arguments)
     return {name: units(got[name], right[name]) for name in right}
 
 
 def units(result, right: np.ndarray) -> float:
-    """The largest error in units of the last place of the largest element."""
+    """Return the largest error in units of the last place of the largest element."""
     largest = max(np.abs(right).max(), float(np.finfo(np.float32).tiny))
     error = np.abs(np.asarray(result, np.float64) - right).max() / largest / UNIT
     return float("inf") if np.isnan(error) else float(error)

@@ -31,7 +31,7 @@ class DivergedError(UserError):
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The argparse type of an integer with a lower bound."""
+    """Return the argparse type of an integer with a lower bound."""
 
     def read(text: str) -> int:
         if not (text.isascii() and text.isdigit() and int(text) >= least):
@@ -42,7 +42,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """The argparse type of a positive number."""
+    """Return the argparse type of a positive number."""
     try:
         number = float(text)
     except ValueError:
@@ -53,12 +53,12 @@ def positive(text: str) -> float:
 
 
 def numbers(text: str) -> list[float]:
-    """The argparse type of a comma-separated list of numbers."""
+    """Return the argparse type of a comma-separated list of numbers."""
     return sorted({positive(number) for number in text.split(",")})
 
 
 def one_of(names: Collection[str]) -> Callable[[str], list[str]]:
-    """The argparse type of a comma-separated list of names."""
+    """Return the argparse type of a comma-separated list of names."""
 
     def read(text: str) -> list[str]:
         given = list(dict.fromkeys(text.replace(" ", "").split(",")))
@@ -79,7 +79,7 @@ def make_parser(
     kind: str = "norms",
     **defaults: Any,
 ) -> argparse.ArgumentParser:
-    """A parser with the flags that all examples share.
+    """Return a parser with the flags that all examples share.
 
     `compared` is what the example compares: norms, or what `kind` calls them. `defaults` has steps,
     seeds, batch_size, and norms if not all of them; `free` names flags that may differ when a run
@@ -229,7 +229,7 @@ def train(
 
 
 def is_finite(state: Any) -> bool:
-    """Whether all numbers of a state are finite."""
+    """Return whether all numbers of a state are finite."""
     return all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(state))
 
 

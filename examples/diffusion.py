@@ -3,8 +3,8 @@
     python examples/diffusion.py
     python examples/diffusion.py --norms adaptive-rms
 
-The network removes noise from a digit whose class is given; the time says how much noise there is.
-It draws digits from noise alone in 50 steps. There are two ways to tell it class and time.
+The network removes noise from a digit whose class is given; the time is the amount of noise. It
+draws digits from noise alone in 50 steps. Class and time enter the network in one of two ways.
 
 - Adaptive: norms have no scale and bias of their own. Linear layers compute them from class and
   time, for each image, and also a factor of what attention or feed-forward adds (a gate). These
@@ -159,7 +159,7 @@ def waves(times: jax.Array) -> jax.Array:
 
 
 def levels(times: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The factors of image and noise, whose squares add up to one; at time 1 all is noise.
+    """Return the factors of image and noise, whose squares add up to one; at time 1 all is noise.
 
     The cosine schedule of Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models",
     2021, arXiv:2102.09672, without their offset.
@@ -168,7 +168,7 @@ def levels(times: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def loss_of(model: Transformer, images, labels, key) -> jax.Array:
-    """The squared error of images without noise, at random times."""
+    """Return the squared error of images without noise, at random times."""
     for_noise, for_times = jax.random.split(key)
     noise = jax.random.normal(for_noise, images.shape)
     times = jax.random.uniform(for_times, labels.shape)
@@ -187,7 +187,7 @@ def train_step(state, images, labels, key, *, graph):
 
 @partial(jax.jit, static_argnames="graph")
 def evaluate(state, images, labels, key, *, graph):
-    """The loss on a batch."""
+    """Return the loss on a batch."""
     return loss_of(nnx.merge(graph, state)[0], images, labels, key)
 
 

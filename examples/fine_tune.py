@@ -9,13 +9,13 @@ dark on light and with less contrast, eight at a time. There are two such traini
 - With batch statistics, as before; the running statistics move towards those of the new images.
 - With the running statistics of the first images, frozen (`jaxnorm.nnx.freeze`).
 
-The first of them gives three more networks: its running statistics are measured anew on the images
+The first of them gives three more networks: its running statistics are measured again on the images
 that it was tuned on (`jaxnorm.nnx.recalibrate`), its weights are averaged over the second half of
 the steps, or both (Izmailov et al., "Averaging Weights Leads to Wider Optima and Better
 Generalization", 2018, arXiv:1803.05407). Without recalibration, an average has the running
-statistics of the last step. Each network is folded (`jaxnorm.nnx.fold`) and must then say the same.
-For the first seed `jaxnorm.nnx.audit` prints and draws which running statistics are not those of
-the images tuned on: those of five or six norms without recalibration, of none with it.
+statistics of the last step. Each network is folded (`jaxnorm.nnx.fold`), which must not change its
+outputs. For the first seed `jaxnorm.nnx.audit` prints and draws the norms whose running statistics
+differ from the statistics of the new images: five or six norms without recalibration, none with it.
 
 It takes 1 min 50 s on two CPU cores. Expected: of the new test images the network with
 batch statistics classifies 70 % correctly in evaluation mode, but 80 % in training mode. Its
@@ -111,12 +111,12 @@ def train_step(state, images, labels, *, graph, begin=0):
 
 
 def start(model: Network, optimizer: optax.GradientTransformation) -> tuple[Any, Any]:
-    """The graph and the first state of a training."""
+    """Return the graph and the first state of a training."""
     return nnx.split((model, nnx.Optimizer(model, optimizer, wrt=nnx.Param), nnx.clone(model)))
 
 
 def changed(data: Labelled) -> Labelled:
-    """The same digits as another camera might show them."""
+    """Return the same digits as another camera might show them."""
     return Labelled(0.9 - 0.5 * np.rot90(data.images, axes=(1, 2)), data.labels)
 
 

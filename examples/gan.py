@@ -70,7 +70,7 @@ def make_layers(key: jax.Array, sizes: Sequence[int], classes: int | None = None
 
 @partial(jax.jit, static_argnames="optimizer")
 def initialize(seed: int, optimizer: optax.GradientTransformation) -> State:
-    """The initial state: the same weights for all norms."""
+    """Return the initial state: the same weights for all norms."""
     first, second = jax.random.split(jax.random.key(seed))
     generator = make_layers(first, GENERATOR, CLASSES)
     width = DISCRIMINATOR[-1]

@@ -29,7 +29,7 @@ class Examiner:
         print(f"accuracy of the classifier trained on real digits: {score:.3f}")
 
     def scores(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """The accuracies on generated digits, and after learning from them."""
+        """Return the accuracies on generated digits, and after learning from them."""
         learner = SVC().fit(images, labels)
         return {
             "generated_recognized": float(self.expert.score(images, labels)),
@@ -44,7 +44,7 @@ class Examiner:
 
 
 def describe(rows: list[dict]) -> str:
-    """The mean scores of some runs, as two lines of a title."""
+    """Return the mean scores of some runs, as two lines of a title."""
     keys = ("generated_recognized", "real_recognized")
     first, second = (100 * np.mean([row[key] for row in rows]) for key in keys)
     return f"{first:.1f} % recognized; real digits by\na learner of these: {second:.1f} %"

@@ -66,7 +66,7 @@ def load_dataset(name: str, folder: Path | None = None) -> Dataset:
 def draw_batch(
     data: Labelled, size: int, seed: int, step: int, *, drop_last: bool = True
 ) -> Labelled:
-    """The batch of a step. It depends only on the arguments; each epoch has its own order.
+    """Return the batch of a step. It depends only on the arguments; each epoch has its own order.
 
     If `size` does not divide the images, the last batch of an epoch is smaller or omitted.
     """

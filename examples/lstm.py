@@ -76,7 +76,7 @@ class LSTM(nnx.Module):
         return self.norm_input(self.input(jax.nn.one_hot(symbols, self.symbols))).swapaxes(0, 1)
 
     def unroll(self, drive: jax.Array, nudges: jax.Array) -> jax.Array:
-        """The hidden states, of shape (time, batch, hidden).
+        """Return the hidden states, of shape (time, batch, hidden).
 
         `nudges`, which broadcasts to this shape, is added to them. It is zero; its gradient is the
         gradient with respect to the hidden states.
@@ -115,7 +115,7 @@ def train_step(state, symbols, target, *, graph, task):
 
 @partial(jax.jit, static_argnames=("graph", "task"))
 def evaluate(state, symbols, target, *, graph, task):
-    """The loss and the accuracy, with the running statistics."""
+    """Return the loss and the accuracy, with the running statistics."""
     model, _ = nnx.merge(graph, state)
     model.eval()
     loss, logits = loss_of(model, task, symbols, target)

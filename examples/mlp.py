@@ -112,7 +112,7 @@ def train_step(state: State, x, target, *, rate, task, norm, optimizer):
 
 
 def score_of(task: str, norm: str, state: State, data: Labelled) -> float:
-    """The fraction classified right, or the fraction of the variance explained (R²)."""
+    """Return the fraction classified right, or the fraction of the variance explained (R²)."""
     output, _ = apply(norm, state.layers, state.running, jnp.asarray(data.images), train=False)
     if task == "classification":
         return float((output.argmax(-1) == data.labels).mean())

@@ -102,14 +102,14 @@ class State(NamedTuple):
 
 
 def make_mesh(count: int) -> Mesh:
-    """A mesh of the first devices."""
+    """Return a mesh of the first devices."""
     return jax.make_mesh((count,), ("devices",), (AxisType.Auto,), devices=jax.devices()[:count])
 
 
 def start(
     params: Any, batch_stats: Any, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> State:
-    """The first state, copied to all devices."""
+    """Return the first state, copied to all devices."""
     state = State(params, batch_stats, optimizer.init(params))
     return jax.tree.map(jnp.copy, jax.device_put(state, NamedSharding(mesh, P())))
 
@@ -117,7 +117,7 @@ def start(
 def compile_step(
     model: ResNet, optimizer: optax.GradientTransformation, mesh: Mesh, *, frozen: bool = False
 ) -> Callable:
-    """A training step; `frozen`: with the running statistics, which do not change."""
+    """Return a training step; `frozen`: with the running statistics, which do not change."""
 
     @partial(jax.jit, donate_argnums=0)
     @partial(
@@ -145,21 +145,21 @@ def compile_step(
 
 @partial(jax.jit, static_argnames="model")
 def classify(model: ResNet, state: State, images: jax.Array) -> jax.Array:
-    """The most likely class of each image, with the running statistics."""
+    """Return the most likely class of each image, with the running statistics."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits: Any = model.apply(variables, images, train=False)
     return logits.argmax(-1)
 
 
 def accuracy(model: ResNet, state: State, data: Labelled, size: int = 500) -> float:
-    """The fraction of images classified correctly."""
+    """Return the fraction of images classified correctly."""
     parts = range(0, len(data.labels), size)
     classes = [classify(model, state, data.images[i : i + size]) for i in parts]
     return float((np.concatenate(classes) == data.labels).mean())
 
 
 def on_its_side(data: Labelled) -> Labelled:
-    """The same images, rotated by 90 degrees."""
+    """Return the same images, rotated by 90 degrees."""
     return Labelled(np.rot90(data.images, axes=(1, 2)).copy(), data.labels)
 
 

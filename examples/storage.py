@@ -30,7 +30,7 @@ def write_metrics(path: Path, history: list[dict[str, float]]) -> None:
 
 
 def read_metrics(path: Path, steps: int) -> list[dict[str, float]]:
-    """The metrics of the first steps of a run."""
+    """Return the metrics of the first steps of a run."""
     if not steps:
         return []
     try:
@@ -61,7 +61,7 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def restore(self, state: Any) -> tuple[Any, int]:
-        """The last saved state and its step, or the given state and 0."""
+        """Return the last saved state and its step, or the given state and 0."""
         step = self.manager.latest_step()
         if step is None:
             return state, 0
@@ -104,5 +104,5 @@ class Checkpoints:
 
 
 def why(error: Exception) -> str:
-    """The end of an error's first line, where JAX and orbax put the wrapped error."""
+    """Return the end of an error's first line, where JAX and orbax put the wrapped error."""
     return (str(error).splitlines() or [type(error).__name__])[0][-200:]

@@ -84,7 +84,7 @@ class State(NamedTuple):
 
 
 def statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The style: standard deviation and mean of each feature of each image."""
+    """Return the style: standard deviation and mean of each feature of each image."""
     measured = jn.moments(x, axis=(1, 2))
     return jnp.sqrt(measured.var + 1e-6), measured.mean
 
@@ -102,7 +102,7 @@ def restyle(norm: str, x: jax.Array, style: tuple, running: jn.BatchNormState, *
 
 @partial(jax.jit, static_argnames="optimizer")
 def initialize(seed: int, optimizer: optax.GradientTransformation) -> State:
-    """The initial state: the same weights for all norms."""
+    """Return the initial state: the same weights for all norms."""
     first, second = jax.random.split(jax.random.key(seed))
     encoder = Encoder().init(first, jnp.zeros((1, PIECE, PIECE, 3)))["params"]
     code = jnp.zeros((1, PIECE // 4, PIECE // 4, FEATURES[-1]))
@@ -156,7 +156,7 @@ def palette_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def likeness(a: np.ndarray, b: np.ndarray) -> float:
-    """The similarity of the shapes in two images: correlation of edges, without colours."""
+    """Return the similarity of the shapes in two images: correlation of edges, without colours."""
     edges = [np.hypot(*np.gradient(image.mean(-1))).ravel() for image in (a, b)]
     return float(np.corrcoef(edges)[0, 1])
 

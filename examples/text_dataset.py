@@ -21,7 +21,7 @@ class Text(NamedTuple):
     test: np.ndarray
 
     def digest(self) -> int:
-        """A checksum, to check that a resumed run has the same text, in whatever file."""
+        """Return a checksum, to check that a resumed run has the same text, in whatever file."""
         return zlib.crc32(self.test.tobytes(), zlib.crc32(self.train.tobytes()))
 
 
@@ -56,5 +56,5 @@ def windows(codes: np.ndarray, count: int, length: int, rng: np.random.Generator
 
 
 def decode(codes: np.ndarray) -> str:
-    """The text that the integers stand for."""
+    """Return the text that the integers stand for."""
     return "".join(map(chr, np.asarray(codes).tolist()))

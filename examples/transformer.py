@@ -40,7 +40,7 @@ FEATURES, HEADS, LAYERS, LENGTH = 64, 4, 6, 64
 
 
 def no_norm(change: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The sum alone, where the norms return the normalized sum and the sum."""
+    """Return the sum alone, where the norms return the normalized sum and the sum."""
     return change + x, change + x
 
 
@@ -117,7 +117,7 @@ class Transformer(nnx.Module):
 
 
 def loss_of(model: Transformer, pieces: jax.Array) -> jax.Array:
-    """The cross-entropy of each next character."""
+    """Return the cross-entropy of each next character."""
     logits = model(pieces[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, pieces[:, 1:]).mean()
 
@@ -133,7 +133,7 @@ def train_step(state, pieces, *, graph):
 
 @partial(jax.jit, static_argnames="graph")
 def evaluate(state, pieces, *, graph):
-    """The loss on a batch."""
+    """Return the loss on a batch."""
     return loss_of(nnx.merge(graph, state)[0], pieces)
 
 

@@ -26,13 +26,13 @@ def logits_of(model, images, size):
 
 
 def accuracy(model: nnx.Module, data: Labelled, size: int = 0) -> float:
-    """The fraction of images classified correctly; `size` as in logits_of."""
+    """Return the fraction of images classified correctly; `size` as in logits_of."""
     return float((logits_of(model, data.images, size).argmax(-1) == data.labels).mean())
 
 
 @nnx.jit
 def distances(model, images):
-    """How far the running statistics of each norm are from the statistics of images.
+    """Return how far the running statistics of each norm are from the statistics of images.
 
     That is the Wasserstein distance of two normal distributions with these moments, divided by the
     standard deviation of the second, as the root mean square over features.
@@ -50,7 +50,7 @@ def distances(model, images):
 
 
 def score(model: nnx.Module, new: Labelled, old: Labelled, size: int) -> dict[str, Any]:
-    """What table and figure show of a model: on new and old images, and of the model folded.
+    """Return the scores of a model: on new images, on old images, and after folding.
 
     The gap is the accuracy on new images in training mode, in batches of a size, minus that in
     evaluation mode.

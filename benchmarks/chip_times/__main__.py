@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def torch_is_here() -> bool:
-    """Whether PyTorch can run on JAX's GPU."""
+    """Return whether PyTorch can run on JAX's GPU."""
     if jax.default_backend() != "gpu" or not importlib.util.find_spec("torch"):
         return False
     import torch  # pyright: ignore[reportMissingImports] (optional)

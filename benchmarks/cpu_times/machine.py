@@ -26,7 +26,7 @@ KEEP_PAGES = {
 
 
 def pages_kept(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process keeps the pages that it frees."""
+    """Return whether this process keeps the pages that it frees."""
     return platform.libc_ver()[0] == "glibc" and KEEP_PAGES.items() <= environment.items()
 
 

@@ -131,7 +131,7 @@ def _device() -> str:
 
 
 def _takes_float32(norm: str, function: Function, x: Tensor, params: dict[str, Tensor]) -> bool:
-    """Whether y has the dtype of x if scale and bias are float32."""
+    """Return whether y has the dtype of x if scale and bias are float32."""
     if norm == "rms" and x.dtype != params["scale"].dtype:
         return False  # it warns that it does not use its fused kernel
     try:

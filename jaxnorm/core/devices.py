@@ -104,7 +104,7 @@ class Devices(NamedTuple):
         return equation(functools.partial(self.sum, group=group), parts)
 
     def _is_small(self, parts: Any) -> bool:
-        """Whether a table of the parts of all devices is small enough to be gathered."""
+        """Return whether a table of the parts of all devices is small enough to be gathered."""
         sent = [a for a in jax.tree.leaves(parts) if not isinstance(a, np.ndarray)]
         size = sum(math.prod(a.shape) * a.dtype.itemsize for a in sent)
         # The symbolic shapes of jax.export have sizes that are no int.
