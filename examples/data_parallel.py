@@ -188,7 +188,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if (args.coordinator is None) != (args.process_id is None):
         parser.error("--coordinator and --process-id must be given together, with --processes")
     if args.cluster and (args.processes or args.coordinator):
-        parser.error("--cluster must be given alone: the cluster knows the processes")
+        parser.error("--cluster must be given alone: the cluster sets the processes")
     if args.coordinator and args.process_id not in range(args.processes or 0):
         parser.error("--process-id must be at least 0 and less than --processes")
     return args
@@ -207,7 +207,7 @@ def meet(args: argparse.Namespace) -> None:
     except (ValueError, RuntimeError, IndexError) as error:
         raise UserError(
             f"the processes could not connect ({why(error)}): check "
-            "--coordinator, or that this is a cluster that JAX knows"
+            "--coordinator, or that JAX supports this cluster"
         ) from error
 
 

@@ -123,7 +123,7 @@ def changed(data: Labelled) -> Labelled:
 def audit(args: argparse.Namespace, title: str, model: Network, images: np.ndarray) -> None:
     """Print what the audit of a network finds on images, and draw it."""
     copy = nnx.clone(model)
-    jn.unfreeze(copy)  # a frozen norm sees no batch
+    jn.unfreeze(copy)  # an audit needs norms that use the batch
     findings = jn.audit(copy, images, batch_size=args.tune_batch_size)
     print(f"Audit, {title}:\n{findings}\n")
     jn.plot_audit(findings, args.out / f"audit-{title}.png")

@@ -78,6 +78,7 @@ def test_a_wrong_flag_is_one_sentence(flags, sentence, tmp_path, capsys, monkeyp
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.thorough
 def test_ctrl_c_leaves_what_was_timed(tmp_path, capsys, monkeypatch):
     def step_calls(step):
         raise KeyboardInterrupt

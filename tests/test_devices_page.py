@@ -96,6 +96,7 @@ def test_an_unknown_flag_is_one_sentence(monkeypatch, capsys):
     assert "unrecognized arguments: --wrte" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_the_recipes_are_training_on_one_device():
     """On eight devices, over automatic and explicit axes and in shard_map."""
     recipes = [block for block in BLOCKS if "nnx.Optimizer" in block]

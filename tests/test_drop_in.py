@@ -316,7 +316,10 @@ def nnx_losses(norms, optimizer, x, target):
     return np.array([step(network, optimizer) for _ in range(10)])
 
 
-@both_flavours
+@pytest.mark.parametrize(
+    "flavour",
+    [pytest.param(LINEN, id="linen", marks=pytest.mark.thorough), pytest.param(NNX, id="nnx")],
+)
 def test_changing_the_import_keeps_the_loss_curve(flavour, rng):
     x = jnp.asarray(rng.normal(size=(8, 6, 6, 3)), jnp.float32)
     target = jnp.asarray(rng.normal(size=(8, 1)), jnp.float32)

@@ -326,6 +326,7 @@ assert ("jaxnorm" in sys.modules) == bool(sys.argv[2:])
 """
 
 
+@pytest.mark.thorough
 def test_a_saved_program_needs_the_import(tmp_path, kernel):
     """In processes of their own, as docs/errors.md says."""
 

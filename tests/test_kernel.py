@@ -232,7 +232,7 @@ def test_the_door_takes_what_fits():
         lambda: call_backward(dx=struct(4, 6, dtype=jnp.bfloat16)),
     ],
 )
-def test_the_door_refuses_what_does_not_fit(call):
+def test_the_handlers_reject_what_does_not_fit(call):
     with pytest.raises(Exception, match="jaxnorm's kernel got"):
         jax.block_until_ready(call())
 

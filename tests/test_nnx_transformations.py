@@ -181,6 +181,7 @@ def plain(name):
     "name", ["WeightNorm", "SpectralNorm", "StandardizedLinear", "StandardizedConv"]
 )
 @pytest.mark.parametrize("how", [how for how in CALLS if how != "grad of vmap"])  # of weights
+@pytest.mark.thorough
 def test_what_works_with_a_layer_of_flax_works_with_ours(how, name):
     module = layer(nnx, name)
     theirs = outcome(how, module, {})

@@ -38,7 +38,14 @@ def site(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("page", sorted(BLOCKS.keys() - OWN_TESTS))
+# The front page has README's code, which test_package.py runs.
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.thorough] if page == "index" else ())
+        for page in sorted(BLOCKS.keys() - OWN_TESTS)
+    ],
+)
 def test_the_code_runs(page, capsys):
     names = {}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -90,6 +90,9 @@ def test_where_an_axis_is_sharded_nothing_is_gathered(mode, spec, platform):
     assert "all-gather" not in text
 
 
+@pytest.mark.parametrize(
+    "platform", ["cpu", pytest.param("cuda", marks=pytest.mark.thorough)], indirect=True
+)
 def test_every_transformation(platform, rng):
     x = jnp.asarray(rng.normal(size=SHAPE), jnp.float32)
     norm = lambda x: jn.instance_norm(x, implementation="xla")

@@ -250,6 +250,7 @@ def test_transformations(norm, transformed, implementation, rng):
 
 @float64
 @pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm", "BatchNorm"])
+@pytest.mark.thorough
 def test_modules_as_those_of_flax(name, rng):
     options = {"num_groups": 2} if name == "GroupNorm" else {}
     train = {"use_running_average": False} if name == "BatchNorm" else {}

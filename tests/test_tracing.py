@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("programs", ["functions", "linen", "nnx"])
+@pytest.mark.parametrize(
+    "programs",
+    ["functions", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("linen", "nnx"))],
+)
 def test_tracing_starts_no_backend(programs):
     command = [sys.executable, str(Path(__file__).with_name("traced.py")), programs]
     ended = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -21,6 +21,7 @@ ROWS = {  # of the table: module, class, and its names of momentum and epsilon
 }
 
 
+@pytest.mark.thorough
 def test_the_code_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

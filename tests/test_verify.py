@@ -133,6 +133,7 @@ def test_all_cases_are_run_if_one_wants_that(capsys, clock):
 
 
 @pytest.mark.usefixtures("kernel")
+@pytest.mark.thorough
 def test_the_largest_cases_take_less_than_a_gigabyte():
     """In a process of its own, which tells the most memory that it had."""
     code = """if True:

@@ -232,6 +232,7 @@ def test_complex_spectral_norm(rng):
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("steps", [1, 20])
 @pytest.mark.parametrize("spec", [("m", None), (None, "m"), ("n", "m")], ids=str)
+@pytest.mark.thorough
 def test_spectral_norm_of_sharded_weights(spec, steps, axis_type, rng):
     """Of rows, of features, and of both; the new state is sharded as the old one is."""
     mesh = jax.make_mesh((2, 4), ("n", "m"), (axis_type,) * 2)
