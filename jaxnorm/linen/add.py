@@ -11,7 +11,8 @@ from jaxnorm.core.arguments import check_residual
 from jaxnorm.core.layouts import layer_layout
 from jaxnorm.core.norm import norm_of_sum
 from jaxnorm.core.standardize import NormParams
-from jaxnorm.linen.norms import LayerNorm, RMSNorm, prepare_module_call
+from jaxnorm.linen.module_call import prepare_module_call
+from jaxnorm.linen.norms import LayerNorm, RMSNorm
 
 
 class AddLayerNorm(LayerNorm):

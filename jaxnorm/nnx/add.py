@@ -11,7 +11,8 @@ from jaxnorm.core.arguments import check_residual
 from jaxnorm.core.layouts import layer_layout
 from jaxnorm.core.norm import norm_of_sum
 from jaxnorm.core.standardize import NormParams
-from jaxnorm.nnx.norms import LayerNorm, RMSNorm, prepare_module_call
+from jaxnorm.nnx.module_call import prepare_module_call
+from jaxnorm.nnx.norms import LayerNorm, RMSNorm
 
 
 class AddLayerNorm(LayerNorm):

@@ -1,7 +1,6 @@
 """The five norms: Flax's classes with another `__call__`."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,24 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxnorm._internals import canonicalize_dtype, first_from
+from jaxnorm._internals import first_from
 from jaxnorm._modules import (
-    add_params,
     initial_scale,
-    options_of,
     update_running_statistics,
     warn_of_single_elements,
-    widened,
 )
 from jaxnorm._signatures import flax_positions, inherit_signature
 from jaxnorm.core.arguments import check_feature_shape, check_flag
-from jaxnorm.core.arithmetic import promote
-from jaxnorm.core.layout import Layout
 from jaxnorm.core.layouts import batch_layout, group_layout, instance_layout, layer_layout
-from jaxnorm.core.norm import Arrays, norm, prepare_call
-from jaxnorm.core.spec import NormSpec
+from jaxnorm.core.norm import norm
 from jaxnorm.core.standardize import NormParams
 from jaxnorm.functional.renorm import Renorm, check_renorm, normalize_batch, without_kernel
+from jaxnorm.nnx.module_call import fold_features, prepare_module_call
 
 
 def _with_offset(inherited: Callable) -> Any:
@@ -102,7 +96,7 @@ class BatchNorm(nnx.BatchNorm):
         layout = batch_layout(np.shape(x), self.axis, size, "axis")
         renorm = check_renorm(self.renorm if renorm is None else renorm)
         mean, var = (
-            check_feature_shape(_fold(stat[...], layout), name, layout)
+            check_feature_shape(fold_features(stat[...], layout), name, layout)
             for stat, name in ((self.mean, "mean"), (self.var, "var"))
         )
         prepare = functools.partial(
@@ -260,61 +254,7 @@ class InstanceNorm(nnx.InstanceNorm):
         )
 
 
-def prepare_module_call(
-    name: str,
-    module: Any,
-    x: Any,
-    layout: Layout,
-    mask: jax.Array | None,
-    given: NormParams,
-    *,
-    running: tuple[jax.Array, ...] = (),
-    residual: jax.Array | None = None,
-    moments: tuple[jax.Array, jax.Array] | None = None,
-    **options: Any,
-) -> tuple[NormSpec, Arrays]:
-    """Check a module's call, with its attributes and its parameters.
-
-    x, `running` statistics and parameters are passed to `promote_dtype`, as Flax does. The residual
-    gets the dtype of x, and the parameters that are `given` with the call are added to the learned
-    ones. With `moments`, statistics are not measured.
-    """
-    x = widened(x, module.dtype)
-    owned = [module.scale, module.bias] if hasattr(module, "use_bias") else [module.scale]
-    values = [None if param is None else param[...] for param in owned]
-    with jax.numpy_dtype_promotion("standard"):
-        promoted = module.promote_dtype((x, *running, *values), dtype=module.dtype)
-        cast, values = promoted[0], promoted[1 + len(running) :]
-        dtype = canonicalize_dtype(cast, *values, *given, dtype=module.dtype)
-    if residual is None:
-        # Widen x now, but narrow only the result: statistics are measured on x as it was given.
-        casts = promote(x.dtype, cast.dtype) != x.dtype
-    else:
-        # The residual sum has the dtype of x, even if the parameters have a wider one.
-        casts = not jnp.issubdtype(x.dtype, jnp.inexact)
-    x = cast if casts else x
-    learned = NormParams(*(_fold(value, layout) for value in values))
-    return prepare_call(
-        name,
-        x,
-        layout,
-        add_params(learned, given, layout, jnp.dtype(dtype)),
-        residual=None if residual is None else residual.astype(x.dtype),
-        moments=moments,
-        dtype=dtype,
-        **options_of(module, mask, bind_names=moments is None),
-        **options,
-    )
-
-
 def _initialized(named: dict[str, Any], scale_offset: float) -> dict[str, Any]:
     """Add an initial scale that changes nothing to the arguments of a constructor."""
     scale_init = nnx.initializers.constant(initial_scale(scale_offset))
     return {"scale_init": scale_init, **named}
-
-
-def _fold(value: Any, layout: Layout) -> Any:
-    """Reshape an array of shape (num_features,) to the feature axes."""
-    if value is None or value.size != math.prod(layout.feature_shape):
-        return value
-    return value.reshape(layout.feature_shape)
