@@ -10,7 +10,7 @@ WIDTHS = (64, 256, 2048)  # numbers of features
 LOOKS = {"jaxnorm": ("#D55E00", "-"), "Flax": ("#000000", "--")}
 DEVICES = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7")
 CAPTION = """\
-C features; x_hat is the normalized x; high + low is the mean to twice the precision.
+C features; $\\hat{x}$ is the normalized x; high + low is the mean to twice the precision.
 With a mask each device also sends its counts: 4C numbers."""
 
 
@@ -67,7 +67,7 @@ def draw_exchange(axes: Any) -> None:
     arrows(32.3)
     shards(27.7, "y: normalized by\nthe whole batch")
     axes.plot([0, 60.6], [23.6, 23.6], color="#999999", lw=1, ls="--")
-    boxes(20.8, "Σ dy", "Σ dy·x_hat", words="each sums up\nits own part")
+    boxes(20.8, "Σ dy", "Σ dy·$\\hat{x}$", words="each sums up\nits own part")
     exchange(15.8, "backward: one all-reduce, 2C numbers from each")
     shards(9.4, "dx: the gradient\nof x")
     axes.text(0, 0, CAPTION, linespacing=1.5)
