@@ -14,11 +14,12 @@ def inherit_signature(inherited: Callable) -> Callable[[F], F]:
     """
 
     def decorate(f: Any) -> Any:
-        parameters = dict(inspect.signature(inherited).parameters)
-        for name, parameter in inspect.signature(f).parameters.items():
-            if parameter.kind is parameter.KEYWORD_ONLY:
-                parameters[name] = parameter
-        f.__signature__ = inspect.Signature([*parameters.values()])
+        signature = inspect.signature(inherited)
+        parameters = dict(signature.parameters)
+        for name, own in inspect.signature(f).parameters.items():
+            if own.kind is own.KEYWORD_ONLY:
+                parameters[name] = parameters.get(name, own).replace(default=own.default)
+        f.__signature__ = signature.replace(parameters=[*parameters.values()])
         return f
 
     return decorate
