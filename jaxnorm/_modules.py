@@ -148,7 +148,7 @@ def spectrally_normalized(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the weights divided by sigma after `steps` power iterations, the new u, and sigma.
 
-    Flax keeps u and sigma, and no v; without a step, it is that of u.
+    Flax stores u and sigma. v is not stored; without a step it is computed from u.
     """
     wide = weights.astype(promote(weights.dtype, dtype))
     layout = batch_layout(wide.shape, -1)

@@ -4,11 +4,12 @@ Each inherits from Equinox's class and replaces `__call__`. Arguments, fields an
 Equinox's, so files of `equinox.tree_serialise_leaves` load in both directions and `isinstance`
 holds. The modules own arrays and do no arithmetic.
 
-Imported only when asked for: `import jaxnorm.equinox`. It needs Equinox: `pip install equinox`.
+`import jaxnorm` does not import it: `import jaxnorm.equinox`. It needs Equinox: `pip install
+equinox`.
 
-Statistics are always accurate, and in float32 or better. The result has the dtype of x. In Equinox
-that of BatchNorm has the dtype of x, parameters and state together: for x in half precision it is
-float32, unless the module is in half precision too. The state keeps its dtype for any x. x of an
+Statistics are always accurate, and in float32 or better. The result has the dtype of x. Equinox's
+BatchNorm returns the common dtype of x, parameters and state: float32 for x in half precision,
+unless the module is in half precision too. The state keeps its dtype for any x. x of an
 integer type is an error.
 """
 
@@ -60,7 +61,7 @@ class LayerNorm(nn.LayerNorm):
       (8, 5)
     """
 
-    __init__ = nn.LayerNorm.__init__  # so that a type checker sees it
+    __init__ = nn.LayerNorm.__init__  # for type checkers
 
     @inherit_signature(nn.LayerNorm.__call__)
     def __call__(self, x: ArrayLike, state: Any = _NO_STATE, *, key: Any = None) -> Any:

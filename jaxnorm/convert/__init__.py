@@ -1,8 +1,8 @@
 """Norms and models from PyTorch, Keras and Haiku, and back to PyTorch.
 
-Imported only when asked for: `import jaxnorm.convert`. It imports none of these libraries, so a
-state dict may hold NumPy arrays that were made elsewhere. Files of safetensors are read by their
-own library, whose result is what `from_torch` and `load` take:
+`import jaxnorm` does not import it: `import jaxnorm.convert`. It imports none of these libraries,
+so a state dict may hold NumPy arrays that were made elsewhere. Files of safetensors are read by
+their own library, whose result is what `from_torch` and `load` take:
 
     arrays = safetensors.numpy.load_file("model.safetensors")
 

@@ -43,7 +43,7 @@ def load(
     convolutions (height, width, in, out). That includes what PyTorch keeps for a weight norm or a
     spectral norm, such as "weight_v", "weight_orig" and "parametrizations.weight.original1". The
     same is right for an `nnx.ConvTranspose` with `transpose_kernel`; without it, its kernel is
-    (height, width, in, out) and flipped, which is done where the layer is seen. A "kernel" (of Flax
+    (height, width, in, out) and flipped, which is done for nnx models. A "kernel" (of Flax
     or Keras) and a "w" (Haiku) stay as they are; any other name is an error.
 
     The lengths g of a weight norm, (out, 1), are the scale of a `jaxnorm.nnx.WeightNorm`, (out,):
@@ -52,8 +52,9 @@ def load(
 
     Args:
       model: an nnx module, also one of `nnx.eval_shape`; or the variables of a linen model, such as
-        {"params": ..., "batch_stats": ...}, also those of `jax.eval_shape`. For linen, the layers
-        are not seen: give a ConvTranspose without `transpose_kernel` a function (below).
+        {"params": ..., "batch_stats": ...}, also those of `jax.eval_shape`. Variables of
+        linen don't include layers: give a ConvTranspose without `transpose_kernel` a function
+        (below).
       arrays: tensors of PyTorch, or arrays of NumPy or JAX, by name: a `state_dict()`, or what
         `safetensors.numpy.load_file` returns.
       table: for each name its path in the model, such as "blocks.0.conv.kernel" or
@@ -73,7 +74,7 @@ def load(
       TypeError: model is neither, an array is none, or it is complex or floating-point where its
         place is not.
       ValueError: a name or a path is not there, left over or used twice, a shape does not fit, or
-        the name of an array does not tell how to arrange it as a kernel.
+        the name of an array does not determine its layout as a kernel.
 
     Examples:
       >>> import numpy as np, jaxnorm.convert

@@ -45,7 +45,7 @@ def batch_norm(
         y = (x - mean) / sqrt(var + epsilon) * (scale_offset + scale) + bias
 
     In training, mean and variance are measured over all axes of x but the features', and over the
-    devices of `axis_name`; the state moves towards them. Otherwise they are those of the state.
+    devices of `axis_name`; they update the state. Otherwise they are taken from the state.
 
     Batch renormalization corrects them towards the state as it was before (S):
 
@@ -97,7 +97,7 @@ def batch_norm(
       ValueError: an axis is out of range or given twice, a shape does not fit, x is a scalar,
         epsilon is negative, there is an offset and no scale, momentum is outside [0, 1], nothing
         binds `axis_name` (also a NameError), the virtual batch size does not divide the batch,
-        r_max is below 1, d_max is below 0, or the kernel is asked for and can't run.
+        r_max is below 1, d_max is below 0, or `implementation="kernel"` can't run.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm as jn

@@ -37,8 +37,8 @@ def fold_batch_norm(
         kernel = kernel * factor
         bias = (bias - mean) * factor + params.bias
 
-    The new layer says what the old one and `batch_norm(..., train=False)` say together, with one
-    pass over its output less. Nothing may stand between the two, and the norm must not train on.
+    The new layer computes the old layer followed by `batch_norm(..., train=False)`, and saves a
+    pass over the output. There must be no operation between the two, and no further training.
 
     Args:
       kernel: array whose axis `output_axis` holds the outputs: (in, out) of a dense layer,

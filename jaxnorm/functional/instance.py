@@ -47,8 +47,8 @@ def instance_norm(
     Raises:
       TypeError: x is of an integer type, `where` is not boolean, or params is not a NormParams.
       ValueError: x has no axis besides examples and features, the feature axis is the first or out
-        of range, a shape does not fit, epsilon is negative, there is an offset and no scale, or the
-        kernel is asked for and can't run.
+        of range, a shape does not fit, epsilon is negative, there is an offset and no scale, or
+        `implementation="kernel"` can't run.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm as jn

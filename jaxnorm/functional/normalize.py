@@ -23,7 +23,7 @@ def normalize(
     epsilon: float = 1e-5,
     scale_offset: float = 0.0,
 ) -> jax.Array:
-    """Standardize x by moments that are given: of a data set, or of another array.
+    """Standardize x by given moments, for example of a data set.
 
         y = (x - mean) / sqrt(var + epsilon) * (scale_offset + scale) + bias
 

@@ -88,7 +88,7 @@ def without_kernel(renorm: Renorm | None, implementation: str | None = None) -> 
     """Return the implementation, which is XLA for batch renormalization.
 
     Raises:
-      KernelUnavailableError: there is renorm, and the kernel is asked for.
+      KernelUnavailableError: renorm is given with `implementation="kernel"`.
     """
     if renorm is None:
         return implementation

@@ -42,8 +42,8 @@ def rms_norm(
     Raises:
       TypeError: x is of an integer type, `where` is not boolean, or params is not a NormParams.
       ValueError: an axis is out of range or given twice, a shape does not fit, x is a scalar,
-        epsilon is negative, there is an offset and no scale, or the kernel is asked for and can't
-        run.
+        epsilon is negative, there is an offset and no scale, or
+        `implementation="kernel"` can't run.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm as jn

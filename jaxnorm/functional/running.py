@@ -31,13 +31,13 @@ def normalize_by_running(
     epsilon: float = 1e-5,
     feature_axis: Axes = -1,
 ) -> tuple[jax.Array, BatchNormState]:
-    """Standardize x by the state after it has moved towards the statistics of x.
+    """Update the state by the statistics of x, then standardize x by the new state.
 
         new = momentum * old + (1 - momentum) * measured; the first time, new = measured
         y = (x - new.mean) / sqrt(new.var + epsilon) * scale + bias
 
-    Gradients flow through what is measured, and to the old state. Arguments and errors are those of
-    `batch_norm`.
+    Gradients flow through the measured statistics and to the old state. Arguments and errors are as
+    in `batch_norm`.
     """
     x = check_input(x)
     layout = batch_layout(x.shape, feature_axis)

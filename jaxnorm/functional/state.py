@@ -141,7 +141,7 @@ _updated_state = jit(updated_state, static_argnums=3)
 def update_weight(momentum: float, count: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Return 1 - momentum**count, the weight of all updates in a running average.
 
-    Written so, it would cancel.
+    Computed directly, the subtraction would cancel.
     """
     if momentum == 0:
         return (count > 0).astype(dtype)
@@ -153,7 +153,8 @@ def update_weight(momentum: float, count: jax.Array, dtype: DTypeLike = jnp.floa
 def debiased(state: BatchNormState, momentum: float) -> BatchNormState:
     """Divide the running statistics by the weight of their updates.
 
-    The average of what was measured, if it started at zero. Before any update it stays as it is.
+    If the state started at zero, the result is the average of the measured moments. Before any
+    update it is the state itself.
     """
     check_weights(momentum)
     weight = update_weight(momentum, state.count, state.var.dtype)

@@ -22,8 +22,8 @@ from jaxnorm.functional.global_response import global_response_norm
 class GlobalResponseNorm(nn.Module):
     """`jaxnorm.global_response_norm` with learned scale and bias.
 
-    Both start at zero, as in the paper, and then y is x. Arguments are those of Flax's norms;
-    `epsilon` and `feature_axis` are those of the function.
+    Both start at zero, as in the paper, and then y is x. Arguments are as in Flax's norms;
+    `epsilon` and `feature_axis` are as in the function.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxnorm.linen as jn
@@ -54,7 +54,7 @@ class FilterResponseNorm(nn.Module):
     """`jaxnorm.filter_response_norm` with learned scale, bias and threshold.
 
     The threshold starts at zero, as in the paper; without `use_threshold` there is none. Other
-    arguments are those of Flax's norms; `epsilon` and `feature_axis` are those of the function.
+    arguments are as in Flax's norms; `epsilon` and `feature_axis` are as in the function.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxnorm.linen as jn
@@ -87,7 +87,7 @@ class FilterResponseNorm(nn.Module):
 class DynamicTanh(nn.Module):
     """`jaxnorm.dynamic_tanh` with learned scale, bias, and one alpha, which starts at 0.5.
 
-    Other arguments are those of Flax's norms; `feature_axis` is that of the function.
+    Other arguments are as in Flax's norms; `feature_axis` is as in the function.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxnorm.linen as jn
@@ -117,8 +117,8 @@ class DynamicTanh(nn.Module):
 class DynamicErf(nn.Module):
     """`jaxnorm.dynamic_erf` with learned scale and bias, one alpha and one shift.
 
-    Alpha starts at 0.5 and the shift at 0, as in the paper. Other arguments are those of Flax's
-    norms; `feature_axis` is that of the function.
+    Alpha starts at 0.5 and the shift at 0, as in the paper. Other arguments are as in Flax's norms;
+    `feature_axis` is as in the function.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxnorm.linen as jn

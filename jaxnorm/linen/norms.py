@@ -87,7 +87,7 @@ class LayerNorm(nn.LayerNorm):
     """`jaxnorm.layer_norm` with learned scale and bias.
 
     Statistics are shared over `reduction_axes`, and over the devices of `axis_name` if x is sharded
-    along those axes; scale and bias span `feature_axes`. Other arguments are those of the function.
+    along those axes; scale and bias span `feature_axes`. Other arguments are as in the function.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxnorm.linen as jn
@@ -180,7 +180,7 @@ class GroupNorm(nn.GroupNorm):
 class InstanceNorm(nn.InstanceNorm):
     """`jaxnorm.instance_norm` with learned scale and bias.
 
-    `feature_axes` is `feature_axis`, or several of them; other arguments are those of the function.
+    `feature_axes` is `feature_axis`, or several of them; other arguments are as in the function.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxnorm.linen as jn

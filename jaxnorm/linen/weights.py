@@ -24,7 +24,7 @@ class WeightNorm(nn.WeightNorm):
     """`jaxnorm.weight_norm` of the weights of a layer, with a learned scale.
 
     The parameters of the layer are v, and the scale is g. `feature_axes` is `feature_axis`, and
-    None is (); other arguments are those of Flax. The parameters are never written: initialization
+    None is (); other arguments are as in Flax. The parameters are never written: initialization
     leaves them as the layer makes them, where Flax's divides them by their norm.
 
     Examples:
@@ -59,7 +59,7 @@ class WeightNorm(nn.WeightNorm):
 class SpectralNorm(nn.SpectralNorm):
     """`jaxnorm.spectral_norm` of the weights of a layer, with u and sigma in `batch_stats`.
 
-    `n_steps` is `steps`, `update_stats` of a call is `train`; other arguments are those of Flax.
+    `n_steps` is `steps`, `update_stats` of a call is `train`; other arguments are as in Flax.
     The parameters of the layer are never written. Without `update_stats` there is no iteration: v
     is that of u, so that sigma is |W u|. Initialization leaves u and sigma.
 

@@ -16,8 +16,8 @@ def freeze(model: nnx.Module, where: Paths = None) -> list[str]:
     """Make batch norms use their running statistics, unchanged, until `unfreeze`; in place.
 
     `train()`, `nnx.view` and `use_running_average` of a call do not undo it. Flax's batch norms
-    become ours, with the same variables. Scale and bias go on training: to keep them too, leave
-    them out of what the optimizer changes (below).
+    become ours, with the same variables. Scale and bias are still trained; to freeze them
+    too, leave them out of what the optimizer changes (below).
 
     Args:
       model: any nnx module.

@@ -1,4 +1,4 @@
-"""The call of a nnx norm: its attributes, parameters and arguments, checked for `core`."""
+"""The call of an nnx norm: its attributes, parameters and arguments, checked for `core`."""
 
 import math
 from typing import Any

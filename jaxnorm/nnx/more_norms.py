@@ -32,7 +32,7 @@ class _Options(TypedDict, total=False):
 
 
 class _Learned(nnx.Module):
-    """Scale and bias, each of which is a variable or None; arguments are those of Flax's norms."""
+    """Scale and bias, each of which is a variable or None; arguments are as in Flax's norms."""
 
     def __init__(
         self,
@@ -72,8 +72,8 @@ class _Learned(nnx.Module):
 class GlobalResponseNorm(_Learned):
     """`jaxnorm.global_response_norm` with learned scale and bias.
 
-    Both start at zero, as in the paper, and then y is x. Arguments are those of Flax's norms;
-    `epsilon` and `feature_axis` are those of the function.
+    Both start at zero, as in the paper, and then y is x. Arguments are as in Flax's norms;
+    `epsilon` and `feature_axis` are as in the function.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm.nnx as jn
@@ -107,7 +107,7 @@ class FilterResponseNorm(_Learned):
     """`jaxnorm.filter_response_norm` with learned scale, bias and threshold.
 
     The threshold starts at zero, as in the paper; without `use_threshold` there is none. Other
-    arguments are those of Flax's norms; `epsilon` and `feature_axis` are those of the function.
+    arguments are as in Flax's norms; `epsilon` and `feature_axis` are as in the function.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm.nnx as jn
@@ -144,7 +144,7 @@ class FilterResponseNorm(_Learned):
 class DynamicTanh(_Learned):
     """`jaxnorm.dynamic_tanh` with learned scale, bias, and one alpha, which starts at 0.5.
 
-    Other arguments are those of Flax's norms; `feature_axis` is that of the function.
+    Other arguments are as in Flax's norms; `feature_axis` is as in the function.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm.nnx as jn
@@ -163,7 +163,7 @@ class DynamicTanh(_Learned):
         rngs: nnx.Rngs,
         **options: Unpack[_Options],
     ):
-        """Take arguments as in Flax, and that of alpha."""
+        """Take arguments as in Flax, and the initializer of alpha."""
         super().__init__(num_features, scale_init=scale_init, rngs=rngs, **options)
         self.alpha = self._param(alpha_init, rngs, ())
 
@@ -176,8 +176,8 @@ class DynamicTanh(_Learned):
 class DynamicErf(_Learned):
     """`jaxnorm.dynamic_erf` with learned scale and bias, one alpha and one shift.
 
-    Alpha starts at 0.5 and the shift at 0, as in the paper. Other arguments are those of Flax's
-    norms; `feature_axis` is that of the function.
+    Alpha starts at 0.5 and the shift at 0, as in the paper. Other arguments are as in Flax's norms;
+    `feature_axis` is as in the function.
 
     Examples:
       >>> import jax.numpy as jnp, jaxnorm.nnx as jn

@@ -25,7 +25,7 @@ class WeightNorm(nnx.WeightNorm):
     """`jaxnorm.weight_norm` of the weights of a layer, with a learned scale.
 
     The parameters of the layer are v, and the scale is g. `feature_axes` is `feature_axis`, and
-    None is (); other arguments are those of Flax. Each of `scales` is an `nnx.Param`, so that it
+    None is (); other arguments are as in Flax. Each of `scales` is an `nnx.Param`, so that it
     trains. The parameters of the layer are never written.
 
     Examples:
@@ -81,7 +81,7 @@ class WeightNorm(nnx.WeightNorm):
 class SpectralNorm(nnx.SpectralNorm):
     """`jaxnorm.spectral_norm` of the weights of a layer, with u and sigma in `batch_stats`.
 
-    `n_steps` is `steps`, `update_stats` is `train`; other arguments are those of Flax. `train()`,
+    `n_steps` is `steps`, `update_stats` is `train`; other arguments are as in Flax. `train()`,
     `eval()` and `nnx.view` set `update_stats`; a call may override it. The parameters of the layer
     are never written. Without `update_stats` there is no iteration: v is that of u, so that sigma
     is |W u|.
