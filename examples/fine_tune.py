@@ -51,7 +51,7 @@ TESTED, SHOWN = 896, 192  # test images, and those of them that are classified a
 
 
 class Way(NamedTuple):
-    """A way to tune: its look, the training that it is made of, and what is done afterwards."""
+    """A way to tune: its plot style, its training, and what is done afterwards."""
 
     label: str
     color: str  # from the palette of figures.py

@@ -1,4 +1,4 @@
-"""Helpers that `jaxnorm.linen` and `jaxnorm.nnx` share."""
+"""Helpers that `jaxnorm.linen` and `jaxnorm.nnx` share, and `jaxnorm.convert` in part."""
 
 import warnings
 from collections.abc import Callable

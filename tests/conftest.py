@@ -80,7 +80,7 @@ def unoptimized():
 
 @pytest.fixture(params=["xla", "kernel-baseline", "kernel-avx2", "kernel-avx512"])
 def implementation(request):
-    """Each that a function can be told to use; the kernel as compiled for each machine."""
+    """Each implementation; the kernel as compiled for each target."""
     name, _, target = request.param.partition("-")
     if not target:
         yield name

@@ -1,4 +1,4 @@
-"""The small norms, as the tests see them: ours and the truth.
+"""The small norms, as the tests call them: ours and the truth.
 
 Each takes x and the arrays that it learns, which are named.
 """

@@ -1,4 +1,4 @@
-"""The five norms, as the tests see them: ours, the truth, and a plain formula for JAX.
+"""The five norms, as the tests call them: ours, the truth, and a plain formula for JAX.
 
 Every function takes (x, scale, bias, where) and keyword options, and returns y.
 """

@@ -17,7 +17,7 @@ merged = jax.jit(merge_batch_moments)
 
 
 def truth(x, where=None) -> BatchMoments:
-    """What is seen of x, of shape (examples, positions, features), in float64."""
+    """The batch moments of x, of shape (examples, positions, features), in float64."""
     x = np.asarray(x, np.result_type(x, np.float64))
     where = np.ones(x.shape, bool) if where is None else np.broadcast_to(where, x.shape)
     mean = np.mean(x, (0, 1), where=where)
@@ -77,7 +77,9 @@ def test_two_calls(rng):
     assert (np.asarray(both.squares) >= right.squares).all()
 
 
-def rejected(draw, models, level, rng, trained=EXAMPLES, told=None, batches=25) -> float:
+def rejected(
+    draw, models, significance, rng, trained=EXAMPLES, batch_size=None, batches=25
+) -> float:
     """The part of sound models that have a finding."""
     number = 0
     for _ in range(models):
@@ -86,8 +88,8 @@ def rejected(draw, models, level, rng, trained=EXAMPLES, told=None, batches=25) 
         weights = MOMENTUM ** np.arange(batches)
         mean, var = (np.average(a, 0, weights) for a in (means, variances))
         observed = truth(draw((EXAMPLES, 1, FEATURES), rng))
-        t = student_quantile(np.asarray(observed.examples), level, 2 * FEATURES)
-        distance, lowest, highest = sampling_bounds(observed, mean, var, MOMENTUM, 0, t, told)
+        t = student_quantile(np.asarray(observed.examples), significance, 2 * FEATURES)
+        distance, lowest, highest = sampling_bounds(observed, mean, var, MOMENTUM, 0, t, batch_size)
         v = observed.elements.var
         far = np.abs(observed.elements.mean - mean) > distance
         number += (far | (v < lowest) | (v > highest)).any()
@@ -96,22 +98,22 @@ def rejected(draw, models, level, rng, trained=EXAMPLES, told=None, batches=25) 
 
 @pytest.mark.parametrize("kind", ["normal", "relu"])
 def test_a_sound_model_has_findings_no_more_often_than_the_level(kind):
-    rng, models, level = np.random.default_rng(0), 1000, 0.05
+    rng, models, significance = np.random.default_rng(0), 1000, 0.05
     draw = lambda size, rng: rng.standard_normal(size)
     if kind == "relu":
         draw = lambda size, rng: np.maximum(rng.standard_normal(size), 0)
-    rate = rejected(draw, models, level, rng)
-    assert rate <= level + 3 * np.sqrt(level / models)  # three standard errors
-    assert rate > 0.1 * level  # nor does it find nothing
+    rate = rejected(draw, models, significance, rng)
+    assert rate <= significance + 3 * np.sqrt(significance / models)  # three standard errors
+    assert rate > 0.1 * significance  # nor does it find nothing
 
 
 def test_batches_of_training_may_be_smaller():
-    """Their statistics are less exact, and their variances smaller: both are explained, if told."""
-    rng, models, level = np.random.default_rng(0), 300, 0.05
+    """`batch_size` explains their larger errors and smaller variances."""
+    rng, models, significance = np.random.default_rng(0), 300, 0.05
     draw = lambda size, rng: rng.standard_normal(size)
-    rate = rejected(draw, models, level, rng, trained=4, told=4, batches=60)
-    assert rate <= level + 3 * np.sqrt(level / models)
-    assert rejected(draw, models, level, rng, trained=4, batches=60) > 4 * level
+    rate = rejected(draw, models, significance, rng, trained=4, batch_size=4, batches=60)
+    assert rate <= significance + 3 * np.sqrt(significance / models)
+    assert rejected(draw, models, significance, rng, trained=4, batches=60) > 4 * significance
 
 
 def test_examples_of_different_lengths(rng):
@@ -157,12 +159,12 @@ def test_running_statistics_of_a_small_momentum_are_less_exact(rng):
     np.testing.assert_allclose(average, exact * np.sqrt(1 + 1 / 3))
 
 
-@pytest.mark.parametrize("level", [0.9, 0.05, 1e-9, 1e-250])
-def test_the_quantile_is_that_of_scipy(level):
+@pytest.mark.parametrize("significance", [0.9, 0.05, 1e-9, 1e-250])
+def test_the_quantile_is_that_of_scipy(significance):
     special = pytest.importorskip("scipy.special", reason="scipy is not installed")
     examples = np.array([MIN_EXAMPLES, 9, 33, 1000, 1e6])
-    right = -special.stdtrit(examples - 1, level / 10)
-    np.testing.assert_allclose(student_quantile(examples, level, 5), right, rtol=1e-9)
+    right = -special.stdtrit(examples - 1, significance / 10)
+    np.testing.assert_allclose(student_quantile(examples, significance, 5), right, rtol=1e-9)
 
 
 def test_few_examples_are_not_tested():

@@ -17,7 +17,7 @@ from jaxnorm.verify.cases import Case
 
 @pytest.fixture
 def few(monkeypatch):
-    """A case that the kernel supports, one that it declines, and one to be timed."""
+    """A case that the kernel supports, one that it does not support, and one to be timed."""
     cases = [Case("layer", 8, 64, "float32", mean=1e4), Case("add_rms", 4, 2**15, "bfloat16")]
     monkeypatch.setattr(verify, "right_cases", lambda: iter(cases))
     timed = [Case("add_layer", 16, 64, "float32")]

@@ -75,8 +75,8 @@ class AddLayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x, residual):
-        total = x + residual
-        return nn.LayerNorm(dtype=self.dtype)(total), total
+        residual_sum = x + residual
+        return nn.LayerNorm(dtype=self.dtype)(residual_sum), residual_sum
 
 
 def attention(h: jax.Array, heads: int) -> jax.Array:
@@ -132,11 +132,11 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, tokens):
         dtype, heads = jnp.bfloat16, self.width // 64
-        adds = self.norm == "AddLayerNorm"
-        of_flax = adds and self.library == "Flax"
+        has_residual = self.norm == "AddLayerNorm"
+        of_flax = has_residual and self.library == "Flax"
         module: Any = AddLayerNorm if of_flax else getattr(LIBRARIES[self.library], self.norm)
         norm = functools.partial(module, dtype=dtype)
-        layer = AddingLayer if adds else Layer
+        layer = AddingLayer if has_residual else Layer
         if self.remat:
             layer = nn.remat(layer, prevent_cse=not self.scan)
         if self.scan:
@@ -144,12 +144,12 @@ class Transformer(nn.Module):
             layer = nn.scan(layer, axes, split_rngs={"params": True}, length=self.layers)
         x = nn.Embed(self.vocabulary, self.width, dtype=dtype)(tokens)
         branch = None
-        if adds:
+        if has_residual:
             positions = nn.Embed(tokens.shape[1], self.width, dtype=dtype)
             branch = jnp.broadcast_to(positions(jnp.arange(tokens.shape[1])), x.shape)
         for _ in range(1 if self.scan else self.layers):
             x, branch = layer(norm, heads)(x, branch)
-        h = norm()(branch, x)[0] if adds else norm()(x)
+        h = norm()(branch, x)[0] if has_residual else norm()(x)
         return nn.Dense(self.vocabulary, use_bias=False, dtype=dtype)(h)
 
 

@@ -119,7 +119,7 @@ class Devices(NamedTuple):
             axis_name=self.names,
             axis=1,
             axis_index_groups=self.groups,
-            # Without groups all devices get the same rows; this type tells check_vma=True so.
+            # Without groups all devices get the same rows; check_vma=True needs this type for that.
             to="varying" if self.groups else "invarying",
         )
         return _packed(gather, lambda a: np.broadcast_to(a, (size, *a.shape)), parts)

@@ -82,7 +82,7 @@ class Statistics(NamedTuple):
 def measure(
     spec: NormSpec, x: jax.Array, where: jax.Array | None, group: jax.Array | None
 ) -> Statistics:
-    """Measure the statistics. JAX does not differentiate this: their derivative is `averages`."""
+    """Measure the statistics. JAX does not differentiate this; statistics.py has the derivative."""
     count = count_of(spec, where)
     high = low = None
     if not spec.subtract_mean:

@@ -5,8 +5,8 @@
     vjp(x, params, statistics, dy, d_residual_sum)    -> dx, dparams
 
 `jvp` is linear in its tangents, and `vjp` is its transpose. Without a residual there is no residual
-sum. With one, `forward` adds it to x. The other two then take the residual sum as x: they are the
-derivative of its norm, and its tangent is tx.
+sum. With one, `forward` adds it to x. `jvp` and `vjp` then differentiate the norm of the residual
+sum, which they get as x; tx is its tangent.
 
 The formula is the reference: `jvp` is that of standardize.py and `vjp` its transpose, so the
 derivatives are written once. A kernel computes `forward` or `vjp` of the block (n, s, g, k) that x

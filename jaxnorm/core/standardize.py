@@ -1,6 +1,6 @@
 """The equation of every norm: y = (x - mean) * rstd * (scale_offset + scale) + bias.
 
-moments.py has the derivative of the statistics; JAX differentiates the rest. The backward pass
+statistics.py has the derivative of the statistics; JAX differentiates the rest. The backward pass
 keeps x in its own dtype and the statistics, never the standardized x (x_hat), which it recomputes.
 
 With a residual, x is the residual sum. y and the statistics are those of the sum before it is
@@ -86,8 +86,8 @@ def standardize(
 
     If JAX differentiates it, pass `expand` as `fit`, so that gradients are exact sums.
     """
-    spread, prepare = spec.layout.broadcast_statistics, spec.prepare
-    factor, offset = spread(prepare(rstd)), None
+    broadcast, prepare = spec.layout.broadcast_statistics, spec.prepare
+    factor, offset = broadcast(prepare(rstd)), None
     if params.scale is not None:
         factor = factor * effective_scale(spec, params.scale)
     if params.bias is not None:
@@ -96,7 +96,7 @@ def standardize(
         # x - high is nearly exact, so the low part may be subtracted last, with the bias. For batch
         # norm this is one operation less for each element. With more operations, XLA for TPUs does
         # not repeat them in each matmul that reads y, but writes y to memory.
-        low = spread(mean_low) * factor
+        low = broadcast(mean_low) * factor
         offset, mean_low = (-low if offset is None else offset - low), None
     y = subtract_mean(spec, x, mean_high, mean_low, fit) * fit(factor, x)
     return (y if offset is None else y + fit(offset, x)).astype(spec.dtype)

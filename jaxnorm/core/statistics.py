@@ -53,7 +53,7 @@ def _statistics_jvp(spec, primals, tangents):
 
 
 class Residuals(NamedTuple):
-    """What is kept for the backward pass of a norm; its derivative needs nothing else."""
+    """The arrays that the backward pass of a norm keeps; its derivative needs no others."""
 
     x: jax.Array
     where: jax.Array | None

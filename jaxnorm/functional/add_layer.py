@@ -21,12 +21,13 @@ def add_layer_norm(
 ) -> tuple[jax.Array, jax.Array]:
     """Apply layer normalization to x + residual, and return this sum too.
 
-        total = x + residual
-        y = (total - mean(total)) / sqrt(var(total) + epsilon) * (scale_offset + scale) + bias
+        residual_sum = x + residual
+        y = (residual_sum - mean(residual_sum)) / sqrt(var(residual_sum) + epsilon) * (scale_offset
+        + scale) + bias
 
     The sum is taken in float32 or better, and is normalized before it is rounded. The backward pass
-    keeps the total, not x and the residual: in half precision its standardized elements are those
-    of the total as it was rounded, by the mean and variance of the sum before.
+    keeps the residual sum, not x and the residual: in half precision its standardized elements are
+    those of the residual sum as it was rounded, by the mean and variance of the sum before.
 
     Args:
       x: array of any shape with at least one axis; floating-point or complex.
@@ -44,7 +45,8 @@ def add_layer_norm(
         See `implementations`.
 
     Returns:
-      y and the total, of the shape and dtype of x. Statistics are computed in float32 or better.
+      y and the residual sum, of the shape and dtype of x. Statistics are computed in float32 or
+      better.
 
     Raises:
       TypeError: x is of an integer type, the residual of another type than x, `where` is not

@@ -21,12 +21,12 @@ def add_rms_norm(
 ) -> tuple[jax.Array, jax.Array]:
     """Apply RMS normalization to x + residual, and return this sum too.
 
-        total = x + residual
-        y = total / sqrt(mean(total**2) + epsilon) * (scale_offset + scale) + bias
+        residual_sum = x + residual
+        y = residual_sum / sqrt(mean(residual_sum**2) + epsilon) * (scale_offset + scale) + bias
 
     The sum is taken in float32 or better, and is normalized before it is rounded. The backward pass
-    keeps the total, not x and the residual: in half precision its standardized elements are those
-    of the total as it was rounded, by the mean square of the sum before.
+    keeps the residual sum, not x and the residual: in half precision its standardized elements are
+    those of the residual sum as it was rounded, by the mean square of the sum before.
 
     Args:
       x: array of any shape with at least one axis; floating-point or complex.
@@ -44,7 +44,8 @@ def add_rms_norm(
         See `implementations`.
 
     Returns:
-      y and the total, of the shape and dtype of x. Statistics are computed in float32 or better.
+      y and the residual sum, of the shape and dtype of x. Statistics are computed in float32 or
+      better.
 
     Raises:
       TypeError: x is of an integer type, the residual of another type than x, `where` is not
@@ -56,8 +57,8 @@ def add_rms_norm(
     Examples:
       >>> import jax.numpy as jnp, jaxnorm as jn
       >>> x = jnp.array([[0.0, 0.0, 0.0, 3.0]])
-      >>> y, total = jn.add_rms_norm(x, jnp.array([[0.0, 0.0, 0.0, 1.0]]))
-      >>> y.round(4), total
+      >>> y, residual_sum = jn.add_rms_norm(x, jnp.array([[0.0, 0.0, 0.0, 1.0]]))
+      >>> y.round(4), residual_sum
       (Array([[0., 0., 0., 2.]], dtype=float32), Array([[0., 0., 0., 4.]], dtype=float32))
 
     References:

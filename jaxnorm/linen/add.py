@@ -19,7 +19,7 @@ class AddLayerNorm(LayerNorm):
     """`jaxnorm.add_layer_norm` with learned scale and bias: `LayerNorm` of x + residual.
 
     Arguments and variables are those of LayerNorm. A call takes x and the residual, and returns y
-    and the total, which has the dtype of x.
+    and the residual sum, which has the dtype of x.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxnorm.linen as jn
