@@ -109,6 +109,7 @@ def recalibrated(batches=(X, X + 1), **call):
     return jaxnorm.linen.recalibrate(model(), VARIABLES, batches, **call)["batch_stats"]
 
 
+@pytest.mark.thorough
 def test_linen_recalibrate():
     with pytest.raises(TypeError, match="hash"):
         hash(model())

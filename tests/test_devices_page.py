@@ -120,6 +120,7 @@ for result in results[1:]:
     run(program)
 
 
+@pytest.mark.thorough
 def test_the_code_runs():
     # Each block by itself, but in one process: importing takes longer than running.
     program = "\n".join(f"exec({block!r}, {{}})" for block in BLOCKS)

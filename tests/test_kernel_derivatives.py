@@ -97,6 +97,7 @@ def test_the_gradient_of_a_derivative_by_one_argument_alone(norm, derivative, ar
     ids=lambda t: t.__name__,
 )
 @pytest.mark.parametrize("norm", [NORMS[0], NORMS[1]], ids=["columns", "rows"])
+@pytest.mark.thorough
 def test_other_transformations_agree_too(norm, transformation, rng):
     check(norm, transformation, rng)
 

@@ -190,6 +190,7 @@ def test_partitioning_metadata_is_that_of_flax():
 
 
 @pytest.mark.parametrize("direction", ["from_flax", "to_flax"])
+@pytest.mark.thorough
 def test_an_orbax_checkpoint_of_the_one_loads_in_the_other(direction, rng, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint", reason="checkpoints are written by orbax")
     x = normal(rng, 4, 32, 6)

@@ -235,6 +235,7 @@ TRANSFORMED = {
 @pytest.mark.parametrize("implementation", ["xla", "kernel"])
 @pytest.mark.parametrize("transformed", TRANSFORMED)
 @pytest.mark.parametrize("norm", NORMS[:2], ids=norm_id)
+@pytest.mark.thorough
 def test_transformations(norm, transformed, implementation, rng):
     dtype = {"xla": jnp.float64, "kernel": jnp.float32}[implementation]
     x = jnp.asarray(rng.standard_normal((3, *SHAPE)), dtype)

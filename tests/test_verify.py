@@ -41,6 +41,7 @@ def test_the_kernel_of_this_machine_is_right(capsys):
 
 
 @pytest.mark.usefixtures("kernel", "few")
+@pytest.mark.thorough
 def test_a_wrong_kernel_is_found(capsys, change):
     def forward(*args, **options):
         y, *others = cpu.forward(*args, **options)

@@ -315,6 +315,7 @@ PAIRS = {
 # What standardizes without fan_in is batch norm's equation, which test_derivatives.py tests.
 @pytest.mark.usefixtures("x64", "unoptimized")
 @pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.thorough
 def test_every_derivative_agrees_with_the_plain_formula(name, rng):
     w, gain = jnp.asarray(rng.standard_normal((2, 3, 4))), jnp.asarray(rng.standard_normal(4))
 
