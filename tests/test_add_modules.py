@@ -51,6 +51,7 @@ def test_variables_are_those_of_the_norm_without_a_residual(flavour, name):
     jax.tree.map(np.testing.assert_array_equal, own, stored)
     y, total = add(stored, X, STREAM)
     np.testing.assert_array_equal(total, X + STREAM)
+    # A few roundings of y < 8.
     np.testing.assert_allclose(y, norm(stored, X + STREAM), rtol=0, atol=4e-6)
     assert issubclass(getattr(flavour, f"Add{name}"), getattr(flavour, name))
 
@@ -80,6 +81,7 @@ def test_a_mask_is_a_where(flavour, name):
     y, _ = add(params, X, STREAM, mask=mask)
     truth = getattr(oracle, {"LayerNorm": "layer_norm", "RMSNorm": "rms_norm"}[name])
     right = truth(X + STREAM, params["scale"], params.get("bias"), where=mask)
+    # A few roundings of y, which is larger where it is masked.
     np.testing.assert_allclose(y, right, rtol=0, atol=1e-5)
 
 
@@ -115,4 +117,5 @@ def test_nnx_under_its_own_transforms(name):
     gradient = nnx.jit(nnx.grad(loss))(module, X, STREAM)
     assert jax.tree.leaves(gradient)[0].shape == (6,)
     y = nnx.vmap(lambda module, *args: module(*args)[0], in_axes=(None, 0, 0))(module, X, STREAM)
+    # A few roundings of y < 4.
     np.testing.assert_allclose(y, module(X, STREAM)[0], rtol=0, atol=2e-6)
