@@ -144,7 +144,7 @@ def test_flax_s_choices():
     ],
     ids=["nothing", "other names", "other names of manual axes"],
 )
-def test_a_kernel_declines_what_can_t_be_told(context, change):
+def test_an_unknown_axis_context_leaves_the_work_to_xla(context, change):
     """JAX has renamed what tells whether arrays are sharded, and whether a program is exported."""
     always = {
         "unavailable_reason": lambda: None,

@@ -62,17 +62,17 @@ def test_without_a_kernel_there_is_nothing_to_verify(capsys, change):
 
 
 @pytest.mark.usefixtures("few")
-def test_where_all_is_declined_nothing_is_verified(capsys, change):
+def test_exits_with_2_when_the_kernel_supports_no_request(capsys, change):
     names = ("unavailable_reason", "target", "opt_in_reason", "forward", "vjp")
-    shy = types.SimpleNamespace(unsupported_reason=lambda request: "it is shy")
-    vars(shy).update(
+    unsupported = types.SimpleNamespace(unsupported_reason=lambda request: "by this test")
+    vars(unsupported).update(
         {name: getattr(cpu, name) for name in names} | {"unavailable_reason": lambda: None}
     )
-    vars(shy)["target"] = lambda: "none"
-    change(kernels, "KERNELS", {"cpu": shy})
+    vars(unsupported)["target"] = lambda: "none"
+    change(kernels, "KERNELS", {"cpu": unsupported})
     assert verify.main([]) == 2
     said = capsys.readouterr().out
-    assert "not supported: it is shy" in said
+    assert "not supported: by this test" in said
     assert "nothing was verified" in said
 
 
